@@ -1,0 +1,32 @@
+"""Memory Wrap for timm and the Hugging Face Hub: image classifiers that show their evidence.
+
+Importing the package registers `memwrap_<name>` and `memwrap_baseline_<name>` for timm's architectures.
+"""
+
+from timm_memwrap.building import build_memory_bank as build_memory_bank
+from timm_memwrap.hub import from_pretrained as from_pretrained
+from timm_memwrap.hub import save_pretrained as save_pretrained
+from timm_memwrap.layers import BaselineMemory as BaselineMemory
+from timm_memwrap.layers import MemoryWrapLayer as MemoryWrapLayer
+from timm_memwrap.memory_bank import MemoryBank as MemoryBank
+from timm_memwrap.model import MemoryReadout as MemoryReadout
+from timm_memwrap.model import MemoryWrapModel as MemoryWrapModel
+from timm_memwrap.registration import register_backbones as register_backbones
+from timm_memwrap.registration import wrap as wrap
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BaselineMemory",
+    "MemoryBank",
+    "MemoryReadout",
+    "MemoryWrapLayer",
+    "MemoryWrapModel",
+    "build_memory_bank",
+    "from_pretrained",
+    "register_backbones",
+    "save_pretrained",
+    "wrap",
+]
+
+register_backbones()

@@ -1,0 +1,21 @@
+"""Names that several rooms share: prefixes, file names, configuration keys."""
+
+PREFIX = "memwrap_"
+BASELINE_PREFIX = "memwrap_baseline_"
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+BANK_FILE = "memory_bank.safetensors"
+
+# safetensors files without it cannot be opened by transformers.
+SAFETENSORS_METADATA = {"format": "pt"}
+
+# Names of the submodules of a Memory Wrap model: they are prefixes in its state dict and so part of the file format.
+BACKBONE = "backbone"
+HEAD = "head"
+MEMORY_BANK = "memory_bank"
+
+# Key of the block in config.json that tells people what the memory holds. The truth is in the bank's buffers.
+MEMORY_CONFIG_KEY = "memory_bank"
+
+BANK_FORMAT_VERSION = 1

@@ -1,0 +1,306 @@
+"""The paper's two heads, and a vote over the memory's labels. They know no timm and no bank.
+
+Shapes: B inputs, M memory samples, D width of an encoding, C outputs.
+"""
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from timm_memwrap.attention import DISTANCES, Keys, content_weights, float32_island, prepare_keys, scores
+
+__all__ = ["MLP", "BaselineMemory", "CentreClasses", "LabelVote", "MeanOfHalves", "MemoryLayer", "MemoryWrapLayer"]
+
+
+class MLP(nn.Sequential):
+    """The paper's classifier: two linear layers with a ReLU between, its parts named as in `memorywrap`."""
+
+    def __init__(self, in_features: int, hidden_features: int, out_features: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(in_features, hidden_features)
+        self.relu = nn.ReLU()
+        self.fc2 = nn.Linear(hidden_features, out_features)
+
+
+class CentreClasses(nn.Module):
+    """Subtracts from each row of logits its mean: softmax cannot see it, a similarity can."""
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Centres logits `[N, C]`."""
+        return logits - logits.mean(dim=-1, keepdim=True)
+
+
+class MeanOfHalves(nn.Module):
+    """Averages the two halves of its input: a classifier for input and memory that both are logits already."""
+
+    def forward(self, pair: Tensor) -> Tensor:
+        """Averages `[N, 2 * C]` to `[N, C]`."""
+        first, second = pair.chunk(2, dim=-1)
+        return (first + second) / 2
+
+
+class MemoryLayer(nn.Module, ABC):
+    """What the heads share: a read head that projects query and keys, similarities, and sparse weights.
+
+    Not for direct use. `forward` is the published call; `keys`, `values`, `similarity` and `classify` are its steps,
+    for callers who keep the memory between calls.
+    """
+
+    def __init__(
+        self,
+        encoder_output_dim: int,
+        output_dim: int,
+        head: nn.Module | None,
+        distance: str,
+        scale: float,
+    ) -> None:
+        super().__init__()
+        for name, value in (("encoder_output_dim", encoder_output_dim), ("output_dim", output_dim)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} is not a width. Pass an integer of at least 1.")
+        if distance not in DISTANCES:
+            raise ValueError(f"Unknown distance={distance!r}. Pass one of {', '.join(map(repr, DISTANCES))}.")
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"scale={scale!r} is not a factor. Pass a finite number above 0; 1.0 is as published.")
+        self.encoder_output_dim = encoder_output_dim
+        self.output_dim = output_dim
+        self.distance = distance
+        self.scale = float(scale)
+        if head is None:
+            head = nn.Linear(encoder_output_dim, encoder_output_dim)
+        else:
+            _output_width("head", head, encoder_output_dim)
+        self.head = head
+
+    def extra_repr(self) -> str:
+        """Returns what `print(layer)` shows of it."""
+        return f"{self.encoder_output_dim}, {self.output_dim}, distance={self.distance!r}, scale={self.scale}"
+
+    def project(self, encoding: Tensor) -> Tensor:
+        """Applies the read head to encodings `[N, D]`, in float32 at least."""
+        parameter = next(self.head.parameters(), None)
+        with float32_island(encoding):
+            if parameter is not None:
+                encoding = encoding.to(parameter.dtype)
+            return _at_least_float32(self.head(encoding))
+
+    def keys(self, memory_encoding: Tensor) -> Keys:
+        """Makes memory encodings `[M, D]` ready for scoring."""
+        projected = self.project(memory_encoding)
+        with float32_island(projected):
+            return prepare_keys(projected, self.distance)
+
+    def similarity(self, input_encoding: Tensor, keys: Keys) -> Tensor:
+        """Scores inputs `[B, D]` against `keys`: `[B, M]`, in float32 at least, under autocast too."""
+        queries = self.project(input_encoding)
+        with float32_island(queries):
+            return scores(queries, keys, self.distance, self.scale)
+
+    def values(self, memory_encoding: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Returns what is summed for each memory sample, `[M, V]`: its encoding, before the read head.
+
+        Args:
+            memory_encoding: Memory encodings `[M, D]`.
+            labels: Labels of the memory samples `[M]`. Only `LabelVote` reads them.
+        """
+        return _at_least_float32(memory_encoding)
+
+    @abstractmethod
+    def classify(self, input_encoding: Tensor, memory_vector: Tensor) -> Tensor:
+        """Computes outputs `[B, C]` from input encodings `[B, D]` and memory vectors `[B, V]`."""
+
+    def forward(
+        self, input_encoding: Tensor, memory_encoding: Tensor, return_weights: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Classifies inputs with the help of a memory set, as `memorywrap`'s layers do.
+
+        Args:
+            input_encoding: Encodings of the inputs, `[B, D]`.
+            memory_encoding: Encodings of the memory set, `[M, D]`. An empty one reads as the zero vector.
+            return_weights: Whether to return the content weights too.
+
+        Returns:
+            Outputs `[B, C]`; with `return_weights`, outputs and content weights `[B, M]`.
+
+        Raises:
+            ValueError: If a rank or a width does not fit.
+        """
+        for name, encoding in (("input_encoding", input_encoding), ("memory_encoding", memory_encoding)):
+            if encoding.ndim != 2 or encoding.shape[-1] != self.encoder_output_dim:
+                raise ValueError(
+                    f"{name} has shape {list(encoding.shape)}; expected [N, {self.encoder_output_dim}]. Encode the "
+                    f"images first, and construct the layer with encoder_output_dim=<width of an encoding>."
+                )
+        weights = content_weights(self.similarity(input_encoding, self.keys(memory_encoding)))
+        with float32_island(weights):
+            memory_vector = weights @ self.values(memory_encoding)
+        output = self.classify(input_encoding, memory_vector)
+        return (output, weights) if return_weights else output
+
+
+class MemoryWrapLayer(MemoryLayer):
+    """Memory Wrap: classifies from the input encoding joined with what it reads from the memory (paper, Section 3).
+
+    The call is that of `memorywrap.MemoryWrapLayer`, and with `head=nn.Identity()` so are the results and the state
+    dict. Its documentation promises a read head that its code does not have; here it is there by default.
+
+    Args:
+        encoder_output_dim: Width D of an encoding.
+        output_dim: Number of outputs C.
+        head: Read head, which projects query and keys alike. `None` is a `Linear(D, D)`, `nn.Identity()` the published
+            behaviour.
+        classifier: Maps `[B, 2 * D]`, input encoding first, to `[B, C]`. `None` is the paper's MLP, `2D -> 4D -> C`.
+        distance: `"cosine"`, `"l2"` (squared, as published) or `"dot"`.
+        scale: Factor on the similarities: larger reads fewer samples. 1.0 is as published.
+
+    Raises:
+        ValueError: If an argument does not fit.
+
+    Example:
+        ```python
+        >>> layer = MemoryWrapLayer(512, 10)
+        >>> logits, weights = layer(torch.randn(4, 512), torch.randn(100, 512), return_weights=True)
+        >>> logits.shape, weights.shape
+        (torch.Size([4, 10]), torch.Size([4, 100]))
+
+        ```
+    """
+
+    def __init__(
+        self,
+        encoder_output_dim: int,
+        output_dim: int,
+        head: nn.Module | None = None,
+        classifier: nn.Module | None = None,
+        distance: str = "cosine",
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__(encoder_output_dim, output_dim, head, distance, scale)
+        self.classifier = _classifier(classifier, 2 * encoder_output_dim, output_dim)
+
+    def classify(self, input_encoding: Tensor, memory_vector: Tensor) -> Tensor:
+        """Classifies input encoding and memory vector, joined in this order."""
+        dtype = _parameter_dtype(self.classifier, memory_vector)
+        return self.classifier(torch.cat([input_encoding.to(dtype), memory_vector.to(dtype)], dim=-1))
+
+
+class BaselineMemory(MemoryLayer):
+    """The paper's memory-only baseline: classifies from what it reads from the memory alone.
+
+    Args:
+        encoder_output_dim: Width D of an encoding.
+        output_dim: Number of outputs C.
+        head: As in `MemoryWrapLayer`.
+        classifier: Maps `[B, D]` to `[B, C]`. `None` is the paper's MLP, `D -> 2D -> C`.
+        distance: As in `MemoryWrapLayer`.
+        scale: As in `MemoryWrapLayer`.
+
+    Raises:
+        ValueError: If an argument does not fit.
+    """
+
+    def __init__(
+        self,
+        encoder_output_dim: int,
+        output_dim: int,
+        head: nn.Module | None = None,
+        classifier: nn.Module | None = None,
+        distance: str = "cosine",
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__(encoder_output_dim, output_dim, head, distance, scale)
+        self.classifier = _classifier(classifier, encoder_output_dim, output_dim)
+
+    def classify(self, input_encoding: Tensor, memory_vector: Tensor) -> Tensor:
+        """Classifies the memory vector; the input encoding has chosen it and plays no other part."""
+        return self.classifier(memory_vector.to(_parameter_dtype(self.classifier, memory_vector)))
+
+
+class LabelVote(MemoryLayer):
+    """Classifies by the memory's labels: the probability of a class is the weight of the samples that bear it.
+
+    It has no classifier to train. Not in the paper.
+
+    Args:
+        encoder_output_dim: Width D of an encoding.
+        output_dim: Number of classes C.
+        head: As in `MemoryWrapLayer`.
+        distance: As in `MemoryWrapLayer`.
+        scale: As in `MemoryWrapLayer`.
+
+    Raises:
+        ValueError: If an argument does not fit.
+    """
+
+    # Log-probability of a class without a vote: low, and finite, so that a loss on it is.
+    LEAST_PROBABILITY = 1e-6
+
+    def __init__(
+        self,
+        encoder_output_dim: int,
+        output_dim: int,
+        head: nn.Module | None = None,
+        distance: str = "cosine",
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__(encoder_output_dim, output_dim, head, distance, scale)
+
+    def values(self, memory_encoding: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Returns one-hot labels `[M, C]`."""
+        if labels is None:
+            raise ValueError(
+                "labels=None, but a vote is over the labels of the memory set. In training it has none: train with "
+                "classifier='linear' or 'mlp', then build the memory bank with build_memory_bank."
+            )
+        one_hot = torch.zeros(len(labels), self.output_dim, device=memory_encoding.device)
+        return one_hot.scatter_(1, labels.unsqueeze(1), 1.0)
+
+    def classify(self, input_encoding: Tensor, memory_vector: Tensor) -> Tensor:
+        """Returns the log-probability of each class."""
+        return memory_vector.clamp_min(self.LEAST_PROBABILITY).log().to(input_encoding.dtype)
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _parameter_dtype(module: nn.Module, default: Tensor) -> torch.dtype:
+    parameter = next(module.parameters(), default)
+    return parameter.dtype
+
+
+def _classifier(classifier: nn.Module | None, in_features: int, out_features: int) -> nn.Module:
+    if classifier is None:
+        return MLP(in_features, 2 * in_features, out_features)
+    width = _output_width("classifier", classifier, in_features)
+    if width != out_features:
+        raise ValueError(
+            f"classifier={classifier!r} has {width} outputs, but output_dim={out_features}. Pass a classifier that "
+            f"maps [B, {in_features}] to [B, {out_features}], or output_dim={width}."
+        )
+    return classifier
+
+
+def _output_width(name: str, module: nn.Module, in_features: int) -> int:
+    """Runs `module` on two rows of `in_features` zeros, and returns the width of what comes out."""
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"{name}={module!r} is not a module. Pass a torch.nn.Module, or None for the default.")
+    parameter = next(module.parameters(), torch.empty(0))
+    training = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad():
+            output = module(torch.zeros(2, in_features, dtype=parameter.dtype, device=parameter.device))
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{name}={module!r} cannot take encodings of shape [B, {in_features}]: {error}") from error
+    finally:
+        for part, was_training in training.items():
+            part.training = was_training
+    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != 2:
+        raise ValueError(
+            f"{name}={module!r} must map [B, {in_features}] to one tensor [B, width]; it returned "
+            f"{list(output.shape) if isinstance(output, Tensor) else type(output).__name__}."
+        )
+    return output.shape[-1]

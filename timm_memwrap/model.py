@@ -1,0 +1,482 @@
+"""The model: a timm backbone, a Memory Wrap head and a memory bank behind timm's model interface.
+
+Shapes: B inputs, M memory samples, D width of an encoding, C classes, K samples kept per input.
+"""
+
+import logging
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from timm_memwrap import constants
+from timm_memwrap.attention import DISTANCES, MASKED, Keys, content_weights, float32_island, read, top_weights
+from timm_memwrap.fingerprint import Watch, fingerprint
+from timm_memwrap.layers import BaselineMemory, CentreClasses, LabelVote, MeanOfHalves, MemoryLayer, MemoryWrapLayer
+from timm_memwrap.memory_bank import MemoryBank
+from timm_memwrap.timm_interface import TimmInterface, add_prefix
+
+__all__ = ["CLASSIFIERS", "READ_HEADS", "MemoryReadout", "MemoryWrapModel"]
+
+_logger = logging.getLogger(__name__)
+
+READ_HEADS = ("linear", "identity", "classifier")
+CLASSIFIERS = ("mlp", "linear", "vote")
+
+QUEUE_SIZE = 1024
+
+
+class MemoryReadout(NamedTuple):
+    """What a forward read from the memory.
+
+    Attributes:
+        logits: Logits `[B, C]`.
+        weights: Content weights `[B, K]`, strongest first; rows with less support end in zeros.
+        indices: Positions `[B, K]` of those samples in the memory set.
+        encoding: Encodings of the inputs `[B, D]`.
+    """
+
+    logits: Tensor
+    weights: Tensor
+    indices: Tensor
+    encoding: Tensor
+
+
+class _Prepared(NamedTuple):
+    keys: Keys
+    values: Tensor
+
+
+class MemoryWrapModel(TimmInterface):
+    """A timm backbone whose predictions read a memory of training samples.
+
+    Where the memory set comes from:
+    - `model(x, memory=images)`: these images, encoded with gradient, in training and evaluation (the paper's protocol).
+    - Training: for each sample the rest of its batch, with gradient. Costs no second encoder pass.
+    - Evaluation: the memory bank (`build_memory_bank`). While it is empty, the last encodings seen in training.
+
+    Made by `timm.create_model("memwrap_<name>")` or `wrap`; seldom by hand.
+
+    Args:
+        backbone: A timm model. Its own classifier must be gone (`num_classes=0`), except with
+            `read_head="classifier"`, where it stays and is the model's.
+        num_classes: Number of classes C; 0 for none, as in timm: the model then returns the backbone's features.
+        memory_only: Whether the prediction is made from the memory alone (`BaselineMemory`) or from the input and the
+            memory (`MemoryWrapLayer`).
+        distance: `"cosine"`, `"l2"` or `"dot"`.
+        scale: Factor on the similarities. `None` is 10.0 with `read_head="classifier"`, else 1.0 as published.
+        read_head: What projects query and key: `"linear"`, a layer of its own; `"identity"`, nothing, as in the
+            published code; `"classifier"`, the backbone's classifier: similarity of centred logits.
+        classifier: What makes logits of what was read: `"mlp"`, as published; `"linear"`, one layer, which with
+            `read_head="classifier"` is the backbone's; `"vote"`, the weights summed over the samples' labels, with
+            `memory_only`. `None` is `"linear"` with `read_head="classifier"`, else `"mlp"`.
+
+    Raises:
+        ValueError: If an argument is unknown, or two do not fit each other.
+    """
+
+    queue: Tensor | None
+    queue_position: Tensor
+    head: Any
+    memory_bank: MemoryBank
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        memory_only: bool = False,
+        distance: str = "cosine",
+        scale: float | None = None,
+        read_head: str = "linear",
+        classifier: str | None = None,
+    ) -> None:
+        super().__init__()
+        memory_args = resolve_memory_args(memory_only, distance, scale, read_head, classifier)
+        # Order is format: the bank comes last, so that two state dicts of which one has no bank agree up to there.
+        self.backbone = backbone
+        self.num_classes = num_classes
+        self.memory_only = memory_only
+        self.memory_args = memory_args
+        self.head = self._new_head()
+        self.memory_bank = MemoryBank()
+        self.register_buffer("queue", None, persistent=False)
+        self.register_buffer("queue_position", torch.zeros((), dtype=torch.long), persistent=False)
+        self._queue_used = False
+        self._warned = False
+        self._prepared: tuple[Watch, _Prepared] | None = None
+        self._fingerprint: tuple[Watch, str] | None = None
+
+        traits = dict(getattr(backbone, "_traits", {}))
+        self._traits = {**traits, "first_conv": add_prefix(traits.get("first_conv"))}
+        self._model_args: dict[str, Any] = dict(memory_args)
+        # Each rank keeps its own memory: broadcasting it at every forward would cost more than the forward.
+        self._ddp_params_and_buffers_to_ignore = [
+            "queue",
+            "queue_position",
+            *(f"{constants.MEMORY_BANK}.{name}" for name in self.memory_bank._buffers),
+        ]
+
+    @property
+    def keeps_classifier(self) -> bool:
+        """Whether the backbone's own classifier is the read head."""
+        return self.memory_args["read_head"] == "classifier"
+
+    @property
+    def encoding_size(self) -> int:
+        """Width D of an encoding: the backbone's `head_hidden_size`, or C if its classifier is the read head."""
+        return self.num_classes if self.keeps_classifier else self.head_hidden_size
+
+    # -- forward ----------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, memory: Tensor | None = None, return_readout: bool = False) -> Tensor | MemoryReadout:
+        """Classifies images `[B, C, H, W]`.
+
+        Args:
+            x: Images.
+            memory: Images `[M, C, H, W]` to use as the memory set, instead of the batch or the bank.
+            return_readout: Whether to return what was read too, with gradient: for a loss on the weights.
+
+        Returns:
+            Logits `[B, C]`, or a `MemoryReadout`. With `num_classes=0`, the backbone's features.
+
+        Raises:
+            ValueError: If there is no head to read with, or `memory` has no place in a vote.
+        """
+        encoding = self.encode(x)
+        if self.num_classes == 0:
+            if memory is not None or return_readout:
+                raise ValueError(
+                    "num_classes=0: the model has no head to read a memory with. Call reset_classifier(n)."
+                )
+            return encoding
+        if memory is not None:
+            readout = self._read_set(encoding, self.encode(memory), ranked=return_readout)
+        elif self.training:
+            readout = self._read_batch(encoding, ranked=return_readout)
+        else:
+            readout = self._read_remembered(encoding)
+        return readout if return_readout else readout.logits
+
+    def forward_head(self, x: Any, pre_logits: bool = False) -> Tensor:
+        """Computes logits, or with `pre_logits` pooled features, from the backbone's unpooled features."""
+        if pre_logits:
+            return self.backbone.forward_head(x, pre_logits=True)
+        encoding = self.backbone.forward_head(x)
+        if self.num_classes == 0:
+            return encoding
+        readout = self._read_batch(encoding, ranked=False) if self.training else self._read_remembered(encoding)
+        return readout.logits
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Encodes images `[N, C, H, W]` to `[N, D]`."""
+        return self.backbone(x)
+
+    def read_memory(self, x: Tensor) -> MemoryReadout:
+        """Classifies images in evaluation and returns what was read: the bank's samples and their weights.
+
+        Raises:
+            ValueError: If the model is in training mode.
+        """
+        if self.training:
+            raise ValueError("The model is in training mode, where the memory is the batch. Call model.eval() first.")
+        readout = self.forward(x, return_readout=True)
+        assert isinstance(readout, MemoryReadout)
+        return readout
+
+    def read_encoding(self, encoding: Tensor, hidden: Tensor | None = None) -> MemoryReadout:
+        """Reads the memory bank for encodings `[B, D]` that `encode` made: no second pass through the backbone.
+
+        Args:
+            encoding: Encodings `[B, D]`.
+            hidden: Positions `[B, H]` in the bank that each row must not see, each once.
+
+        Raises:
+            ValueError: If the bank is empty.
+        """
+        if not len(self.memory_bank):
+            raise ValueError("The memory bank is empty. Call timm_memwrap.build_memory_bank(model, data) first.")
+        return self._read(encoding, self._prepared_bank(), hidden)
+
+    # -- the memory's state -----------------------------------------------------------------------------------------
+
+    def encoder_fingerprint(self) -> str:
+        """Returns the fingerprint of the weights that encode images."""
+        tensors = list(self.backbone.state_dict(keep_vars=True).values())
+        if self._fingerprint is None or not self._fingerprint[0].unchanged(tensors):
+            self._fingerprint = (Watch(tensors), fingerprint(self.backbone))
+        return self._fingerprint[1]
+
+    def memory_is_stale(self) -> bool:
+        """Returns whether the encoder has changed since it encoded the memory bank."""
+        encoder = self.memory_bank.provenance.encoder
+        return bool(encoder) and encoder != self.encoder_fingerprint()
+
+    # -- timm's interface, as far as it concerns the head -------------------------------------------------------------
+
+    def classifier_name(self) -> str | tuple[str, ...] | None:
+        """Returns the name of the last layer, or names of several, as in timm's `pretrained_cfg["classifier"]`."""
+        if self.keeps_classifier:
+            return add_prefix(self.backbone.pretrained_cfg["classifier"])
+        return HEAD_CLASSIFIER_NAMES[self.memory_args["classifier"]]
+
+    def get_classifier(self) -> nn.Module:
+        """Returns the last layer; `nn.Identity` if there is none."""
+        if self.num_classes and self.keeps_classifier:
+            return self.backbone.get_classifier()
+        name = self.classifier_name()
+        return self.get_submodule(name) if self.num_classes and isinstance(name, str) else nn.Identity()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the head by a new one, as timm's `reset_classifier` does.
+
+        The memory bank is dropped, with a warning: its labels mean nothing to other classes. Only a vote that reads
+        the backbone's features keeps it when classes are added, since it has no class layer.
+
+        Args:
+            num_classes: New number of classes; 0 for none.
+            global_pool: New pooling, if not `None`; `""` for none, with `num_classes=0` only.
+
+        Raises:
+            ValueError: If a head is to read features that are not pooled.
+        """
+        check_global_pool(global_pool, num_classes)
+        grows = (
+            self.memory_args["classifier"] == "vote" and not self.keeps_classifier and num_classes >= self.num_classes
+        )
+        if self.keeps_classifier:
+            self.backbone.reset_classifier(num_classes, global_pool)
+        elif global_pool is not None:
+            self.backbone.reset_classifier(0, global_pool)
+        if global_pool is not None:
+            self._model_args["global_pool"] = global_pool
+        device = next(self.backbone.parameters()).device
+        self.num_classes = num_classes
+        self.head = self._new_head().to(device).train(self.training)
+        self._forget_queue()
+        self._prepared = None
+        if len(self.memory_bank) and not grows:
+            _logger.warning(
+                "reset_classifier(%d) drops the memory bank of %d samples: its labels are of other classes. "
+                "Call build_memory_bank to build a new one.",
+                num_classes,
+                len(self.memory_bank),
+            )
+            self.memory_bank.clear()
+
+    def train(self, mode: bool = True) -> "MemoryWrapModel":
+        """Sets training mode, where the memory is the batch, or evaluation mode, where it is the bank."""
+        super().train(mode)
+        if mode and self.num_classes:
+            self._make_queue()
+        return self
+
+    # -- internals --------------------------------------------------------------------------------------------------
+
+    def _new_head(self) -> nn.Module:
+        if self.num_classes == 0:
+            return nn.Identity()
+        args = self.memory_args
+        width = self.encoding_size
+        read_heads = {"linear": None, "identity": nn.Identity(), "classifier": CentreClasses()}
+        common = {"head": read_heads[args["read_head"]], "distance": args["distance"], "scale": args["scale"]}
+        if args["classifier"] == "vote":
+            return LabelVote(width, self.num_classes, **common)
+        layer: type[MemoryWrapLayer] | type[BaselineMemory] = BaselineMemory if self.memory_only else MemoryWrapLayer
+        classifier: nn.Module | None = None
+        if self.keeps_classifier:
+            # Encodings are logits already. C(sum w m) = sum w C(m), since the weights sum to 1.
+            classifier = nn.Identity() if self.memory_only else MeanOfHalves()
+        elif args["classifier"] == "linear":
+            classifier = nn.Linear(width if self.memory_only else 2 * width, self.num_classes)
+        return layer(width, self.num_classes, classifier=classifier, **common)
+
+    def _read(
+        self, encoding: Tensor, prepared: _Prepared, hidden: Tensor | None = None, ranked: bool = True
+    ) -> MemoryReadout:
+        """Reads `prepared`; `ranked=False` spares training the order of the weights, and leaves them out."""
+        head: MemoryLayer = self.head
+        size = len(prepared.values)
+        similarity = head.similarity(encoding, prepared.keys)
+        with float32_island(similarity):
+            if hidden is not None:
+                if hidden.shape[-1] >= size:
+                    similarity = similarity[:, :0]
+                else:
+                    similarity = similarity.scatter(1, hidden.to(similarity.device), MASKED)
+            if self.training or torch.compiler.is_compiling():
+                # No shape that depends on data, and a gradient that is one matrix product.
+                dense = content_weights(similarity)
+                vector = dense @ prepared.values if dense.shape[-1] else _zeros(prepared.values, len(encoding))
+                weights, indices = dense.sort(dim=-1, descending=True) if ranked else (dense[:, :0], None)
+            else:
+                weights, indices = top_weights(similarity)
+                vector = read(weights, indices, prepared.values)
+        if indices is None:
+            indices = torch.zeros_like(weights, dtype=torch.long)
+        return MemoryReadout(head.classify(encoding, vector), weights, indices, encoding)
+
+    def _prepare(self, memory_encoding: Tensor, labels: Tensor | None = None) -> _Prepared:
+        return _Prepared(self.head.keys(memory_encoding), self.head.values(memory_encoding, labels))
+
+    def _read_set(self, encoding: Tensor, memory_encoding: Tensor, ranked: bool = True) -> MemoryReadout:
+        return self._read(encoding, self._prepare(memory_encoding), ranked=ranked)
+
+    def _read_batch(self, encoding: Tensor, ranked: bool) -> MemoryReadout:
+        itself = torch.arange(len(encoding), device=encoding.device).unsqueeze(1)
+        readout = self._read(encoding, self._prepare(encoding), hidden=itself, ranked=ranked)
+        self._remember(encoding)
+        return readout
+
+    def _read_remembered(self, encoding: Tensor) -> MemoryReadout:
+        if len(self.memory_bank):
+            return self._read(encoding, self._prepared_bank())
+        if self._queue_used and not torch.compiler.is_compiling() and self.memory_args["classifier"] != "vote":
+            assert self.queue is not None
+            filled = min(int(self.queue_position), len(self.queue))
+            return self._read_set(encoding, self.queue[:filled])
+        if not self._warned:
+            self._warned = True
+            _logger.warning(
+                "The memory is empty, so the model reads nothing from it. Call timm_memwrap.build_memory_bank(model, "
+                "data) before evaluation."
+            )
+        nothing = encoding.new_zeros(0, self.encoding_size)
+        return self._read(encoding, self._prepare(nothing, torch.zeros(0, dtype=torch.long, device=encoding.device)))
+
+    def _prepared_bank(self) -> _Prepared:
+        """Projects and normalises the bank's keys once, until a weight or the bank changes."""
+        bank = self.memory_bank
+        assert bank.encodings is not None and bank.labels is not None
+        parameters = list(self.head.parameters())
+        wants_gradient = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
+        if self.training or wants_gradient or torch.compiler.is_compiling():
+            return self._prepare(bank.encodings, bank.labels)
+        watched = [*parameters, *self.head.buffers(), bank.encodings, bank.labels]
+        if self._prepared is None or not self._prepared[0].unchanged(watched):
+            # Not in inference mode, whose tensors a later backward could not use.
+            with torch.inference_mode(False), torch.no_grad():
+                self._prepared = (Watch(watched), self._prepare(bank.encodings, bank.labels))
+        return self._prepared[1]
+
+    def _make_queue(self) -> None:
+        parameter = next(self.backbone.parameters())
+        if self.queue is None or self.queue.device != parameter.device:
+            self.queue = torch.zeros(QUEUE_SIZE, self.encoding_size, device=parameter.device)
+            self._forget_queue(keep=True)
+
+    def _remember(self, encoding: Tensor) -> None:
+        """Keeps the last encodings seen in training, in a ring."""
+        self._make_queue()
+        assert self.queue is not None
+        encoding = encoding.detach()[-len(self.queue) :]
+        positions = (self.queue_position + torch.arange(len(encoding), device=encoding.device)) % len(self.queue)
+        with torch.no_grad():
+            self.queue.index_copy_(0, positions, encoding.to(self.queue.dtype))
+            self.queue_position += len(encoding)
+        self._queue_used = True
+
+    def _forget_queue(self, keep: bool = False) -> None:
+        if not keep:
+            self.queue = None
+        self.queue_position.zero_()
+        self._queue_used = False
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "MemoryWrapModel":
+        """Moves or casts the model. A bank that fitted the encoder still does after a cast of both."""
+        casts = len(self.memory_bank) > 0 and fn(torch.zeros(0)).dtype != torch.zeros(0).dtype
+        fitted = casts and not self.memory_is_stale()
+        super()._apply(fn, recurse)
+        if fitted and self.memory_bank.provenance.encoder:
+            self.memory_bank.set_encoder(self.encoder_fingerprint())
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict,
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Refuses a bank that the head cannot read, before anything of it is loaded."""
+        bank = f"{prefix}{constants.MEMORY_BANK}."
+        encodings, labels = state_dict.get(f"{bank}encodings"), state_dict.get(f"{bank}labels")
+        if encodings is not None and (encodings.ndim != 2 or encodings.shape[1] != self.encoding_size):
+            error_msgs.append(
+                f"The memory bank's encodings have shape {list(encodings.shape)}; this model reads "
+                f"[M, {self.encoding_size}]. They are of another backbone or read_head."
+            )
+        if labels is not None and labels.numel() and not labels.is_meta and int(labels.max()) >= self.num_classes:
+            error_msgs.append(
+                f"The memory bank has a label {int(labels.max())}, outside num_classes={self.num_classes}. Its labels "
+                f"are of other classes."
+            )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        # Other weights made what is in the queue.
+        self._forget_queue()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is derived is derived anew: a copy must not watch the original's tensors.
+        return {**self.__dict__, "_prepared": None, "_fingerprint": None}
+
+
+# Names of the last layer in the state dict by `classifier`, where it is not the backbone's.
+HEAD_CLASSIFIER_NAMES = {
+    "mlp": f"{constants.HEAD}.classifier.fc2",
+    "linear": f"{constants.HEAD}.classifier",
+    "vote": None,
+}
+
+
+def resolve_memory_args(
+    memory_only: bool, distance: str, scale: float | None, read_head: str, classifier: str | None
+) -> dict[str, Any]:
+    """Checks the arguments that shape the memory, and fills in what is `None`.
+
+    Raises:
+        ValueError: If one is unknown, or two do not fit each other.
+    """
+    if classifier is None:
+        classifier = "linear" if read_head == "classifier" else "mlp"
+    if scale is None:
+        scale = 10.0 if read_head == "classifier" else 1.0
+    choices = (
+        ("distance", distance, DISTANCES),
+        ("read_head", read_head, READ_HEADS),
+        ("classifier", classifier, CLASSIFIERS),
+    )
+    for name, value, known in choices:
+        if value not in known:
+            raise ValueError(f"Unknown {name}={value!r}. Pass one of {', '.join(map(repr, known))}.")
+    if read_head == "classifier" and classifier == "mlp":
+        raise ValueError(
+            "read_head='classifier' reads in the space of the backbone's logits, which classifier='mlp' would have to "
+            "learn anew. Pass classifier='linear' (the backbone's own) or 'vote'."
+        )
+    if classifier == "vote" and not memory_only:
+        raise ValueError(
+            "classifier='vote' classifies from the memory alone. Create 'memwrap_baseline_<name>', or pass "
+            "memory_only=True to wrap."
+        )
+    return {"distance": distance, "scale": scale, "read_head": read_head, "classifier": classifier}
+
+
+def check_global_pool(global_pool: str | None, num_classes: int) -> None:
+    """Refuses a head on features that are not pooled.
+
+    Raises:
+        ValueError: If `global_pool` is `""` and there are classes.
+    """
+    if global_pool == "" and num_classes > 0:
+        raise ValueError(
+            f"global_pool='' with num_classes={num_classes}: the memory compares pooled encodings. Leave global_pool "
+            f"at its default, or pass num_classes=0 for features."
+        )
+
+
+def _zeros(values: Tensor, rows: int) -> Tensor:
+    return values.new_zeros(rows, values.shape[-1])

@@ -1,0 +1,141 @@
+"""timm's model interface for a model that stands around a timm backbone.
+
+What the backbone can do, the model can do; names of parameters and modules get the backbone's prefix.
+"""
+
+import re
+from collections.abc import Callable
+from copy import copy
+from typing import Any
+
+from timm.models import FeatureInfo
+from torch import Tensor, nn
+
+from timm_memwrap.constants import BACKBONE
+
+__all__ = ["TimmInterface", "add_prefix"]
+
+# Capabilities that only some backbones have: `hasattr` must answer as it does for the backbone.
+_DELEGATED = frozenset({"forward_intermediates", "set_grad_checkpointing"})
+_ADAPTED = {
+    "group_matcher": "_group_matcher",
+    "no_weight_decay": "_no_weight_decay",
+    "prune_intermediate_layers": "_prune_intermediate_layers",
+    "set_input_size": "_set_input_size",
+    "feature_info": "_feature_info",
+}
+
+
+def add_prefix(names: Any) -> Any:
+    """Puts the backbone's prefix before a parameter's or module's name, or each of several; `None` stays."""
+    if names is None:
+        return None
+    if isinstance(names, str):
+        return f"{BACKBONE}.{names}"
+    return tuple(f"{BACKBONE}.{name}" for name in names)
+
+
+class TimmInterface(nn.Module):
+    """The part of timm's model interface that only concerns the backbone."""
+
+    backbone: Any
+    num_classes: int
+    _traits: dict[str, Any]
+    _model_args: dict[str, Any]
+    pretrained_cfg: dict[str, Any]
+    default_cfg: dict[str, Any]
+    pretrained_model_args: dict[str, Any]
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _DELEGATED:
+            return getattr(self.backbone, name)
+        if name in _ADAPTED and hasattr(self.backbone, name):
+            adapted = object.__getattribute__(self, _ADAPTED[name])
+            return adapted() if name == "feature_info" else adapted
+        return super().__getattr__(name)
+
+    @property
+    def num_features(self) -> int:
+        """Width of the backbone's unpooled features."""
+        return self.backbone.num_features
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Width of `forward_head(x, pre_logits=True)`."""
+        return self.backbone.head_hidden_size
+
+    @property
+    def in_chans(self) -> int:
+        """Number of channels of an input image."""
+        return self.backbone.in_chans
+
+    def forward_features(self, x: Tensor, **kwargs: Any) -> Any:
+        """Computes the backbone's unpooled features."""
+        return self.backbone.forward_features(x, **kwargs)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the last layer. See `MemoryWrapModel.reset_classifier`."""
+        raise NotImplementedError
+
+    def _feature_info(self) -> Any:
+        info = self.backbone.feature_info
+        entries = info.info if isinstance(info, FeatureInfo) else info
+        prefixed = [
+            {**entry, "module": add_prefix(entry["module"])} if "module" in entry else entry for entry in entries
+        ]
+        if not isinstance(info, FeatureInfo):
+            return prefixed
+        adapted = copy(info)
+        adapted.info = prefixed
+        return adapted
+
+    def _group_matcher(self, coarse: bool = False) -> Any:
+        """Adapts the backbone's layer groups. The head matches none of them and is last, as timm's heads are."""
+        matcher = self.backbone.group_matcher(coarse=coarse)
+        if isinstance(matcher, dict):
+            return {name: _prefix_spec(spec) for name, spec in matcher.items()}
+        return _prefix_callable(matcher)
+
+    def _no_weight_decay(self) -> set[str]:
+        return {add_prefix(name) for name in self.backbone.no_weight_decay()}
+
+    def _prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> Any:
+        indices = self.backbone.prune_intermediate_layers(indices, prune_norm=prune_norm, prune_head=prune_head)
+        if prune_head:
+            self.reset_classifier(0, "")
+        return indices
+
+    def _set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        self.backbone.set_input_size(*args, **kwargs)
+        # timm records the new size on the model that it resized; stock saving reads it from this one.
+        self._traits = {**self._traits, "img_size": self.backbone._traits.get("img_size")}
+        args_of_backbone = getattr(self.backbone, "_model_args", {})
+        self._model_args = {k: v for k, v in self._model_args.items() if k != "img_size"} | args_of_backbone
+
+
+def _prefix_spec(spec: Any) -> Any:
+    if spec is None:
+        return None
+    if isinstance(spec, str):
+        return _prefix_regex(spec)
+    return [(None if part[0] is None else _prefix_regex(part[0]), *part[1:]) for part in spec]
+
+
+def _prefix_regex(regex: str) -> str:
+    """Anchors `regex`, which timm applies with `re.match`, behind the prefix.
+
+    `re.match` anchors every alternative at the start, with or without its own `^`; behind a prefix a `^` could not
+    match, so those that are anchors (neither escaped nor the negation of a set) go.
+    """
+    without_anchors = re.sub(r"(?<![\[\\])\^", "", regex)
+    return rf"^{BACKBONE}\.(?:{without_anchors})"
+
+
+def _prefix_callable(matcher: Callable[[str], Any]) -> Callable[[str], Any]:
+    def matches(name: str) -> Any:
+        prefix = f"{BACKBONE}."
+        return matcher(name[len(prefix) :]) if name.startswith(prefix) else (float("inf"),)
+
+    return matches
