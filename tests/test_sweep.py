@@ -1,0 +1,63 @@
+"""Every architecture: built on the meta device, run forward, its parameters grouped as the backbone's are.
+
+Slow: one case takes half a second, and there are more than a thousand. Run by hand with `pytest -m slow`.
+"""
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models import group_parameters
+from torch import nn
+
+from timm_memwrap import MemoryWrapModel
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+PREFIXES = ("memwrap_", "memwrap_baseline_")
+NUM_CLASSES = 7
+
+
+def backbones() -> list[str]:
+    """Returns all architectures that have a Memory Wrap name."""
+    names = timm.list_models()
+    return [name for name in names if not name.startswith(PREFIXES) and timm.is_model(PREFIXES[0] + name)]
+
+
+def layer_ids(model: Any, coarse: bool) -> dict[str, int]:
+    return group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
+
+
+def assert_names_real_parameters(model: nn.Module, cfg: Any) -> None:
+    state_dict = model.state_dict()
+    for names in (cfg["classifier"], cfg["first_conv"]):
+        for name in (names,) if isinstance(names, str) else names:
+            assert f"{name}.weight" in state_dict, f"{name} is not a parameter of the model"
+
+
+@pytest.mark.parametrize("backbone", backbones())
+def test_every_architecture_runs_on_the_meta_device(backbone: str) -> None:
+    with torch.device("meta"):
+        plain: Any = timm.create_model(backbone, num_classes=NUM_CLASSES)
+        for prefix in PREFIXES:
+            model: Any = timm.create_model(prefix + backbone, num_classes=NUM_CLASSES)
+            assert isinstance(model, MemoryWrapModel)
+            assert model.memory_only == (prefix == PREFIXES[1])
+            images = torch.randn(2, *model.pretrained_cfg["input_size"])
+            # In evaluation without a memory, since how many samples a read keeps depends on data, which meta lacks.
+            for training in (False, True):
+                assert model.train(training)(images).shape == (2, NUM_CLASSES)
+
+            assert_names_real_parameters(model, model.pretrained_cfg)
+            for cfg in timm.models.get_arch_pretrained_cfgs(prefix + backbone).values():
+                assert_names_real_parameters(model, cfg.to_dict())
+
+            assert hasattr(model, "group_matcher") == hasattr(plain, "group_matcher")
+            for coarse in (False, True):
+                expected, ids = layer_ids(plain, coarse), layer_ids(model, coarse)
+                for name, layer_id in ids.items():
+                    if name.startswith("backbone."):
+                        assert layer_id == expected[name.removeprefix("backbone.")], name
+                    else:
+                        assert layer_id == max(expected.values()), name
