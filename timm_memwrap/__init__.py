@@ -4,6 +4,7 @@ Importing the package registers `memwrap_<name>` and `memwrap_baseline_<name>` f
 """
 
 from timm_memwrap.building import build_memory_bank as build_memory_bank
+from timm_memwrap.explaining import explain as explain
 from timm_memwrap.hub import from_pretrained as from_pretrained
 from timm_memwrap.hub import save_pretrained as save_pretrained
 from timm_memwrap.layers import BaselineMemory as BaselineMemory
@@ -23,6 +24,7 @@ __all__ = [
     "MemoryWrapLayer",
     "MemoryWrapModel",
     "build_memory_bank",
+    "explain",
     "from_pretrained",
     "register_backbones",
     "save_pretrained",

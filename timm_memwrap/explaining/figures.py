@@ -1,0 +1,335 @@
+"""Figures of explanations, with matplotlib. Frames and words tell examples from counterfactuals, not colour alone."""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from timm_memwrap.explaining.explanation import Explanation, MemorySample, explain
+from timm_memwrap.explaining.inputs import find_picture, to_picture
+from timm_memwrap.model import MemoryWrapModel
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["plot_explanation", "plot_explanations"]
+
+# Okabe and Ito's palette: told apart with any common colour vision, and in grey by their brightness.
+BLUE, ORANGE, GREY, PALE = "#0072B2", "#D55E00", "#666666", "#EEEEEE"
+
+# In inches.
+_INPUT, _SAMPLE, _GAP, _MARGIN = 1.25, 0.95, 0.3, 0.25
+_LINE = 0.155
+
+
+def plot_explanations(
+    model: MemoryWrapModel,
+    images: Any,
+    explanations: Sequence[Explanation] | None = None,
+    labels: Sequence[int] | Tensor | None = None,
+    path: str | os.PathLike | None = None,
+    dataset: Any = None,
+    top_k: int = 5,
+    dpi: int = 150,
+) -> "Figure":
+    """Draws a grid: a row per input, with the memory samples that its prediction used, strongest first.
+
+    Args:
+        model: The model that was explained.
+        images: What was explained: see `explain`. Float tensors are model inputs, and their normalisation is undone;
+            uint8 tensors, PIL images and paths are shown as they are.
+        explanations: What `explain` returned for them; `None` to call it.
+        labels: True classes of the inputs, if known.
+        path: File to write the figure to, by its suffix a PNG, PDF or SVG; `None` to write none.
+        dataset: Where the memory samples' pictures are to be fetched by id, if the bank holds none: the dataset that
+            it was built from, or a mapping from id to image. Without, a tile names the sample.
+        top_k: How many samples to draw for an input.
+        dpi: Resolution of the file.
+
+    Returns:
+        The matplotlib figure, which belongs to no pyplot state.
+
+    Raises:
+        ImportError: If matplotlib is absent.
+        ValueError: If images, explanations and labels differ in number.
+    """
+    pictures, explanations, true = _aligned(model, images, explanations, labels, top_k)
+    columns = max(1, min(top_k, max(len(explanation.samples) for explanation in explanations)))
+    left = _MARGIN + _INPUT + 2.2 * _GAP
+    row_height = _INPUT + 3 * _LINE + 0.12
+    width = left + columns * (_SAMPLE + _GAP) + 0.35 + _MARGIN
+    page = _Page(max(width, 7.2), 0.5 + len(pictures) * row_height + 0.62)
+    page.text(_MARGIN, 0.14, "Predicted", size=9, weight="bold")
+    page.text(left, 0.14, "from these remembered training images, strongest first", size=9, weight="bold")
+
+    for row, (picture, explanation, label) in enumerate(zip(pictures, explanations, true, strict=True)):
+        top = 0.5 + row * row_height
+        _draw_input(page, model, _MARGIN, top, picture, explanation, label)
+        page.text(left - 1.1 * _GAP, top + _INPUT / 2, "←", size=16, color=GREY, align="center", middle=True)
+        for column, sample in enumerate(explanation.samples[:columns]):
+            x = left + column * (_SAMPLE + _GAP)
+            _draw_sample(page, x, top, _SAMPLE, sample, _picture_of(model, sample, dataset))
+        drawn = explanation.samples[:columns]
+        rest = explanation.support_size - len(drawn)
+        if rest:
+            share = max(0.0, 1 - sum(sample.weight for sample in drawn))
+            x = left + len(drawn) * (_SAMPLE + _GAP) - 0.5 * _GAP + 0.05
+            page.text(x, top + _SAMPLE / 2, f"+ {rest}\nmore\n{share:.0%}", size=7, color=GREY, middle=True)
+    _draw_legend(page)
+    return page.finish(path, dpi)
+
+
+def plot_explanation(
+    model: MemoryWrapModel,
+    image: Any,
+    explanation: Explanation | None = None,
+    label: int | None = None,
+    path: str | os.PathLike | None = None,
+    dataset: Any = None,
+    top_k: int = 5,
+    dpi: int = 150,
+) -> "Figure":
+    """Draws one explanation: examples above, counterfactuals below, and what each sample changed.
+
+    Arguments, return value and errors are as in `plot_explanations`, for one image.
+    """
+    several = image.unsqueeze(0) if isinstance(image, Tensor) and image.ndim == 3 else image
+    pictures, (explanation, *more), labels = _aligned(
+        model,
+        several,
+        None if explanation is None else [explanation],
+        None if label is None else [label],
+        top_k,
+    )
+    if more:
+        raise ValueError(f"{1 + len(more)} images for one explanation. Call plot_explanations for several.")
+    groups = (
+        (f"Examples: the model sees “{_short(explanation.class_name, 24)}” in them too", explanation.examples),
+        ("Counterfactuals: it sees another class in them", explanation.counterfactuals),
+    )
+    columns = max(1, *(min(top_k, len(samples)) for _, samples in groups))
+    size = 1.7
+    left = _MARGIN + size + 2 * _GAP
+    row_height = _SAMPLE + 5 * _LINE + 0.3
+    page = _Page(max(left + columns * (_SAMPLE + _GAP) + _MARGIN, 7.2), 0.22 + 2 * (row_height + 0.2) + 0.55)
+    _draw_input(page, model, _MARGIN, 0.45, pictures[0], explanation, labels[0], size)
+    page.text(_MARGIN, 0.45 + size + 3.6 * _LINE, _without_memory(model, explanation), size=7.5, color=GREY)
+    for row, (title, samples) in enumerate(groups):
+        top = 0.22 + row * (row_height + 0.2)
+        page.text(left, top - 0.08, title, size=9, weight="bold", color=(BLUE, ORANGE)[row])
+        if not samples:
+            page.text(left, top + 0.25, "None among the samples that the prediction used.", size=8, color=GREY)
+        for column, sample in enumerate(samples[:columns]):
+            x = left + column * (_SAMPLE + _GAP)
+            _draw_sample(page, x, top + 0.23, _SAMPLE, sample, _picture_of(model, sample, dataset))
+            without = "no class" if sample.prediction_without is None else _name(model, sample.prediction_without)
+            flips = sample.prediction_without != explanation.prediction
+            page.text(
+                x,
+                top + 0.23 + _SAMPLE + 2.9 * _LINE,
+                f"without it: {without}" if flips else f"without it: {explanation.probability - sample.influence:.0%}",
+                size=7,
+                color="black" if flips else GREY,
+                weight="bold" if flips else "normal",
+            )
+    _draw_legend(page)
+    return page.finish(path, dpi)
+
+
+def _aligned(
+    model: MemoryWrapModel,
+    images: Any,
+    explanations: Sequence[Explanation] | None,
+    labels: Sequence[int] | Tensor | None,
+    top_k: int,
+) -> tuple[list[np.ndarray], list[Explanation], list[int | None]]:
+    if explanations is None:
+        explanations = explain(model, images, top_k)
+    if isinstance(images, Tensor):
+        one_by_one = list(images) if images.ndim == 4 else [images]
+    else:
+        one_by_one = [images] if isinstance(images, Image.Image | str | os.PathLike) else list(images)
+    true: list[int | None] = [None] * len(one_by_one) if labels is None else [int(label) for label in labels]
+    if not len(one_by_one) == len(explanations) == len(true) or not one_by_one:
+        raise ValueError(
+            f"{len(one_by_one)} images, {len(explanations)} explanations and {len(true)} labels. Pass one explanation, "
+            f"and one label if any, for each image, and at least one image."
+        )
+    return [to_picture(model, image) for image in one_by_one], list(explanations), true
+
+
+def _picture_of(model: MemoryWrapModel, sample: MemorySample, dataset: Any) -> np.ndarray | None:
+    if sample.image is not None:
+        return to_picture(model, sample.image)
+    return None if dataset is None else find_picture(model, dataset, sample.id)
+
+
+def _name(model: MemoryWrapModel, label: int, most: int = 18) -> str:
+    from timm_memwrap.explaining.explanation import class_names
+
+    names = class_names(model)
+    return _short(names[label] if 0 <= label < len(names) else f"class {label}", most)
+
+
+def _short(text: str, most: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def _without_memory(model: MemoryWrapModel, explanation: Explanation) -> str:
+    if explanation.prediction_without_memory is None:
+        return "Without its memory\nit could not tell."
+    without = _name(model, explanation.prediction_without_memory)
+    if explanation.prediction_without_memory == explanation.prediction:
+        return f"Without its memory\nstill “{without}” ({explanation.probability_without_memory:.0%})."
+    return f"Without its memory\n“{without}”."
+
+
+def _draw_input(
+    page: "_Page",
+    model: MemoryWrapModel,
+    x: float,
+    top: float,
+    picture: np.ndarray,
+    explanation: Explanation,
+    label: int | None,
+    size: float = _INPUT,
+) -> None:
+    page.picture(x, top, size, picture)
+    line = top + size + 0.07
+    page.text(x, line, f"{_short(explanation.class_name, 18)} {explanation.probability:.0%}", size=9, weight="bold")
+    if label is not None:
+        right = label == explanation.prediction
+        verdict = "✓ right" if right else f"✗ wrong, it is {_name(model, label, 14)}"
+        page.text(x, line + 1.15 * _LINE, verdict, size=8, color=BLUE if right else ORANGE)
+
+
+def _draw_sample(
+    page: "_Page", x: float, top: float, size: float, sample: MemorySample, picture: np.ndarray | None
+) -> None:
+    color = BLUE if sample.is_example else ORANGE
+    if picture is None:
+        page.tile(x, top, size, _short(str(sample.id), 40))
+    else:
+        page.picture(x, top, size, picture)
+    page.frame(x, top, size, color, dashed=not sample.is_example)
+    line = top + size + 0.07
+    page.bar(x, line, size, sample.weight, color)
+    line += 0.9 * _LINE
+    mark = "" if sample.is_example else "≠ "
+    page.text(x, line, f"{mark}{_short(sample.predicted_class_name, 15)}", size=8, color=color)
+    if sample.label != sample.prediction:
+        page.text(x, line + 0.95 * _LINE, f"label: {_short(sample.class_name, 14)}", size=7, color=GREY)
+
+
+def _draw_legend(page: "_Page") -> None:
+    y, box = page.height - 0.4, 0.16
+    page.frame(_MARGIN, y, box, BLUE, dashed=False)
+    page.text(_MARGIN + 0.25, y + box / 2, "example: the model sees the same class", size=7.5, middle=True)
+    page.frame(_MARGIN + 2.55, y, box, ORANGE, dashed=True)
+    page.text(_MARGIN + 2.8, y + box / 2, "≠ counterfactual: it sees another class", size=7.5, middle=True)
+    page.text(_MARGIN + 5.25, y + box / 2, "bar: share of the evidence", size=7.5, middle=True)
+
+
+class _Page:
+    """A figure addressed in inches from its top left corner, so that sizes do not depend on the number of rows."""
+
+    def __init__(self, width: float, height: float) -> None:
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("Figures need matplotlib: pip install 'timm-memwrap[plot]'.") from error
+        self.width, self.height = width, height
+        self.figure = Figure(figsize=(width, height), facecolor="white")
+
+    def _axes(self, x: float, top: float, width: float, height: float) -> "Axes":
+        box = (x / self.width, 1 - (top + height) / self.height, width / self.width, height / self.height)
+        axes = self.figure.add_axes(box)
+        axes.set_axis_off()
+        return axes
+
+    def picture(self, x: float, top: float, size: float, picture: np.ndarray) -> None:
+        axes = self._axes(x, top, size, size)
+        # Few pixels are shown as such: smoothed, they would look like a blur of the camera.
+        axes.imshow(picture, interpolation="nearest" if max(picture.shape[:2]) < 100 else "antialiased")
+
+    def tile(self, x: float, top: float, size: float, text: str) -> None:
+        from matplotlib.patches import Rectangle
+
+        axes = self._axes(x, top, size, size)
+        axes.add_patch(Rectangle((0, 0), 1, 1, facecolor=PALE, transform=axes.transAxes))
+        lines = [text[i : i + 12] for i in range(0, len(text), 12)]
+        axes.text(
+            0.5,
+            0.5,
+            "\n".join(["no picture", *lines]),
+            size=6.5,
+            color=GREY,
+            ha="center",
+            va="center",
+            parse_math=False,
+        )
+
+    def frame(self, x: float, top: float, size: float, color: str, dashed: bool) -> None:
+        from matplotlib.patches import Rectangle
+
+        axes = self._axes(x, top, size, size)
+        style: Any = (0, (3, 1.5)) if dashed else "solid"
+        axes.add_patch(
+            Rectangle(
+                (0, 0),
+                1,
+                1,
+                fill=False,
+                edgecolor=color,
+                linewidth=2.2,
+                linestyle=style,
+                transform=axes.transAxes,
+                clip_on=False,
+            )
+        )
+
+    def bar(self, x: float, top: float, width: float, share: float, color: str) -> None:
+        """Draws a share of 1 as a bar with its number behind it."""
+        from matplotlib.patches import Rectangle
+
+        length = width - 0.32
+        axes = self._axes(x, top, length, 0.09)
+        for part, face in ((1.0, PALE), (min(1.0, share), color)):
+            axes.add_patch(Rectangle((0, 0), part, 1, facecolor=face, transform=axes.transAxes))
+        number = f"{share:.0%}" if share >= 0.01 else "<1%"
+        self.text(x + width, top + 0.045, number, size=7.5, align="right", middle=True)
+
+    def text(
+        self,
+        x: float,
+        top: float,
+        text: str,
+        size: float,
+        color: str = "black",
+        weight: str = "normal",
+        align: str = "left",
+        middle: bool = False,
+    ) -> None:
+        # Class names are a stranger's: a dollar sign must not start a formula.
+        self.figure.text(
+            x / self.width, 1 - top / self.height, text, size=size, color=color, weight=weight, ha=align,
+            va="center" if middle else "top", parse_math=False,
+        )  # fmt: skip
+
+    def finish(self, path: str | os.PathLike | None, dpi: int) -> "Figure":
+        """Writes the figure, whole or not at all."""
+        if path is not None:
+            path = Path(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".plot-") as folder:
+                temporary = Path(folder) / path.name
+                self.figure.savefig(temporary, dpi=dpi)
+                os.replace(temporary, path)
+        return self.figure

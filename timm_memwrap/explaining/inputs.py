@@ -1,0 +1,211 @@
+"""Images on their way into the model, and back into pictures for people to look at.
+
+Shapes: B images, C channels.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from timm_memwrap.memory_bank import SampleId
+from timm_memwrap.model import MemoryWrapModel
+
+__all__ = ["batches_of", "check_model", "encoded_batches", "evaluating", "find_picture", "to_batch", "to_picture"]
+
+BATCH_SIZE = 64
+
+
+def check_model(model: Any) -> None:
+    """Refuses a model that has nothing to explain its predictions with.
+
+    Raises:
+        ValueError: If `model` is no Memory Wrap model, has no classes, or its bank is empty.
+    """
+    if not isinstance(model, MemoryWrapModel):
+        raise ValueError(f"{type(model).__name__} is not a Memory Wrap model. Wrap it: timm_memwrap.wrap(model).")
+    if model.num_classes == 0:
+        raise ValueError(
+            "num_classes=0: the model has no head, so it predicts nothing. Call reset_classifier(n) first."
+        )
+    if not len(model.memory_bank):
+        raise ValueError(
+            "The memory bank is empty, so there are no samples to explain a prediction with. Call "
+            "timm_memwrap.build_memory_bank(model, data) first."
+        )
+
+
+@contextmanager
+def evaluating(model: MemoryWrapModel) -> Iterator[None]:
+    """Puts the model into evaluation mode without gradients, and restores the mode of each of its modules."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, was_training in training.items():
+            module.training = was_training
+
+
+def data_config(model: MemoryWrapModel) -> dict[str, Any]:
+    """Returns timm's data configuration, with a mean and a std for each of the model's channels."""
+    config = resolve_model_data_config(model)
+    channels = config["input_size"][0]
+    for key in ("mean", "std"):
+        if len(config[key]) != channels:
+            # As timm's loaders do for other channel counts.
+            config[key] = (sum(config[key]) / len(config[key]),) * channels
+    return config
+
+
+def batches_of(model: MemoryWrapModel, images: Any) -> list[Tensor]:
+    """Makes model inputs `[B, C, H, W]` of whatever images: see `explain`.
+
+    A tensor stays one batch, so that its logits are those of `model(images)`; other images come in batches.
+
+    Raises:
+        ValueError: If they are no images, none at all, or do not fit the model.
+    """
+    if isinstance(images, Tensor):
+        return [to_batch(model, images)]
+    several = [images] if _is_one(images) else list(images)
+    if not several:
+        raise ValueError("No images to explain: the list is empty. Pass at least one.")
+    if any(isinstance(image, Tensor) for image in several):
+        return [to_batch(model, several)]
+    return [to_batch(model, several[i : i + BATCH_SIZE]) for i in range(0, len(several), BATCH_SIZE)]
+
+
+def to_batch(model: MemoryWrapModel, images: Any) -> Tensor:
+    """Makes one model input `[B, C, H, W]` of tensors, PIL images or paths."""
+    parameter = next(model.parameters())
+    if not isinstance(images, Tensor):
+        images = _stack(model, [images] if _is_one(images) else list(images))
+    if images.ndim == 3:
+        images = images.unsqueeze(0)
+    if images.ndim != 4 or not len(images) or not images.is_floating_point():
+        raise ValueError(
+            f"images are {images.dtype} of shape {list(images.shape)}; expected floats [B, C, H, W] or [C, H, W], "
+            f"normalised as in training. Pass PIL images or paths to have the model's own transform applied."
+        )
+    return images.to(parameter)
+
+
+def _is_one(images: Any) -> bool:
+    return isinstance(images, Tensor | Image.Image | str | os.PathLike)
+
+
+def _stack(model: MemoryWrapModel, images: list[Any]) -> Tensor:
+    config = data_config(model)
+    transform = create_transform(**config)
+    tensors = []
+    for image in images:
+        if isinstance(image, str | os.PathLike):
+            with Image.open(image) as file:
+                image = _in_mode(file, config)
+        if isinstance(image, Image.Image):
+            image = transform(_in_mode(image, config))
+        if not isinstance(image, Tensor) or image.ndim != 3:
+            shape = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
+            raise ValueError(f"An image is {shape}; expected a tensor [C, H, W], a PIL image or a path.")
+        tensors.append(image)
+    shapes = {tuple(tensor.shape) for tensor in tensors}
+    if len(shapes) != 1:
+        raise ValueError(f"Images have shapes {sorted(shapes)}, so they make no batch. Pass images of one shape.")
+    return torch.stack(tensors)
+
+
+def _in_mode(image: Image.Image, config: Mapping[str, Any]) -> Image.Image:
+    return image.convert("L" if config["input_size"][0] == 1 else "RGB")
+
+
+def to_picture(model: MemoryWrapModel, image: Any) -> np.ndarray:
+    """Makes an array `[H, W, 3]` of uint8 that shows an image.
+
+    Float tensors `[C, H, W]` are taken for model inputs, and their normalisation is undone; uint8 tensors, PIL images
+    and paths are shown as they are.
+    """
+    if isinstance(image, str | os.PathLike):
+        with Image.open(image) as file:
+            return np.asarray(file.convert("RGB"))
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"))
+    if not isinstance(image, Tensor) or image.ndim != 3:
+        shape = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
+        raise ValueError(f"An image is {shape}; expected a tensor [C, H, W], a PIL image or a path.")
+    image = image.detach().cpu()
+    if image.is_floating_point():
+        config = data_config(model)
+        mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
+        image = ((image.float() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+    if image.shape[0] != 3:
+        # No colours to be had: one channel stands for all.
+        image = image[:1].expand(3, -1, -1)
+    return image.permute(1, 2, 0).numpy()
+
+
+def find_picture(model: MemoryWrapModel, dataset: Any, sample_id: SampleId) -> np.ndarray | None:
+    """Fetches a memory sample's picture from the dataset that the bank was built from, or `None` if it is not there.
+
+    Args:
+        model: The model, whose normalisation is undone if the dataset gives tensors.
+        dataset: A dataset of `(image, label)`, or a mapping from id to image.
+        sample_id: The sample's id in the bank: a position in the dataset, or the end of a file's path.
+    """
+    if isinstance(dataset, Mapping):
+        return to_picture(model, dataset[sample_id]) if sample_id in dataset else None
+    index = sample_id if isinstance(sample_id, int) else _positions_by_name(dataset).get(_tail(sample_id))
+    if index is None or not 0 <= index < len(dataset):
+        return None
+    sample = dataset[index]
+    return to_picture(model, sample[0] if isinstance(sample, Sequence) else sample)
+
+
+def _positions_by_name(dataset: Any) -> dict[tuple[str, ...], int]:
+    if isinstance(dataset, Subset):
+        inner = _positions_by_name(dataset.dataset)
+        by_inner = {int(index): i for i, index in enumerate(dataset.indices)}
+        return {name: by_inner[index] for name, index in inner.items() if index in by_inner}
+    if hasattr(dataset, "filename"):  # timm's datasets
+        return {_tail(dataset.filename(i, basename=False, absolute=False)): i for i in range(len(dataset))}
+    samples = getattr(dataset, "samples", None)  # torchvision's image folders
+    return {_tail(str(path)): i for i, (path, *_) in enumerate(samples or [])}
+
+
+def _tail(name: str) -> tuple[str, ...]:
+    # The folder is the class; two classes may well both have a 0001.png.
+    return PurePath(Path(name)).parts[-2:]
+
+
+def encoded_batches(model: MemoryWrapModel, data: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields the encodings `[B, D]` and labels `[B]` of a dataset or loader of `(image, label)`."""
+    device = next(model.parameters()).device
+    for images, labels in _loader(model, data):
+        labels = torch.as_tensor(labels).to(device).long()
+        outside = labels[(labels < 0) | (labels >= model.num_classes)]
+        if labels.ndim != 1 or len(outside):
+            value = int(outside[0]) if labels.ndim == 1 else list(labels.shape)
+            raise ValueError(
+                f"Labels of the data are {value}; expected one class index per image, 0 to {model.num_classes - 1}."
+            )
+        yield model.encode(to_batch(model, images)), labels
+
+
+def _loader(model: MemoryWrapModel, data: Any) -> Any:
+    if isinstance(data, DataLoader) or not (hasattr(data, "__getitem__") and isinstance(data, Sized)):
+        return data
+    dataset: Any = data
+    return DataLoader(dataset, batch_size=BATCH_SIZE, collate_fn=lambda batch: _collate(model, batch))
+
+
+def _collate(model: MemoryWrapModel, batch: list[Any]) -> tuple[Tensor, Tensor]:
+    return _stack(model, [sample[0] for sample in batch]), torch.tensor([int(sample[1]) for sample in batch])
