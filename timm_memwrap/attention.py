@@ -60,10 +60,14 @@ def prepare_keys(encodings: Tensor, distance: str) -> Keys:
     assert distance == "l2", distance
     # -|q - k|^2 = 2 q.k - |k|^2 - |q|^2, where the last term is the same for all samples and changes no weight.
     # Distances do not change when both sides move, and rounding is least near the origin.
-    centre = encodings.detach().mean(dim=0) if len(encodings) else None
-    if centre is not None:
-        encodings = encodings - centre
-    return Keys(2 * encodings, -encodings.square().sum(dim=-1), centre)
+    if not len(encodings):
+        return Keys(encodings, None, None)
+    centre = encodings.detach().mean(dim=0)
+    encodings = encodings - centre
+    squares = encodings.square()
+    # Nor does a constant change a weight: without their mean the sums are small, and so is their rounding.
+    squares = squares - squares.detach().mean(dim=0)
+    return Keys(2 * encodings, -squares.sum(dim=-1), centre)
 
 
 def scores(queries: Tensor, keys: Keys, distance: str, scale: float = 1.0) -> Tensor:
