@@ -1,0 +1,1 @@
+"""Training: datasets, the loop, configuration, and the quickstart that puts them together."""
