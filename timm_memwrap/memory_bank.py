@@ -6,10 +6,12 @@ Shapes: M memory samples, D width of an encoding.
 import dataclasses
 import json
 import logging
+import operator
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -67,12 +69,13 @@ class _Meaning:
 
     def to_tensor(self) -> Tensor:
         text = json.dumps({"format_version": BANK_FORMAT_VERSION, **asdict(self)}, ensure_ascii=False)
-        return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        # A file name need not be Unicode: Python then gives it surrogates.
+        return torch.frombuffer(bytearray(text.encode(errors="surrogatepass")), dtype=torch.uint8)
 
     @classmethod
     def from_tensor(cls, tensor: Tensor) -> "_Meaning":
         try:
-            data = json.loads(bytes(tensor.cpu().numpy()).decode())
+            data = json.loads(bytes(tensor.cpu().numpy()).decode(errors="surrogatepass"))
         except ValueError as error:
             raise ValueError(f"The memory bank's meaning is not JSON ({error}). The file is damaged.") from error
         version = data.get("format_version") if isinstance(data, dict) else None
@@ -92,6 +95,29 @@ class _Meaning:
         ):
             raise ValueError("The memory bank's meaning lacks ids, class_names or provenance. The file is damaged.")
         return cls(ids, class_names, Provenance(**{k: v for k, v in provenance.items() if k in known}))
+
+
+class _Copy(Tensor):
+    """A bank's tensor in a state dict, which nothing averages or overwrites.
+
+    timm's EMA pairs the tensors of two state dicts in order and averages each pair in place, or copies it if it is not
+    floating. Two banks may have other lengths, where either would be an error, and other samples, where an average
+    would be nonsense. Whatever is computed from it is a plain tensor, and so is what is pickled or copied.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def is_floating_point(self) -> bool:
+        return False
+
+    def copy_(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.detach().__reduce_ex__(protocol)
 
 
 class MemoryBank(nn.Module):
@@ -123,6 +149,7 @@ class MemoryBank(nn.Module):
         super().__init__()
         for name in _BUFFERS:
             self.register_buffer(name, None)
+        self._keep_if_absent = False
 
     def __len__(self) -> int:
         return 0 if self.labels is None else len(self.labels)
@@ -186,7 +213,7 @@ class MemoryBank(nn.Module):
         Raises:
             ValueError: If lengths, shapes, types or values do not fit. The bank is then unchanged.
         """
-        meaning = _Meaning(list(ids), list(class_names), provenance or Provenance())
+        meaning = _Meaning(_plain_ids(ids), _plain_names(class_names), provenance or Provenance())
         state: dict[str, Tensor | None] = {
             "encodings": encodings.detach().float(),
             "labels": labels.detach().long(),
@@ -257,7 +284,8 @@ class MemoryBank(nn.Module):
 
     def select(self, positions: Iterable[int]) -> "MemoryBank":
         """Keeps only the samples at these positions, in this order, and returns itself."""
-        assert self.encodings is not None and self.labels is not None and self.predictions is not None
+        if self.encodings is None or self.labels is None or self.predictions is None:
+            raise ValueError("The memory bank is empty, so there is nothing to select. Call build_memory_bank.")
         kept = list(positions)
         index = torch.tensor(kept, dtype=torch.long, device=self.encodings.device)
         ids = self.ids
@@ -284,10 +312,12 @@ class MemoryBank(nn.Module):
 
     def set_class_names(self, class_names: Sequence[str]) -> None:
         """Names the classes by label."""
-        self._write_meaning(_Meaning(self.ids, list(class_names), self.provenance))
+        self._write_meaning(_Meaning(self.ids, _plain_names(class_names), self.provenance))
 
     def set_predictions(self, predictions: Tensor) -> None:
         """Records the model's own predictions for the samples, `[M]`."""
+        if self.encodings is None:
+            raise ValueError("The memory bank is empty, so there is nothing to predict. Call build_memory_bank.")
         state = {**self._state(), "predictions": predictions.detach().long()}
         _check(state, self._read_meaning())
         self._set(state)
@@ -372,7 +402,24 @@ class MemoryBank(nn.Module):
         the encodings of different samples."""
         for name, tensor in self._state().items():
             if tensor is not None:
-                destination[prefix + name] = tensor if keep_vars else tensor.detach().clone()
+                destination[prefix + name] = tensor if keep_vars else tensor.detach().clone().as_subclass(_Copy)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads a bank of any length. Without one in it, a strict load empties this bank, and a loose one leaves it."""
+        with self.kept_if_absent(not strict):
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    @contextmanager
+    def kept_if_absent(self, keep: bool = True) -> Iterator[None]:
+        """Returns a context in which a state dict without a bank leaves this one as it is.
+
+        PyTorch does not tell a submodule whether a load is strict, so whoever loads the whole model says it here.
+        """
+        before, self._keep_if_absent = self._keep_if_absent, keep
+        try:
+            yield
+        finally:
+            self._keep_if_absent = before
 
     def _load_from_state_dict(
         self,
@@ -384,12 +431,12 @@ class MemoryBank(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Takes buffers of any length. A whole (strict) state without a bank empties this one."""
+        """Takes buffers of any length. A whole state without a bank empties this one."""
         found = {key[len(prefix) :]: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
         unexpected_keys.extend(prefix + name for name in found if name not in _BUFFERS)
         found = {name: tensor for name, tensor in found.items() if name in _BUFFERS}
         if not found:
-            if strict:
+            if not self._keep_if_absent:
                 self.clear()
             return
         missing = [name for name in _REQUIRED if name not in found]
@@ -406,6 +453,27 @@ class MemoryBank(nn.Module):
         self._set(
             {name: None if tensor is None else tensor.detach().clone().to(device) for name, tensor in state.items()}
         )
+
+
+def _plain_ids(ids: Iterable[Any]) -> list[SampleId]:
+    """Returns ids that JSON brings back as they are: text, and whole numbers of any library."""
+    plain: list[SampleId] = []
+    for sample_id in ids:
+        try:
+            plain.append(sample_id if isinstance(sample_id, str) else operator.index(sample_id))
+        except TypeError:
+            raise ValueError(
+                f"Id {sample_id!r} is neither text nor a whole number. Pass file names or positions."
+            ) from None
+    return plain
+
+
+def _plain_names(class_names: Iterable[str]) -> list[str]:
+    names = list(class_names)
+    wrong = [name for name in names if not isinstance(name, str)]
+    if wrong:
+        raise ValueError(f"Class name {wrong[0]!r} is not text. Pass a list of names, by label.")
+    return names
 
 
 def _moved(original: Tensor | None, like: Tensor) -> Tensor | None:

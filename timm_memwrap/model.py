@@ -4,6 +4,7 @@ Shapes: B inputs, M memory samples, D width of an encoding, C classes, K samples
 """
 
 import logging
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -99,8 +100,9 @@ class MemoryWrapModel(TimmInterface):
         self.memory_args = memory_args
         self.head = self._new_head()
         self.memory_bank = MemoryBank()
-        self.register_buffer("queue", None, persistent=False)
-        self.register_buffer("queue_position", torch.zeros((), dtype=torch.long), persistent=False)
+        # No buffers: an EMA pairs those of two models in order, of which one may not have trained yet.
+        self.queue = None
+        self.queue_position = torch.zeros((), dtype=torch.long)
         self._queue_used = False
         self._warned = False
         self._prepared: tuple[Watch, _Prepared] | None = None
@@ -111,9 +113,7 @@ class MemoryWrapModel(TimmInterface):
         self._model_args: dict[str, Any] = dict(memory_args)
         # Each rank keeps its own memory: broadcasting it at every forward would cost more than the forward.
         self._ddp_params_and_buffers_to_ignore = [
-            "queue",
-            "queue_position",
-            *(f"{constants.MEMORY_BANK}.{name}" for name in self.memory_bank._buffers),
+            f"{constants.MEMORY_BANK}.{name}" for name in self.memory_bank._buffers
         ]
 
     @property
@@ -362,7 +362,8 @@ class MemoryWrapModel(TimmInterface):
         parameter = next(self.backbone.parameters())
         if self.queue is None or self.queue.device != parameter.device:
             self.queue = torch.zeros(QUEUE_SIZE, self.encoding_size, device=parameter.device)
-            self._forget_queue(keep=True)
+            self.queue_position = torch.zeros((), dtype=torch.long, device=parameter.device)
+            self._queue_used = False
 
     def _remember(self, encoding: Tensor) -> None:
         """Keeps the last encodings seen in training, in a ring."""
@@ -375,10 +376,8 @@ class MemoryWrapModel(TimmInterface):
             self.queue_position += len(encoding)
         self._queue_used = True
 
-    def _forget_queue(self, keep: bool = False) -> None:
-        if not keep:
-            self.queue = None
-        self.queue_position.zero_()
+    def _forget_queue(self) -> None:
+        self.queue = None
         self._queue_used = False
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MemoryWrapModel":
@@ -386,9 +385,18 @@ class MemoryWrapModel(TimmInterface):
         casts = len(self.memory_bank) > 0 and fn(torch.zeros(0)).dtype != torch.zeros(0).dtype
         fitted = casts and not self.memory_is_stale()
         super()._apply(fn, recurse)
+        if self.queue is not None:
+            moved = fn(self.queue)
+            self.queue = moved if moved.dtype == self.queue.dtype else self.queue.to(moved.device)
+            self.queue_position = fn(self.queue_position)
         if fitted and self.memory_bank.provenance.encoder:
             self.memory_bank.set_encoder(self.encoder_fingerprint())
         return self
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads weights. Without a memory bank among them a strict load empties the bank, and a loose one leaves it."""
+        with self.memory_bank.kept_if_absent(not strict):
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def _load_from_state_dict(
         self,

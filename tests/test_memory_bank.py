@@ -1,0 +1,478 @@
+"""The bank: what goes in comes back, whole or not at all, and nothing mixes two samples."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from timm.utils import ModelEmaV3
+from torch import Tensor
+
+from timm_memwrap import MemoryBank
+from timm_memwrap.memory_bank import Provenance
+
+PROVENANCE = Provenance(dataset="animals", selection="balanced", seed=3, population=50, encoder="abc")
+
+
+def _bank(size: int = 6, width: int = 4, images: bool = False, start: int = 0) -> MemoryBank:
+    bank = MemoryBank()
+    generator = torch.Generator().manual_seed(start)
+    bank.replace(
+        torch.randn(size, width, generator=generator),
+        torch.arange(size) % 3,
+        torch.arange(size) % 2,
+        [f"{start + i}.png" for i in range(size)],
+        torch.randint(256, (size, 3, 5, 5), generator=generator, dtype=torch.uint8) if images else None,
+        ["cat", "dog", "newt"],
+        PROVENANCE,
+    )
+    return bank
+
+
+def _snapshot(bank: MemoryBank) -> dict[str, Any]:
+    tensors = {name: None if t is None else t.clone() for name, t in bank._buffers.items()}
+    return {**tensors, "ids": bank.ids, "class_names": bank.class_names, "provenance": bank.provenance}
+
+
+def _assert_same(one: MemoryBank, other: MemoryBank | dict[str, Any]) -> None:
+    expected = other if isinstance(other, dict) else _snapshot(other)
+    for name, value in _snapshot(one).items():
+        if isinstance(value, Tensor):
+            assert isinstance(expected[name], Tensor)
+            assert torch.equal(value, expected[name]), name
+        else:
+            assert value == expected[name], name
+
+
+# -- state dict -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 6, 50])
+@pytest.mark.parametrize("images", [False, True])
+@pytest.mark.parametrize("into", ["empty", "shorter", "longer"])
+def test_a_state_dict_comes_back_into_a_bank_of_any_length(size: int, images: bool, into: str) -> None:
+    bank = _bank(size, images=images)
+    other = {"empty": MemoryBank(), "shorter": _bank(2, 7, start=100), "longer": _bank(60, images=True)}[into]
+    result = other.load_state_dict(bank.state_dict())
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    _assert_same(other, bank)
+
+
+def test_an_empty_bank_has_no_keys_and_is_still_a_bank() -> None:
+    bank = MemoryBank()
+    assert not bank.state_dict()
+    assert len(bank) == 0
+    assert bool(bank)
+    assert (bank.ids, bank.class_names, bank.class_counts, bank.provenance) == ([], [], {}, Provenance())
+
+
+def test_a_whole_state_without_a_bank_empties_it_and_a_part_of_one_leaves_it() -> None:
+    bank = _bank()
+    before = _snapshot(bank)
+    bank.load_state_dict({}, strict=False)
+    _assert_same(bank, before)
+    bank.load_state_dict({})
+    assert len(bank) == 0
+
+
+def test_a_bank_is_not_tied_to_the_state_dict_that_it_came_from_or_gave() -> None:
+    bank, other = _bank(), MemoryBank()
+    state = bank.state_dict()
+    other.load_state_dict(state)
+    before = _snapshot(bank)
+    for tensor in state.values():
+        tensor.zero_()
+    _assert_same(bank, before)
+    _assert_same(other, before)
+
+
+def test_a_state_dict_that_lacks_a_buffer_or_has_one_too_many_is_refused() -> None:
+    state = _bank().state_dict()
+    before = _snapshot(bank := _bank(3, start=9))
+    for name in ("encodings", "labels", "predictions", "meaning"):
+        with pytest.raises(RuntimeError, match=name):
+            bank.load_state_dict({k: v for k, v in state.items() if k != name})
+        _assert_same(bank, before)
+    with pytest.raises(RuntimeError, match="surplus"):
+        bank.load_state_dict({**state, "surplus": torch.zeros(1)})
+
+
+def test_a_bank_keeps_its_encodings_in_float32() -> None:
+    bank = _bank(images=True)
+    before = _snapshot(bank)
+    for cast in (MemoryBank.half, MemoryBank.bfloat16, MemoryBank.double):
+        _assert_same(cast(bank), before)
+    assert bank.to("meta").encodings.is_meta
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+_GOOD: dict[str, Any] = {
+    "encodings": torch.zeros(3, 4),
+    "labels": torch.tensor([0, 1, 2]),
+    "predictions": torch.tensor([0, 1, 2]),
+    "ids": ["a", "b", "c"],
+}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "quoted"),
+    [
+        ({"encodings": torch.zeros(2, 4)}, r"encodings .* \[2, 4\].*length 3"),
+        ({"encodings": torch.zeros(3)}, r"encodings .* \[3\].*2 dimensions"),
+        ({"encodings": torch.zeros(3, 4, 1)}, r"encodings .* \[3, 4, 1\]"),
+        ({"encodings": torch.tensor([[0.0], [float("nan")], [float("inf")]])}, "2 of 3 encodings.*'b'"),
+        ({"labels": torch.tensor([0, 1])}, "length 2"),
+        ({"labels": torch.tensor(1)}, "labels"),
+        ({"labels": torch.tensor([[0, 1, 2]])}, "labels"),
+        ({"labels": torch.tensor([0, -1, 2])}, "Label -1 is below 0"),
+        ({"predictions": torch.tensor([0, 1])}, "predictions"),
+        ({"ids": ["a", "b"]}, "2 ids for 3 samples"),
+        ({"ids": ["a", "b", "a"]}, r"\['a'\] come more than once"),
+        ({"images": torch.zeros(3, 3, 5, 5)}, r"images .*float32.*uint8"),
+        ({"images": torch.zeros(2, 3, 5, 5, dtype=torch.uint8)}, r"images .* \[2, 3, 5, 5\]"),
+        ({"images": torch.zeros(3, 5, 5, dtype=torch.uint8)}, r"images .*4 dimensions"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_the_bank_unchanged(wrong: dict[str, Any], quoted: str) -> None:
+    bank = _bank()
+    before = _snapshot(bank)
+    with pytest.raises(ValueError, match=quoted):
+        bank.replace(**{**_GOOD, **wrong})
+    _assert_same(bank, before)
+
+
+def test_no_samples_are_refused_with_the_call_that_empties() -> None:
+    nothing = torch.zeros(0, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"clear\(\)"):
+        MemoryBank().replace(torch.zeros(0, 4), nothing, nothing, [])
+
+
+@pytest.mark.parametrize("ids", [[1.5, 2, 3], [None, "b", "c"], [b"a", "b", "c"]])
+def test_an_id_is_a_number_or_a_text(ids: list[Any]) -> None:
+    with pytest.raises(ValueError, match=r"[Ii]d"):
+        MemoryBank().replace(**{**_GOOD, "ids": ids})
+
+
+# -- changing a bank --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_append_joins_and_remove_undoes_it(images: bool) -> None:
+    bank, more = _bank(images=images), _bank(3, images=images, start=100)
+    before = _snapshot(bank)
+    bank.append(more.encodings, more.labels, more.predictions, more.ids, more.images)
+    assert len(bank) == 9
+    assert torch.equal(bank.encodings[6:], more.encodings)
+    assert bank.ids[6:] == more.ids
+    assert bank.provenance == PROVENANCE
+    assert bank.remove(more.ids) is bank
+    _assert_same(bank, before)
+
+
+def test_append_to_an_empty_bank_starts_it() -> None:
+    bank = MemoryBank()
+    bank.append(**_GOOD)
+    assert bank.ids == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "quoted"),
+    [
+        ({"encodings": torch.zeros(3, 5)}, r"\[3, 5\]; expected \[N, 4\]"),
+        ({"encodings": torch.zeros(4)}, r"\[4\]; expected \[N, 4\]"),
+        ({"encodings": torch.full((3, 4), float("nan"))}, "NaN"),
+        ({"ids": ["0.png", "b", "c"]}, r"'0.png'"),
+        ({"images": torch.zeros(3, 3, 5, 5, dtype=torch.uint8)}, "for all samples or for none"),
+    ],
+)
+def test_append_refuses_what_does_not_fit(wrong: dict[str, Any], quoted: str) -> None:
+    bank = _bank()
+    before = _snapshot(bank)
+    with pytest.raises(ValueError, match=quoted):
+        bank.append(**{**_GOOD, **wrong})
+    _assert_same(bank, before)
+
+
+def test_append_refuses_images_of_another_size_or_none() -> None:
+    bank = _bank(images=True)
+    for images in (None, torch.zeros(3, 3, 6, 6, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="for all samples or for none"):
+            bank.append(**_GOOD, images=images)
+
+
+def test_remove_takes_one_id_or_many_and_names_an_unknown_one() -> None:
+    bank = _bank()
+    before = _snapshot(bank)
+    with pytest.raises(ValueError, match=r"No sample with id 'zebra'.*bank\.ids"):
+        bank.remove(["0.png", "zebra"])
+    with pytest.raises(ValueError, match=r"clear\(\)"):
+        bank.remove(bank.ids)
+    _assert_same(bank, before)
+    # Not one id for each letter.
+    assert bank.remove("1.png").ids == ["0.png", "2.png", "3.png", "4.png", "5.png"]
+    assert bank.remove(name for name in ["0.png", "5.png"]).ids == ["2.png", "3.png", "4.png"]
+    assert torch.equal(bank.encodings, before["encodings"][2:5])
+    assert torch.equal(bank.predictions, before["predictions"][2:5])
+
+
+def test_select_keeps_the_samples_in_the_given_order() -> None:
+    bank = _bank(images=True)
+    before = _snapshot(bank)
+    assert bank.select([4, 0, 2]).ids == ["4.png", "0.png", "2.png"]
+    for name in ("encodings", "labels", "predictions", "images"):
+        assert torch.equal(getattr(bank, name), before[name][[4, 0, 2]])
+    assert bank.class_names == before["class_names"]
+
+
+def test_select_of_nothing_or_from_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"clear\(\)"):
+        _bank().select([])
+    with pytest.raises(ValueError, match="empty"):
+        MemoryBank().select([0])
+
+
+def test_remove_from_an_empty_bank_names_the_id() -> None:
+    with pytest.raises(ValueError, match="'a'"):
+        MemoryBank().remove(["a"])
+
+
+def test_clear_forgets_everything() -> None:
+    bank = _bank(images=True)
+    bank.clear()
+    _assert_same(bank, MemoryBank())
+
+
+def test_without_images_leaves_the_original_alone() -> None:
+    bank = _bank(images=True)
+    slim = bank.without_images()
+    assert slim.images is None
+    assert bank.images is not None
+    expected = {**_snapshot(bank), "images": None}
+    _assert_same(slim, expected)
+
+
+def test_meaning_can_be_changed_piece_by_piece() -> None:
+    bank = _bank()
+    bank.set_class_names(["a", "b", "c"])
+    bank.set_encoder("def")
+    bank.set_predictions(torch.full((6,), 2))
+    assert bank.class_names == ["a", "b", "c"]
+    assert bank.provenance == Provenance("animals", "balanced", 3, 50, "def")
+    assert bank.predictions.tolist() == [2] * 6
+    with pytest.raises(ValueError, match="predictions"):
+        bank.set_predictions(torch.zeros(5))
+    for change in (lambda b: b.set_class_names(["a"]), lambda b: b.set_encoder("x")):
+        with pytest.raises(ValueError, match="empty"):
+            change(MemoryBank())
+
+
+def test_predictions_of_an_empty_bank_are_refused() -> None:
+    with pytest.raises(ValueError, match="empty"):
+        MemoryBank().set_predictions(torch.zeros(0))
+
+
+def test_repr_says_what_a_person_asks() -> None:
+    assert repr(MemoryBank()) == "MemoryBank(empty)"
+    text = repr(_bank(images=True))
+    for part in ("6 samples", "3 classes", "[6, 4]", "images [3, 5, 5]", "balanced from animals"):
+        assert part in text
+
+
+def test_a_copy_is_independent() -> None:
+    bank = _bank()
+    other = copy.deepcopy(bank)
+    other.remove("0.png")
+    other.encodings.zero_()
+    _assert_same(bank, _bank())
+
+
+@pytest.mark.parametrize("ids", [[3, 1, 2], ["ä/猫.png", "b", 'quote".png'], ["1", 1, "x"]])
+def test_ids_come_back_as_they_are(ids: list[int | str]) -> None:
+    bank, other = MemoryBank(), MemoryBank()
+    bank.replace(**{**_GOOD, "ids": ids}, class_names=["Kätzchen", "狗"])
+    other.load_state_dict(bank.state_dict())
+    assert other.ids == ids
+    assert other.class_names == ["Kätzchen", "狗"]
+
+
+# -- a bank alone on disk ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_a_file_brings_the_bank_back(images: bool, tmp_path: Path) -> None:
+    bank = _bank(images=images)
+    path = bank.save(tmp_path / "new folder" / "bank.safetensors")
+    other = _bank(9, images=True, start=50)
+    assert other.load(str(path)) is other
+    _assert_same(other, bank)
+    assert [p.name for p in path.parent.iterdir()] == ["bank.safetensors"], "nothing temporary is left"
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_an_empty_bank_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="build_memory_bank"):
+        MemoryBank().save(tmp_path / "bank.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def _damage(state: dict[str, Tensor], how: str) -> dict[str, Tensor]:
+    meaning = json.loads(bytes(state["meaning"].numpy()))
+
+    def text(value: str) -> Tensor:
+        return torch.frombuffer(bytearray(value.encode()), dtype=torch.uint8)
+
+    return {
+        "lacks labels": {k: v for k, v in state.items() if k != "labels"},
+        "foreign": {**state, "weight": torch.zeros(1)},
+        "not JSON": {**state, "meaning": text("{")},
+        "not UTF-8": {**state, "meaning": torch.full((4,), 255, dtype=torch.uint8)},
+        "a list": {**state, "meaning": text("[]")},
+        "other version": {**state, "meaning": text(json.dumps({**meaning, "format_version": 99}))},
+        "no ids": {**state, "meaning": text(json.dumps({**meaning, "ids": None}))},
+        "ids of lists": {**state, "meaning": text(json.dumps({**meaning, "ids": [[i] for i in range(6)]}))},
+        "ids too few": {**state, "meaning": text(json.dumps({**meaning, "ids": ["a"]}))},
+        "class names of numbers": {**state, "meaning": text(json.dumps({**meaning, "class_names": [1]}))},
+        "meaning of floats": {**state, "meaning": torch.zeros(3)},
+        "labels of floats": {**state, "labels": state["labels"].float()},
+        "encodings in half": {**state, "encodings": state["encodings"].half()},
+        "NaN": {**state, "encodings": state["encodings"] * float("nan")},
+        "lengths differ": {**state, "predictions": state["predictions"][1:]},
+    }[how]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        *("lacks labels", "foreign", "not JSON", "not UTF-8", "a list", "other version", "no ids", "ids of lists"),
+        *("ids too few", "class names of numbers", "meaning of floats", "labels of floats", "encodings in half"),
+        *("NaN", "lengths differ"),
+    ],
+)
+def test_a_damaged_file_is_refused_and_the_bank_unchanged(how: str, tmp_path: Path) -> None:
+    bank, path = _bank(), tmp_path / "bank.safetensors"
+    before = _snapshot(bank)
+    save_file(_damage(bank.state_dict(), how), path)
+    with pytest.raises(ValueError, match=r"."):
+        bank.load(path)
+    _assert_same(bank, before)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 a pickle", b"\x80\x04K\x01."])
+def test_what_is_no_safetensors_file_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "bank.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        MemoryBank().load(path)
+
+
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
+    path = _bank(50).save(tmp_path / "bank.safetensors")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        MemoryBank().load(path)
+
+
+def test_a_missing_file_is_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        MemoryBank().load(tmp_path / "none.safetensors")
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = _bank().save(tmp_path / "bank.safetensors")
+    old = path.read_bytes()
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError("No space left on device")
+
+    for name in ("timm_memwrap.memory_bank.save_file", "timm_memwrap.memory_bank.os.replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, full)
+            with pytest.raises(OSError, match="No space"):
+                _bank(50).save(path)
+    assert path.read_bytes() == old
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+# -- averages of weights ----------------------------------------------------------------------------------------------
+
+
+def _model(bank: MemoryBank | None) -> torch.nn.Module:
+    torch.manual_seed(5)
+    model = timm.create_model("memwrap_test_resnet", num_classes=3)
+    if bank is not None:
+        model.memory_bank.load_state_dict(bank.state_dict())
+    return model
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize(
+    ("before", "after", "images"), [(0, 0, False), (0, 5, False), (5, 0, False), (4, 5, True), (6, 6, False)]
+)
+def test_an_ema_never_mixes_the_encodings_of_two_samples(foreach: bool, images: bool, before: int, after: int) -> None:
+    model = _model(_bank(before, 96, start=10) if before else None)
+    ema = ModelEmaV3(model, decay=0.5, foreach=foreach)
+    old = _snapshot(ema.module.memory_bank)
+    model.memory_bank.load_state_dict(_bank(after, 96, images, start=1000).state_dict() if after else {})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    reference = [p.clone() for p in ema.module.parameters()]
+    ema.update(model)
+    for parameter, was, new in zip(ema.module.parameters(), reference, model.parameters(), strict=True):
+        torch.testing.assert_close(parameter, 0.5 * was + 0.5 * new, atol=1e-5, rtol=1e-5)
+    _assert_same(ema.module.memory_bank, old)
+    assert ema.module.eval()(torch.randn(2, 3, 32, 32)).isfinite().all()
+    ema.set(model)
+    assert len(ema.module.memory_bank) == before, "an EMA keeps its own bank, which is of its own weights"
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_an_ema_that_copies_buffers_pairs_them_rightly(trained: bool) -> None:
+    """It pairs them in order, so one that exists in only one of the two would shift all that follow."""
+    model = _model(None)
+    ema = ModelEmaV3(model, exclude_buffers=True)
+    if trained:
+        model.train()(torch.randn(4, 3, 32, 32))
+    ema.update(model)
+    for (name, buffer), (other_name, other) in zip(ema.module.named_buffers(), model.named_buffers(), strict=True):
+        assert name == other_name
+        assert torch.equal(buffer, other)
+
+
+def test_tensors_of_a_state_dict_are_plain_once_they_leave_it(tmp_path: Path) -> None:
+    bank = _bank(images=True)
+    state = bank.state_dict()
+    torch.save(state, tmp_path / "state.pth")
+    save_file(state, tmp_path / "state.safetensors")
+    copies = {
+        "saved": torch.load(tmp_path / "state.pth", weights_only=True),
+        "deep": copy.deepcopy(state),
+        "computed": {name: tensor + 0 for name, tensor in state.items()},
+    }
+    for one in copies.values():
+        for name, tensor in one.items():
+            assert type(tensor) is Tensor
+            assert torch.equal(tensor, getattr(bank, name))
+    _assert_same(MemoryBank().load(tmp_path / "state.safetensors"), bank)
+
+
+def test_file_names_that_are_not_unicode_come_back(tmp_path: Path) -> None:
+    bank = MemoryBank()
+    bank.replace(**{**_GOOD, "ids": [b"caf\xe9.png".decode(errors="surrogateescape"), "b", "c"]})
+    assert MemoryBank().load(bank.save(tmp_path / "bank.safetensors")).ids == bank.ids
+
+
+def test_ids_of_numpy_and_torch_are_whole_numbers_too() -> None:
+    bank = MemoryBank()
+    bank.replace(**{**_GOOD, "ids": [*np.arange(2), torch.tensor(7)]})
+    assert bank.ids == [0, 1, 7]
+    assert all(type(sample_id) is int for sample_id in bank.ids)
