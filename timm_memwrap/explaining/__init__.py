@@ -5,5 +5,27 @@ from timm_memwrap.explaining.explanation import MemorySample as MemorySample
 from timm_memwrap.explaining.explanation import explain as explain
 from timm_memwrap.explaining.figures import plot_explanation as plot_explanation
 from timm_memwrap.explaining.figures import plot_explanations as plot_explanations
+from timm_memwrap.explaining.metrics import ExplanationMetrics as ExplanationMetrics
+from timm_memwrap.explaining.metrics import evaluate_explanations as evaluate_explanations
+from timm_memwrap.explaining.metrics import im1 as im1
+from timm_memwrap.explaining.metrics import im2 as im2
+from timm_memwrap.explaining.metrics import randomisation_check as randomisation_check
+from timm_memwrap.explaining.report import MemoryReport as MemoryReport
+from timm_memwrap.explaining.report import SampleUse as SampleUse
+from timm_memwrap.explaining.report import memory_report as memory_report
 
-__all__ = ["Explanation", "MemorySample", "explain", "plot_explanation", "plot_explanations"]
+__all__ = [
+    "explain",
+    "Explanation",
+    "MemorySample",
+    "plot_explanation",
+    "plot_explanations",
+    "evaluate_explanations",
+    "ExplanationMetrics",
+    "im1",
+    "im2",
+    "randomisation_check",
+    "memory_report",
+    "MemoryReport",
+    "SampleUse",
+]

@@ -19,7 +19,17 @@ from torch.utils.data import DataLoader, Subset
 from timm_memwrap.memory_bank import SampleId
 from timm_memwrap.model import MemoryWrapModel
 
-__all__ = ["batches_of", "check_model", "encoded_batches", "evaluating", "find_picture", "to_batch", "to_picture"]
+__all__ = [
+    "batches_of",
+    "check_model",
+    "encoded_batches",
+    "evaluating",
+    "find_input",
+    "find_picture",
+    "size_of",
+    "to_batch",
+    "to_picture",
+]
 
 BATCH_SIZE = 64
 
@@ -58,8 +68,9 @@ def evaluating(model: MemoryWrapModel) -> Iterator[None]:
 
 def data_config(model: MemoryWrapModel) -> dict[str, Any]:
     """Returns timm's data configuration, with a mean and a std for each of the model's channels."""
+    channels = model.in_chans
     config = resolve_model_data_config(model)
-    channels = config["input_size"][0]
+    config["input_size"] = (channels, *config["input_size"][1:])
     for key in ("mean", "std"):
         if len(config[key]) != channels:
             # As timm's loaders do for other channel counts.
@@ -154,20 +165,40 @@ def to_picture(model: MemoryWrapModel, image: Any) -> np.ndarray:
 
 
 def find_picture(model: MemoryWrapModel, dataset: Any, sample_id: SampleId) -> np.ndarray | None:
-    """Fetches a memory sample's picture from the dataset that the bank was built from, or `None` if it is not there.
+    """Fetches a memory sample's picture from where the bank was built from, or `None` if it is not there.
 
     Args:
         model: The model, whose normalisation is undone if the dataset gives tensors.
         dataset: A dataset of `(image, label)`, or a mapping from id to image.
         sample_id: The sample's id in the bank: a position in the dataset, or the end of a file's path.
     """
+    image = _find(dataset, sample_id)
+    return None if image is None else to_picture(model, image)
+
+
+def find_input(model: MemoryWrapModel, dataset: Any, sample_id: SampleId) -> Tensor:
+    """Fetches a memory sample as a model input `[C, H, W]`. Arguments as in `find_picture`.
+
+    Raises:
+        ValueError: If it is not there.
+    """
+    image = _find(dataset, sample_id)
+    if image is None:
+        raise ValueError(
+            f"The memory sample {sample_id!r} is not in {type(dataset).__name__}. Pass the dataset that the bank was "
+            f"built from, or a mapping from id to image."
+        )
+    return to_batch(model, image)[0]
+
+
+def _find(dataset: Any, sample_id: SampleId) -> Any:
     if isinstance(dataset, Mapping):
-        return to_picture(model, dataset[sample_id]) if sample_id in dataset else None
+        return dataset.get(sample_id)
     index = sample_id if isinstance(sample_id, int) else _positions_by_name(dataset).get(_tail(sample_id))
     if index is None or not 0 <= index < len(dataset):
         return None
     sample = dataset[index]
-    return to_picture(model, sample[0] if isinstance(sample, Sequence) else sample)
+    return sample[0] if isinstance(sample, Sequence) else sample
 
 
 def _positions_by_name(dataset: Any) -> dict[tuple[str, ...], int]:
@@ -198,6 +229,12 @@ def encoded_batches(model: MemoryWrapModel, data: Any) -> Iterator[tuple[Tensor,
                 f"Labels of the data are {value}; expected one class index per image, 0 to {model.num_classes - 1}."
             )
         yield model.encode(to_batch(model, images)), labels
+
+
+def size_of(data: Any) -> int | None:
+    """Number of samples of a dataset or loader, if it is known."""
+    dataset = getattr(data, "dataset", data)
+    return len(dataset) if isinstance(dataset, Sized) else None
 
 
 def _loader(model: MemoryWrapModel, data: Any) -> Any:

@@ -1,0 +1,207 @@
+"""The metrics against what they say in words, one input at a time."""
+
+import copy
+import json
+import math
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
+
+from timm_memwrap.explaining import evaluate_explanations, im1, im2, randomisation_check
+from timm_memwrap.explaining.metrics import expected_calibration_error
+from timm_memwrap.model import MemoryWrapModel
+
+COUNT = 9
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _logits(model: MemoryWrapModel, encoding: torch.Tensor, hidden: list[int]) -> torch.Tensor:
+    """Reads for one encoding `[D]` from a bank that really lacks the hidden samples."""
+    kept = [i for i in range(len(model.memory_bank)) if i not in hidden]
+    if not kept:
+        width = model.head.values(encoding.unsqueeze(0), torch.zeros(1, dtype=torch.long)).shape[1]
+        return model.head.classify(encoding.unsqueeze(0), torch.zeros(1, width))[0]
+    model = copy.deepcopy(model)
+    model.memory_bank.select(kept)
+    return model.read_encoding(encoding.unsqueeze(0)).logits[0]
+
+
+def _predicted(logits: torch.Tensor) -> int | None:
+    return None if bool(logits.max() == logits.min()) else int(logits.argmax())
+
+
+@torch.no_grad()
+def naive(model: MemoryWrapModel, images: torch.Tensor, labels: torch.Tensor, deleted: int, seed: int) -> dict:
+    bank, columns = model.memory_bank, {}
+    own_predictions, own_labels = bank.predictions.tolist(), bank.labels.tolist()
+
+    def note(name: str, value: float) -> None:
+        columns.setdefault(name, []).append(float(value))
+
+    for image, label in zip(images, labels.tolist(), strict=True):
+        encoding = model.encode(image.unsqueeze(0))[0]
+        readout = model.read_encoding(encoding.unsqueeze(0))
+        logits = readout.logits[0]
+        probabilities = logits.softmax(dim=0)
+        prediction = int(logits.argmax())
+        weights = [
+            (float(w), int(i)) for w, i in zip(readout.weights[0], readout.indices[0], strict=True) if float(w) > 0
+        ]
+        weights.sort(key=lambda pair: -pair[0])
+        examples = [(w, i) for w, i in weights if own_predictions[i] == prediction]
+        right = prediction == label
+        note("accuracy", right)
+        note("accuracy_without_memory", _predicted(_logits(model, encoding, list(range(len(bank))))) == label)
+        is_example = own_predictions[weights[0][1]] == prediction
+        note("explanation_accuracy", is_example)
+        note("accuracy_example" if is_example else "accuracy_counterfactual", right)
+        note("support_size", len(weights))
+        note("weight_on_prediction", sum(w for w, _ in examples))
+        note("identical_class_rate", own_labels[weights[0][1]] == prediction)
+        if examples:
+            position = examples[0][1]
+            own = _logits(model, bank.encodings[position], [position])
+            note("input_nonrepresentativeness", _mean([abs(float(a - b)) for a, b in zip(own, logits, strict=True)]))
+            note("prediction_nonrepresentativeness", -math.log(float(own.softmax(dim=0)[prediction])))
+        count = min(deleted, len(weights))
+        without = _logits(model, encoding, [i for _, i in weights[:count]])
+        note("deletion_flip_rate", _predicted(without) != prediction)
+        note("deletion_drop", probabilities[prediction] - without.softmax(dim=0)[prediction])
+        note("probability", probabilities[prediction])
+    gaps = 0.0
+    for low in range(15):
+        rows = [i for i, p in enumerate(columns["probability"]) if low / 15 < p <= (low + 1) / 15]
+        if rows:
+            confidence = _mean([columns["probability"][i] for i in rows])
+            gaps += len(rows) * abs(confidence - _mean([columns["accuracy"][i] for i in rows]))
+    columns["calibration_error"] = [gaps / len(images)]
+    del columns["probability"]
+    return {name: _mean(values) for name, values in columns.items()}
+
+
+@pytest.mark.parametrize("deleted", [2, 50])
+def test_it_agrees_with_a_naive_implementation(
+    model: MemoryWrapModel, make_images: Callable[..., torch.Tensor], deleted: int
+) -> None:
+    images, labels = make_images(COUNT, seed=5), torch.arange(COUNT) % 4
+    with torch.no_grad():
+        # So that some predictions are right.
+        labels[::2] = model(images).argmax(dim=1)[::2]
+    loader = DataLoader(TensorDataset(images, labels), batch_size=4)
+    metrics = evaluate_explanations(model, loader, deleted=deleted, progress=False)
+    assert metrics.count == COUNT
+    expected = naive(model, images, labels, deleted, seed=0)
+    for name in metrics.to_dict():
+        if name not in ("count", "deleted", "random_flip_rate", "random_drop"):
+            assert metrics.to_dict()[name] == pytest.approx(expected.get(name), abs=2e-5), name
+
+
+def test_random_deletion_leaves_out_as_many_samples_by_the_seed(
+    make_model: Callable[..., MemoryWrapModel], make_images: Callable[..., torch.Tensor]
+) -> None:
+    model, images = make_model("memory wrap"), make_images(3, seed=5)
+    metrics = evaluate_explanations(model, TensorDataset(images, torch.zeros(3, dtype=torch.long)), 4, 7, False)
+    rng, drops, flips = random.Random(7), [], []
+    with torch.no_grad():
+        for image in images:
+            encoding = model.encode(image.unsqueeze(0))[0]
+            logits = _logits(model, encoding, [])
+            without = _logits(model, encoding, rng.sample(range(12), 4))
+            prediction = int(logits.argmax())
+            flips.append(float(int(without.argmax()) != prediction))
+            drops.append(float(logits.softmax(0)[prediction] - without.softmax(0)[prediction]))
+    assert metrics.random_flip_rate == pytest.approx(_mean(flips))
+    assert metrics.random_drop == pytest.approx(_mean(drops), abs=1e-5)
+
+
+def test_a_prediction_made_of_its_samples_is_lost_without_them(
+    make_model: Callable[..., MemoryWrapModel], make_images: Callable[..., torch.Tensor]
+) -> None:
+    data = TensorDataset(make_images(4), torch.zeros(4, dtype=torch.long))
+    metrics = evaluate_explanations(make_model("wrapped", size=3), data, deleted=3, progress=False)
+    assert metrics.accuracy_without_memory == 0.0
+    assert metrics.random_flip_rate <= metrics.deletion_flip_rate <= 1.0
+
+
+def test_datasets_of_pictures_and_loaders_agree_and_modes_are_restored(
+    make_model: Callable[..., MemoryWrapModel],
+) -> None:
+    model = make_model("wrapped").train()
+    pictures = [(Image.new("RGB", (40, 30), (60 * i, 90, 200)), i) for i in range(4)]
+    metrics = evaluate_explanations(model, pictures, progress=False)
+    assert model.training
+    assert metrics.count == 4
+    assert metrics == evaluate_explanations(model.eval(), pictures, progress=False)
+
+
+def test_results_are_json_and_a_table(
+    make_model: Callable[..., MemoryWrapModel], make_images: Callable[..., torch.Tensor]
+) -> None:
+    data = TensorDataset(make_images(4), torch.zeros(4, dtype=torch.long))
+    metrics = evaluate_explanations(make_model("wrapped"), data, progress=False)
+    assert json.loads(metrics.to_json()) == metrics.to_dict()
+    assert len(str(metrics).splitlines()) == len(metrics.to_dict())
+    assert f"{metrics.support_size:.4f}" in str(metrics)
+
+
+@pytest.mark.parametrize("bins", [1, 10, 15])
+def test_calibration_error_by_loops(bins: int) -> None:
+    probabilities = torch.rand(200).clamp(1e-3)
+    probabilities[:3] = torch.tensor([1.0, 1 / bins, 1e-3])
+    right = torch.rand(200) < 0.5
+    gaps = 0.0
+    for i in range(bins):
+        rows = [j for j in range(200) if i < float(probabilities[j] * bins) <= i + 1]
+        gaps += abs(sum(float(right[j]) - float(probabilities[j]) for j in rows)) / 200
+    assert expected_calibration_error(probabilities, right, bins) == pytest.approx(gaps)
+
+
+def test_calibration_error_is_zero_for_the_calibrated() -> None:
+    right = torch.tensor([True, True, True, False])
+    assert expected_calibration_error(torch.full((4,), 0.75), right) == pytest.approx(0.0)
+
+
+def test_im1_and_im2_by_their_formulas(make_images: Callable[..., torch.Tensor]) -> None:
+    images = make_images(3)
+    ratios = im1(images, lambda x: 0.9 * x, lambda x: 0.5 * x)
+    assert ratios.tolist() == pytest.approx([0.04] * 3, rel=1e-4)
+    distances = im2(images, lambda x: x + 1, lambda x: x - 1)
+    expected = [4 * image.numel() / float(image.abs().sum()) for image in images]
+    assert distances.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_randomised_encoder_changes_explanations_and_the_model_stays(
+    make_model: Callable[..., MemoryWrapModel], make_images: Callable[..., torch.Tensor]
+) -> None:
+    model = make_model("wrapped", size=40)
+    memory = TensorDataset(make_images(40, seed=1), torch.zeros(40))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    share = randomisation_check(model, make_images(20), memory, top_k=3)
+    assert 0 <= share < 0.5
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    mapping = {i: memory[i][0] for i in range(40)}
+    assert randomisation_check(model, make_images(20), mapping, top_k=3) == share
+    with pytest.raises(ValueError, match=r"39 is not in|0 is not in"):
+        randomisation_check(model, make_images(1), {})
+
+
+def test_nothing_is_a_value_error(
+    make_model: Callable[..., MemoryWrapModel], make_images: Callable[..., torch.Tensor]
+) -> None:
+    model = make_model("wrapped")
+    with pytest.raises(ValueError, match="data is empty"):
+        evaluate_explanations(model, TensorDataset(make_images(0), torch.zeros(0)), progress=False)
+    with pytest.raises(ValueError, match=r"Labels of the data are 4.*0 to 3"):
+        evaluate_explanations(model, TensorDataset(make_images(1), torch.tensor([4])), progress=False)
+    with pytest.raises(ValueError, match=r"deleted=0"):
+        evaluate_explanations(model, TensorDataset(make_images(1), torch.tensor([0])), deleted=0)
+    model.memory_bank.clear()
+    with pytest.raises(ValueError, match="bank is empty"):
+        evaluate_explanations(model, TensorDataset(make_images(1), torch.tensor([0])))

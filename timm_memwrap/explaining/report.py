@@ -1,0 +1,163 @@
+"""Finds what is wrong with a memory: samples that mislead, that are never read, or whose label the model disputes."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from timm_memwrap.explaining.explanation import class_names
+from timm_memwrap.explaining.inputs import check_model, encoded_batches, evaluating, size_of
+from timm_memwrap.memory_bank import SampleId
+from timm_memwrap.model import MemoryWrapModel
+
+__all__ = ["MemoryReport", "SampleUse", "memory_report"]
+
+
+@dataclass(frozen=True)
+class SampleUse:
+    """How a memory sample was used over a data set.
+
+    A sample speaks for the class that the model predicts for it; in a vote, for its label.
+
+    Args:
+        position: Position in the memory bank.
+        id: What names the sample in its data set.
+        label: Its label.
+        class_name: Name of its label.
+        prediction: The model's own prediction for it, made without the sample itself.
+        predicted_class_name: Name of that class.
+        reads: Number of predictions that used it.
+        weight: Sum of its weights in them.
+        helping: Sum of its weights in right predictions of the class that it speaks for.
+        misleading: Sum of its weights in wrong predictions of the class that it speaks for.
+    """
+
+    position: int
+    id: SampleId
+    label: int
+    class_name: str
+    prediction: int
+    predicted_class_name: str
+    reads: int
+    weight: float
+    helping: float
+    misleading: float
+
+    @property
+    def disputed(self) -> bool:
+        """Whether its label is not what the model predicts for it."""
+        return self.label != self.prediction
+
+    @property
+    def harm(self) -> float:
+        """By how much it misleads more than it helps; below 0 for a sample that helps more."""
+        return self.misleading - self.helping
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """How the samples of a memory were used over a data set.
+
+    Args:
+        samples: All samples, in memory order.
+        count: Number of inputs.
+        wrong: Number of wrong predictions.
+    """
+
+    samples: tuple[SampleUse, ...]
+    count: int
+    wrong: int
+
+    @property
+    def misleading(self) -> list[SampleUse]:
+        """Samples that mislead more than they help, the worst first. Candidates for `bank.remove`."""
+        return sorted((sample for sample in self.samples if sample.harm > 0), key=lambda sample: -sample.harm)
+
+    @property
+    def never_read(self) -> list[SampleUse]:
+        """Samples that no prediction used."""
+        return [sample for sample in self.samples if not sample.reads]
+
+    @property
+    def disputed(self) -> list[SampleUse]:
+        """Samples whose label is not what the model predicts for them, the most used first."""
+        return sorted((sample for sample in self.samples if sample.disputed), key=lambda sample: -sample.weight)
+
+    def __str__(self) -> str:
+        """Says it as a table of the worst samples."""
+        lines = [
+            f"{len(self.samples)} samples, {self.count} inputs, {self.wrong} wrong predictions: "
+            f"{len(self.misleading)} mislead more than they help, {len(self.never_read)} never read, "
+            f"{len(self.disputed)} with a label that the model disputes."
+        ]
+        for title, samples in (("Misleading", self.misleading), ("Disputed", self.disputed)):
+            if samples:
+                lines.append(
+                    f"{title:24} {'label':16} {'model says':16} {'reads':>6} {'helping':>8} {'misleading':>10}"
+                )
+            lines += [
+                f"{str(s.id)[-24:]:24} {s.class_name[:16]:16} {s.predicted_class_name[:16]:16} "
+                f"{s.reads:6d} {s.helping:8.2f} {s.misleading:10.2f}"
+                for s in samples[:10]
+            ]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what JSON can hold."""
+        return asdict(self)
+
+    def to_json(self, indent: int | None = None) -> str:
+        """Returns `to_dict()` as JSON."""
+        return json.dumps(self.to_dict(), ensure_ascii=False, indent=indent)
+
+
+def memory_report(model: MemoryWrapModel, data: Any, progress: bool = True) -> MemoryReport:
+    """Finds memory samples that mislead, that are never read, or whose label the model disputes.
+
+    `model.memory_bank.remove(ids)` then forgets the worst, and the accuracy changes without training. Judge that on
+    other data than `data`, or the memory is fitted to it.
+
+    Args:
+        model: A model with a memory bank.
+        data: Labelled data that the memory was not taken from: a dataset or loader of `(image, label)`. See
+            `evaluate_explanations`.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: If the bank or the data is empty, or a label is outside `num_classes`.
+    """
+    check_model(model)
+    bank, names = model.memory_bank, class_names(model)
+    assert bank.labels is not None and bank.predictions is not None
+    speaks_for = bank.labels if model.memory_args["classifier"] == "vote" else bank.predictions
+    reads = torch.zeros(len(bank), dtype=torch.long, device=bank.labels.device)
+    weight, helping, misleading = (reads.double() for _ in range(3))
+    count = wrong = 0
+    with evaluating(model), tqdm(total=size_of(data), desc="Memory report", unit="img", disable=not progress) as bar:
+        for encoding, labels in encoded_batches(model, data):
+            readout = model.read_encoding(encoding)
+            prediction = readout.logits.argmax(dim=-1)
+            right = (prediction == labels).unsqueeze(1)
+            spoken = speaks_for[readout.indices] == prediction.unsqueeze(1)
+            weights, position = readout.weights.double(), readout.indices.flatten()
+            reads.index_add_(0, position, (weights > 0).long().flatten())
+            weight.index_add_(0, position, weights.flatten())
+            helping.index_add_(0, position, (weights * (spoken & right)).flatten())
+            misleading.index_add_(0, position, (weights * (spoken & ~right)).flatten())
+            count += len(labels)
+            wrong += int((~right).sum())
+            bar.update(len(labels))
+    if not count:
+        raise ValueError("The data is empty, so no memory sample was used. Check its path and split.")
+    columns = (bank.labels, bank.predictions, reads, weight, helping, misleading)
+    rows = zip(bank.ids, *(column.tolist() for column in columns), strict=True)
+    return MemoryReport(
+        samples=tuple(
+            SampleUse(position, sample_id, label, names[label], own, names[own], n_reads, total, helped, misled)
+            for position, (sample_id, label, own, n_reads, total, helped, misled) in enumerate(rows)
+        ),
+        count=count,
+        wrong=wrong,
+    )
