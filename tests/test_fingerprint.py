@@ -1,0 +1,98 @@
+"""Whether weights are still the same."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from timm_memwrap.fingerprint import Watch, fingerprint
+
+
+def _resnet() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("test_resnet", num_classes=2)
+
+
+def test_equal_weights_have_equal_fingerprints() -> None:
+    model = _resnet()
+    assert fingerprint(model) == fingerprint(_resnet()) == fingerprint(copy.deepcopy(model))
+    assert fingerprint(model) == fingerprint(model.eval().requires_grad_(False))
+    assert fingerprint(model) == fingerprint(model.to(memory_format=torch.channels_last))
+
+
+def test_every_changed_weight_changes_it() -> None:
+    model = _resnet()
+    before = fingerprint(model)
+    seen = {before}
+    for tensor in model.state_dict().values():
+        with torch.no_grad():
+            # The least change that there is, in the last entry too.
+            flat = tensor.view(-1)
+            flat[-1] = torch.nextafter(flat[-1], flat[-1] + 1) if tensor.is_floating_point() else flat[-1] + 1
+        seen.add(fingerprint(model))
+    assert len(seen) == len(model.state_dict()) + 1
+
+
+@pytest.mark.parametrize("change", ["half", "double", "bfloat16"])
+def test_another_precision_changes_it(change: str) -> None:
+    model = _resnet()
+    before = fingerprint(model)
+    assert fingerprint(getattr(model, change)()) != before
+
+
+def test_names_and_shapes_count() -> None:
+    one, other = nn.Module(), nn.Module()
+    one.register_buffer("a", torch.zeros(2, 3))
+    other.register_buffer("a", torch.zeros(3, 2))
+    assert fingerprint(one) != fingerprint(other)
+    renamed = nn.Module()
+    renamed.register_buffer("b", torch.zeros(2, 3))
+    assert fingerprint(one) != fingerprint(renamed)
+
+
+def test_empty_and_scalar_tensors_are_taken() -> None:
+    module = nn.Module()
+    module.register_buffer("nothing", torch.zeros(0, 3))
+    module.register_buffer("scalar", torch.tensor(3, dtype=torch.bfloat16))
+    assert len(fingerprint(module)) == 64
+
+
+def _tensors() -> list[Tensor]:
+    return [nn.Parameter(torch.zeros(3)), torch.zeros(2, dtype=torch.long)]
+
+
+def test_a_watch_sees_nothing_where_nothing_happened() -> None:
+    tensors = _tensors()
+    watch = Watch(tensors)
+    tensors[0].sum().backward()
+    assert watch.unchanged(tensors)
+
+
+@pytest.mark.parametrize("change", ["in place", "optimizer", "replaced", "data", "fewer", "more", "other order"])
+def test_a_watch_sees_every_change(change: str) -> None:
+    tensors = _tensors()
+    watch = Watch(tensors)
+    if change == "in place":
+        tensors[1].add_(1)
+    elif change == "optimizer":
+        tensors[0].grad = torch.ones(3)
+        torch.optim.SGD([tensors[0]], lr=0.1).step()
+    elif change == "replaced":
+        tensors[1] = tensors[1].clone()
+    elif change == "data":
+        tensors[0].data = torch.ones(3)
+    elif change == "fewer":
+        tensors.pop()
+    elif change == "more":
+        tensors.append(torch.zeros(1))
+    else:
+        tensors.reverse()
+    assert not watch.unchanged(tensors)
+
+
+def test_a_watch_promises_nothing_for_inference_tensors() -> None:
+    with torch.inference_mode():
+        tensors = [torch.zeros(3)]
+        assert not Watch(tensors).unchanged(tensors)
