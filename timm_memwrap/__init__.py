@@ -6,6 +6,8 @@ Importing the package registers `memwrap_<name>` and `memwrap_baseline_<name>` f
 from timm_memwrap.building import build_memory_bank as build_memory_bank
 from timm_memwrap.explaining import explain as explain
 from timm_memwrap.hub import from_pretrained as from_pretrained
+from timm_memwrap.hub import push_memory_bank as push_memory_bank
+from timm_memwrap.hub import push_to_hub as push_to_hub
 from timm_memwrap.hub import save_pretrained as save_pretrained
 from timm_memwrap.layers import BaselineMemory as BaselineMemory
 from timm_memwrap.layers import MemoryWrapLayer as MemoryWrapLayer
@@ -26,6 +28,8 @@ __all__ = [
     "build_memory_bank",
     "explain",
     "from_pretrained",
+    "push_memory_bank",
+    "push_to_hub",
     "register_backbones",
     "save_pretrained",
     "wrap",

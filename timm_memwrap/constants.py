@@ -19,3 +19,8 @@ MEMORY_BANK = "memory_bank"
 MEMORY_CONFIG_KEY = "memory_bank"
 
 BANK_FORMAT_VERSION = 1
+# Version of that block, and of what `config.json` means to this package.
+CONFIG_FORMAT_VERSION = 1
+
+CARD_FILE = "README.md"
+CARD_FIGURE_FILE = "explanation.png"

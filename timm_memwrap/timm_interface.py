@@ -45,6 +45,8 @@ class TimmInterface(nn.Module):
     pretrained_cfg: dict[str, Any]
     default_cfg: dict[str, Any]
     pretrained_model_args: dict[str, Any]
+    # Id on the Hub of the model that the backbone's weights were of before training, if that is known.
+    base_model: str | None = None
 
     def __getattr__(self, name: str) -> Any:
         if name in _DELEGATED:

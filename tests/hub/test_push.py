@@ -1,0 +1,252 @@
+"""What is pushed comes back: weights and memory as one, and no more of the memory than was asked for."""
+
+import json
+import logging
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import make_model
+from hub_server import Hub
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import Tensor
+
+import timm_memwrap
+from timm_memwrap import MemoryWrapModel
+from timm_memwrap.hub import pull, summarize
+
+FILES = {".gitattributes", "README.md", "config.json", "model.safetensors"}
+
+
+@pytest.fixture
+def token(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A token that may write, where the client looks for it."""
+    token = hub.user("me")
+    monkeypatch.setenv("HF_TOKEN", token)
+    return token
+
+
+def test_a_push_is_one_commit_and_comes_back_bit_by_bit(
+    hub: Hub, token: str, model: MemoryWrapModel, images: Tensor, tmp_path: Path
+) -> None:
+    commit = timm_memwrap.push_to_hub(model, "me/pets", private=True, commit_message="First")
+    repo = hub.repos["me/pets"]
+    assert repo.private
+    assert [c.title for c in repo.history()] == ["First", "initial commit"]
+    assert commit.oid == repo.history()[0].oid
+    assert set(repo.files()) == FILES
+    assert len(hub.sent("POST", "/commit/")) == 1
+
+    logits = model(images)
+    (tmp_path / "w.safetensors").write_bytes(repo.files()["model.safetensors"])
+    with safe_open(tmp_path / "w.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    for name in ("me/pets", "me/pets@main", f"me/pets@{commit.oid}", "hf-hub:me/pets", "hf_hub:me/pets@main"):
+        loaded = timm_memwrap.from_pretrained(name).eval()
+        assert torch.equal(loaded(images), logits), name
+        assert not loaded.memory_is_stale()
+        assert loaded.memory_bank.class_names == model.memory_bank.class_names
+
+
+def test_a_folder_comes_back_by_all_its_names(model: MemoryWrapModel, images: Tensor, tmp_path: Path) -> None:
+    timm_memwrap.save_pretrained(model, tmp_path / "pets")
+    for name in (tmp_path / "pets", str(tmp_path / "pets"), f"local-dir:{tmp_path / 'pets'}"):
+        loaded = timm_memwrap.from_pretrained(name).eval()
+        assert torch.equal(loaded(images), model(images))
+        # What is saved on disk is whole; only a push leaves something out.
+        assert loaded.memory_bank.images is not None
+        assert loaded.memory_bank.ids == model.memory_bank.ids
+
+
+def test_stock_timm_in_a_new_process_and_from_the_cache_alone(
+    hub: Hub, token: str, model: MemoryWrapModel, images: Tensor, tmp_path: Path, run: Callable[..., str]
+) -> None:
+    timm_memwrap.push_to_hub(model, "me/pets", revision="next")
+    torch.save((images, model(images)), tmp_path / "expected.pt")
+    code = f"""
+import timm, timm_memwrap, torch
+images, logits = torch.load({str(tmp_path / "expected.pt")!r})
+name, cache = "hf-hub:me/pets@next", {str(tmp_path / "cache")!r}
+model = timm.create_model(name, pretrained=True, cache_dir=cache).eval()
+assert torch.equal(model(images), logits)
+assert len(model.memory_bank) == 12 and not model.memory_is_stale()
+assert timm_memwrap.from_pretrained("me/pets@next", cache_dir=cache).memory_bank.ids == model.memory_bank.ids
+other = timm.create_model(name, pretrained=True, num_classes=7, cache_dir=cache).eval()
+assert other(images).shape == (4, 7) and len(other.memory_bank) == 0
+pairs = zip(other.backbone.parameters(), model.backbone.parameters())
+assert all(torch.equal(a, b) for a, b in pairs if a.shape == b.shape)
+features = timm.create_model(name, pretrained=True, features_only=True, cache_dir=cache).eval()
+plain = model.backbone.forward_intermediates(images, intermediates_only=True)
+assert torch.equal(features(images)[-1], plain[-1]), "features"
+headless = timm.create_model(name, pretrained=True, num_classes=0, cache_dir=cache).eval()
+assert torch.equal(headless(images), model.forward_head(model.forward_features(images), pre_logits=True))
+print("same")
+"""
+    assert run(code).strip() == "same"
+    before = len(hub.requests)
+    assert run(code, HF_HUB_OFFLINE="1").strip() == "same"
+    assert len(hub.requests) == before
+
+
+def test_branches_and_pull_requests(hub: Hub, token: str, model: MemoryWrapModel) -> None:
+    timm_memwrap.push_to_hub(model, "me/pets")
+    first = hub.repos["me/pets"].files()
+    other = make_model(seed=1)
+    timm_memwrap.push_to_hub(other, "me/pets", revision="next")
+    pull_request = timm_memwrap.push_to_hub(make_model(seed=2), "me/pets", create_pr=True, token=hub.user("you"))
+    assert pull_request.pr_url.endswith("/me/pets/discussions/1")
+    assert hub.repos["me/pets"].files() == first
+    for revision, expected in (("next", other), ("refs/pr/1", make_model(seed=2))):
+        loaded = timm_memwrap.from_pretrained(f"me/pets@{revision}")
+        assert torch.equal(loaded.memory_bank.encodings, expected.memory_bank.encodings)
+
+
+def test_images_and_folders_stay_here_unless_asked_for(
+    hub: Hub, token: str, model: MemoryWrapModel, images: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    bank = deepcopy(model.memory_bank)
+    timm_memwrap.push_to_hub(model, "me/pets")
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING and "public" in r.message]
+    loaded = timm_memwrap.from_pretrained("me/pets")
+    assert loaded.memory_bank.images is None
+    # The same names in two folders stay apart.
+    assert loaded.memory_bank.ids[:4] == ["0000.png", "0000.png (2)", "0001.png", "0001.png (2)"]
+    assert len(set(loaded.memory_bank.ids)) == 12
+    files = hub.repos["me/pets"].files()
+    assert b"/home/me" not in b"".join(files.values())
+    # The model in hand keeps both.
+    assert model.memory_bank.ids == bank.ids
+    assert torch.equal(model.memory_bank.images, bank.images)
+
+    timm_memwrap.push_to_hub(model, "me/pets", include_images=True)
+    assert "me/pets is public: the images of 12 samples" in caplog.text
+    assert torch.equal(timm_memwrap.from_pretrained("me/pets").memory_bank.images, bank.images)
+    caplog.clear()
+    timm_memwrap.push_to_hub(model, "me/secret", include_images=True, private=True)
+    assert "public" not in caplog.text
+
+
+def test_names_of_any_system_are_reduced_and_stay_apart(hub: Hub, token: str, model: MemoryWrapModel) -> None:
+    bank = model.memory_bank
+    ids = [3, "plain", "a.png", r"C:\me\a.png", "https://host/x/a.png?token=secret", "./a.png", "/", "a.png (2)"]
+    bank.select(range(len(ids)))
+    bank.replace(bank.encodings, bank.labels, bank.predictions, ids, None, bank.class_names, bank.provenance)
+    timm_memwrap.push_to_hub(model, "me/pets")
+    names = timm_memwrap.from_pretrained("me/pets").memory_bank.ids
+    assert names == [3, "plain", "a.png", "a.png (3)", "a.png (4)", "a.png (5)", "unnamed", "a.png (2)"]
+
+
+def test_private_is_not_silently_public(hub: Hub, token: str, model: MemoryWrapModel) -> None:
+    hub.repo("me/open")
+    with pytest.raises(ValueError, match="'me/open' exists and is public"):
+        timm_memwrap.push_to_hub(model, "me/open", private=True)
+    assert len(hub.repos["me/open"].history()) == 1
+
+
+def test_a_readme_on_the_hub_is_kept(hub: Hub, token: str, model: MemoryWrapModel) -> None:
+    own = b"---\nlicense: mit\n---\r\n# Mine\r\n"
+    hub.repo("me/pets", **{"README.md": own})
+    timm_memwrap.push_to_hub(model, "me/pets", model_card={"description": "Theirs"})
+    assert hub.repos["me/pets"].files()["README.md"] == own
+
+    # Of a card of ours, the part about the memory alone follows the memory.
+    timm_memwrap.push_to_hub(model, "me/other", model_card={"description": "Ours"})
+    card = hub.repos["me/other"].files()["README.md"].replace(b"Ours", b"Edited")
+    hub.commit("me/other", {"README.md": card})
+    model.memory_bank.select(range(6))
+    timm_memwrap.push_to_hub(model, "me/other")
+    assert hub.repos["me/other"].files()["README.md"] == card.replace(b"12 of 3 classes", b"6 of 3 classes").replace(
+        b"| 4 |", b"| 2 |"
+    )
+
+
+def test_an_empty_or_stale_memory_is_not_pushed(hub: Hub, token: str, model: MemoryWrapModel) -> None:
+    stale, empty = deepcopy(model), deepcopy(model)
+    with torch.no_grad():
+        next(stale.backbone.parameters()).add_(1)
+    empty.memory_bank.clear()
+    for wrong, message in ((stale, "stale"), (empty, "empty"), (model.backbone, "not a Memory Wrap model")):
+        with pytest.raises(ValueError, match=message):
+            timm_memwrap.push_to_hub(wrong, "me/pets")
+    assert not hub.requests
+    timm_memwrap.push_to_hub(empty, "me/pets", allow_empty_memory=True)
+    assert len(timm_memwrap.from_pretrained("me/pets").memory_bank) == 0
+
+
+def test_a_new_memory_alone(hub: Hub, token: str, model: MemoryWrapModel, images: Tensor) -> None:
+    timm_memwrap.push_to_hub(model, "me/pets")
+    model.memory_bank.select([0, 1, 5, 6])
+    timm_memwrap.push_memory_bank(model, "me/pets", commit_message="Smaller")
+    repo = hub.repos["me/pets"]
+    assert repo.history()[0].title == "Smaller"
+    loaded = timm_memwrap.from_pretrained("me/pets").eval()
+    assert len(loaded.memory_bank) == 4
+    assert loaded.memory_bank.images is None
+    assert torch.equal(loaded(images), model(images))
+    assert b"4 of 3 classes" in repo.files()["README.md"]
+    config = json.loads(repo.files()["config.json"])
+    assert config["memory_bank"]["size"] == 4
+
+    before = repo.files()
+    with pytest.raises(ValueError, match=r"me/pets@\w+' are not those that encoded the memory: \d+ tensors differ"):
+        timm_memwrap.push_memory_bank(make_model(seed=1), "me/pets")
+    assert repo.files() == before
+
+
+def test_a_memory_is_not_pushed_over_a_change_in_the_meantime(
+    hub: Hub, token: str, model: MemoryWrapModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timm_memwrap.push_to_hub(model, "me/pets")
+    repo = hub.repos["me/pets"]
+    checked = timm_memwrap.hub._check_same_weights
+
+    def and_meanwhile(*args: object) -> None:
+        checked(*args)
+        hub.commit("me/pets", {"other.txt": b"x"})
+
+    monkeypatch.setattr(timm_memwrap.hub, "_check_same_weights", and_meanwhile)
+    model.memory_bank.select([0, 1])
+    with pytest.raises(OSError, match="'me/pets': the repository has changed in the meantime"):
+        timm_memwrap.push_memory_bank(model, "me/pets")
+    assert repo.history()[0].title == "change"
+
+
+@pytest.mark.parametrize("safe", ["both", True])
+def test_a_push_by_stock_timm_keeps_the_memory(
+    hub: Hub, token: str, model: MemoryWrapModel, images: Tensor, safe: str | bool
+) -> None:
+    timm.models.push_to_hf_hub(model, "me/stock", safe_serialization=safe)
+    assert ("pytorch_model.bin" in hub.repos["me/stock"].files()) == (safe == "both")
+    for create in (timm_memwrap.from_pretrained, lambda name: timm.create_model(f"hf-hub:{name}", pretrained=True)):
+        loaded = create("me/stock").eval()
+        assert torch.equal(loaded(images), model(images))
+        assert loaded.memory_bank.ids == model.memory_bank.ids
+    assert summarize("me/stock").stale is False
+
+
+def test_other_libraries_read_the_repository(hub: Hub, token: str, model: MemoryWrapModel, images: Tensor) -> None:
+    timm_memwrap.push_to_hub(model, "me/pets")
+    folder = Path(snapshot_download("me/pets"))
+    assert torch.equal(timm_memwrap.from_pretrained(folder).eval()(images), model(images))
+    with safe_open(folder / "model.safetensors", framework="numpy") as file:
+        assert file.get_tensor("memory_bank.labels").tolist() == model.memory_bank.labels.tolist()
+
+
+def test_pull_writes_a_folder_that_loads(
+    hub: Hub, token: str, model: MemoryWrapModel, images: Tensor, tmp_path: Path
+) -> None:
+    timm.models.push_to_hf_hub(model, "me/pets")
+    folder = pull("me/pets@main", tmp_path / "sub" / "pets")
+    # No pickle comes along.
+    assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    assert torch.equal(timm_memwrap.from_pretrained(folder).eval()(images), model(images))
+    with pytest.raises(ValueError, match=r"has config\.json, model\.safetensors, README\.md already"):
+        pull("me/pets", folder)
+    (folder / "notes.txt").write_text("mine")
+    pull("me/pets", folder, overwrite=True)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert [path.name for path in (tmp_path / "sub").iterdir()] == ["pets"]
