@@ -1,9 +1,10 @@
 """What a recipe may say, as typed dataclasses, and where the recipes are."""
 
 from argparse import ArgumentError
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_type_hints
 
 from jsonargparse import ArgumentParser
 
@@ -31,7 +32,7 @@ class ModelConfig:
         classifier: Classifier of that head.
     """
 
-    name: str = "resnet10t"
+    name: str = "test_resnet"
     distance: str = "cosine"
     read_head: str = "linear"
     classifier: str = "mlp"
@@ -65,7 +66,7 @@ class TrainingConfig:
 
     epochs: int = 10
     opt: str = "adamw"
-    lr: float = 2e-3
+    lr: float = 4e-3
     weight_decay: float = 0.05
     warmup_epochs: int = 1
     seed: int = 0
@@ -127,17 +128,31 @@ def load_config(config_class: type[C], path: Path) -> C:
     Raises:
         ValueError: If the file has unknown keys or wrong types.
     """
+    content = _read_yaml(path)
+    _refuse_unknown(content, config_class, path)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(config_class, "config")
     try:
-        parsed = parser.parse_object({"config": _read_yaml(path)})
+        parsed = parser.parse_object({"config": content})
     except (ArgumentError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
-    return parser.instantiate_classes(parsed).config
+    return parser.instantiate(parsed).config
+
+
+def _refuse_unknown(content: dict, config_class: type, path: Path, section: str = "") -> None:
+    """Names an unknown key and the nearest known one; the parser would pass over an empty section."""
+    types = get_type_hints(config_class)
+    for key, value in content.items():
+        if key not in types:
+            near = get_close_matches(str(key), types, n=1)
+            hint = f"Did you mean {section + near[0]!r}?" if near else f"Known are {', '.join(types)}."
+            raise ValueError(f"{path}: unknown key {section + str(key)!r}. {hint}")
+        if is_dataclass(types[key]) and isinstance(value, dict):
+            _refuse_unknown(value, types[key], path, f"{section}{key}.")
 
 
 def _read_yaml(path: Path) -> dict:
-    """Reads a YAML mapping.
+    """Reads a YAML file that holds a mapping.
 
     Raises:
         ValueError: If the file is not YAML, or not a mapping.

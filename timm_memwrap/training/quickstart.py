@@ -23,7 +23,7 @@ from timm_memwrap.training.loop import evaluate, train
 __all__ = ["QuickstartReport", "run_quickstart"]
 
 # Images in the figure.
-_SHOWN = 6
+_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,19 @@ def run_quickstart(config: QuickstartConfig, out: str | os.PathLike, progress: b
         config: What to train and how.
         out: Folder for the model and the figure.
         progress: Whether to show progress bars.
+
+    Raises:
+        ValueError: If the configuration does not fit.
     """
+    name = config.model.name
+    if not timm.is_model(f"memwrap_{name}"):
+        raise ValueError(f"model.name={name!r} is not a timm architecture that can classify. See timm.list_models().")
     torch.manual_seed(config.training.seed)
     # What the images are goes into the cfg, so that the saved model's own transform suits them.
     size = (1, config.data.img_size, config.data.img_size)
     images = {"input_size": size, "test_input_size": None, "mean": (0.3,), "std": (0.38,), "crop_pct": 1.0}
     args: dict[str, Any] = {"num_classes": 10, "in_chans": 1, "pretrained_cfg_overlay": images}
-    plain = timm.create_model(config.model.name, **args)
+    plain = timm.create_model(name, **args)
     data = resolve_model_data_config(plain)
     # Digits have no mirror images, and at 8x8 no detail to lose.
     augment = create_transform(**data, is_training=True, hflip=0.0, scale=(0.7, 1.0), color_jitter=0.0, re_prob=0.0)
@@ -92,7 +98,7 @@ def run_quickstart(config: QuickstartConfig, out: str | os.PathLike, progress: b
             dataset_name="scikit-learn digits",
         )
 
-    train(plain, train_loader, config.training, f"Plain {config.model.name}", progress)
+    train(plain, train_loader, config.training, f"Plain {name}", progress)
     plain_accuracy = evaluate(plain, test_loader)
 
     model = wrap(plain)
@@ -101,14 +107,14 @@ def run_quickstart(config: QuickstartConfig, out: str | os.PathLike, progress: b
     agrees, support = _evidence(model, test_loader)
 
     published = timm.create_model(
-        f"memwrap_{config.model.name}",
+        f"memwrap_{name}",
         distance=config.model.distance,
         read_head=config.model.read_head,
         classifier=config.model.classifier,
         **args,
     )
     assert isinstance(published, MemoryWrapModel)
-    train(published, train_loader, config.training, f"memwrap_{config.model.name}", progress)
+    train(published, train_loader, config.training, f"memwrap_{name}", progress)
     remember(published)
     published_accuracy = evaluate(published, test_loader)
 

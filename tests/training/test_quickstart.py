@@ -1,0 +1,34 @@
+from pathlib import Path
+
+import timm
+from safetensors import safe_open
+
+from timm_memwrap.cli import main
+from timm_memwrap.training.configuration import QuickstartConfig, find_recipe, load_config
+from timm_memwrap.training.quickstart import run_quickstart
+
+
+def test_a_short_run_leaves_a_model_a_figure_and_true_figures(tmp_path: Path) -> None:
+    config = load_config(QuickstartConfig, find_recipe("quickstart"))
+    config.training.epochs, config.data.img_size, config.memory.size = 2, 16, 200
+    report = run_quickstart(config, tmp_path / "out", progress=False)
+
+    assert report.reloaded_equal
+    assert report.memory_size == 200
+    # Ten classes: two epochs are far from enough, and far better than nothing.
+    assert min(report.plain, report.memory) > 0.3
+    assert 0 <= report.strongest_agrees <= 1 <= report.support <= 200
+    assert report.figure.read_bytes().startswith(b"\x89PNG")
+    model = timm.create_model(f"local-dir:{report.directory}", pretrained=True)
+    assert model.memory_bank.class_names == list("0123456789")
+    with safe_open(report.directory / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_the_command_reads_the_recipe_that_it_is_given(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text("model:\n  name: no_such_model\n")
+    assert main(["quickstart", "--recipe", str(path), "--out", str(tmp_path / "out")]) == 1
+    assert "'no_such_model'" in capsys.readouterr().err
+    assert main(["quickstart", "--recipe", "nope"]) == 1
+    assert "'nope'" in capsys.readouterr().err
