@@ -105,7 +105,7 @@ class _Copy(Tensor):
     would be nonsense. Whatever is computed from it is a plain tensor, and so is what is pickled or copied.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def is_floating_point(self) -> bool:
         return False
