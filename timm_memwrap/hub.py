@@ -50,6 +50,7 @@ __all__ = [
     "HubError",
     "from_pretrained",
     "pull",
+    "push_folder",
     "push_memory_bank",
     "push_to_hub",
     "save_pretrained",
@@ -98,8 +99,7 @@ def save_pretrained(
     with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as folder:
         written = write_files(model, Path(folder), model.memory_bank)
         if overwrite_card or not (directory / CARD_FILE).exists():
-            source = f"{_FOLDER}:{directory.resolve().name}"
-            written += write_card(model, Path(folder), model.memory_bank, source, model_card)
+            written += write_card(model, Path(folder), model.memory_bank, _local_source(directory), model_card)
         for file in written:
             os.replace(file, directory / file.name)
     return directory
@@ -265,6 +265,38 @@ def push_memory_bank(
             return _commit(api, repo_id, files, revision, create_pr, commit_message, parent=info.sha)
 
 
+def push_folder(folder: str | os.PathLike, repo_id: str, **kwargs: Any) -> CommitInfo:
+    """Pushes a model from a folder, after loading it to see that it is whole.
+
+    A `README.md` in the folder is its card; the line in it that loads the model from the folder is made to load it from
+    the repository.
+
+    Args:
+        folder: Folder that `save_pretrained` or `pull` wrote.
+        repo_id: The repository.
+        **kwargs: Passed to `push_to_hub`.
+
+    Raises:
+        HubError: As in `push_to_hub`.
+        ValueError: As in `push_to_hub`, or if the folder holds no model.
+    """
+    directory = Path(folder)
+    if not directory.is_dir():
+        raise FileError(f"{str(folder)!r} is no folder. Pass one that timm_memwrap.save_pretrained wrote.")
+    model = from_pretrained(directory)
+    card = directory / CARD_FILE
+    text = card.read_text(encoding="utf-8") if card.is_file() else None
+    if text is not None:
+        here, there = (cards.loading_code(source) for source in (_local_source(directory), f"{_HUB}:{repo_id}"))
+        public = public_bank(model.memory_bank, kwargs.get("include_images", False))
+        text = cards.update_memory(text.replace(here, there), public)
+    return push_to_hub(model, repo_id, model_card=text, **kwargs)
+
+
+def _local_source(directory: Path) -> str:
+    return f"{_FOLDER}:{directory.resolve().name}"
+
+
 def pull(repo_id: str, folder: str | os.PathLike, *, token: str | bool | None = None, overwrite: bool = False) -> Path:
     """Downloads a model to a folder, after loading it once to see that it is whole.
 
@@ -335,6 +367,36 @@ class Summary:
     image_bytes: int
     stale: bool | None
 
+    def report(self) -> str:
+        """Says it in lines for people."""
+        lines = [
+            f"{self.source}",
+            f"  architecture  {self.architecture}",
+            f"  classes       {self.num_classes}",
+            f"  parameters    {self.parameters:,}",
+        ]
+        if not self.memory["size"]:
+            return "\n".join([*lines, "  memory        empty: call timm_memwrap.build_memory_bank(model, data)"])
+        memory = self.memory
+        fits = {
+            True: "STALE: encoded with other weights; call timm_memwrap.build_memory_bank(model, data) again",
+            False: "fits the weights",
+            None: "not recorded",
+        }
+        source = f"{memory['dataset'] or 'unknown data'}: {memory['selection'] or 'unknown'}"
+        population = f" of {memory['population']:,}" if memory["population"] else ""
+        seed = f", seed {memory['seed']}" if memory["seed"] is not None else ""
+        lines += [
+            f"  memory        {memory['size']:,} samples, {_size(self.memory_bytes)}",
+            f"  from          {_printable(source)}{population}{seed}",
+            f"  images        {_size(self.image_bytes) if memory['images'] else 'not inside'}",
+            f"  fingerprint   {fits[self.stale]}",
+            "  by class",
+        ]
+        counts = {_printable(name): count for name, count in self.class_counts.items()}
+        width = max(map(len, counts))
+        return "\n".join([*lines, *(f"    {name:{width}}  {count:,}" for name, count in counts.items())])
+
 
 def summarize(model_id: str | os.PathLike) -> Summary:
     """Loads a model, and says what it is and remembers.
@@ -361,6 +423,19 @@ def summarize(model_id: str | os.PathLike) -> Summary:
         image_bytes=bank.images.nbytes if bank.images is not None else 0,
         stale=model.memory_is_stale() if bank.provenance.encoder else None,
     )
+
+
+def _printable(text: str) -> str:
+    """Leaves out what would steer a terminal: a file from outside may say anything."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"
 
 
 # -- what is written --------------------------------------------------------------------------------------------------

@@ -7,27 +7,11 @@ from collections.abc import Callable
 from copy import deepcopy
 
 import pytest
-import timm
 import torch
-from torch.utils.data import TensorDataset
+from hub_models import make_model
+from hub_server import Hub
 
-import timm_memwrap
 from timm_memwrap import MemoryWrapModel
-
-
-def make_model(store_images: bool = True, seed: int = 0) -> MemoryWrapModel:
-    torch.manual_seed(seed)
-    model = timm_memwrap.wrap(timm.create_model("test_resnet", num_classes=3))
-    # What a pixel is worth differs from sample to sample, so that nothing in the memory is alike.
-    data = TensorDataset(torch.randn(12, 3, 64, 64), torch.arange(12) % 3)
-    names = ["cat", "dog", "a|b <i>*c*</i>"]
-    timm_memwrap.build_memory_bank(
-        model, data, size=None, store_images=store_images, progress=False, class_names=names, dataset_name="pets"
-    )
-    ids = [f"/home/me/pets/{'cat' if i % 2 else 'dog'}/{i // 2:04}.png" for i in range(12)]
-    bank = model.memory_bank
-    bank.replace(bank.encodings, bank.labels, bank.predictions, ids, bank.images, bank.class_names, bank.provenance)
-    return model.eval()
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +23,14 @@ def _model() -> MemoryWrapModel:
 def model(_model: MemoryWrapModel) -> MemoryWrapModel:
     """A model with a memory of 12 samples of 3 classes, images inside and paths for ids."""
     return deepcopy(_model)
+
+
+@pytest.fixture
+def token(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A token that may write, where the client looks for it."""
+    token = hub.user("me")
+    monkeypatch.setenv("HF_TOKEN", token)
+    return token
 
 
 @pytest.fixture

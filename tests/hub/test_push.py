@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import make_model
+from hub_models import make_model
 from hub_server import Hub
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
@@ -20,14 +20,6 @@ from timm_memwrap import MemoryWrapModel
 from timm_memwrap.hub import pull, summarize
 
 FILES = {".gitattributes", "README.md", "config.json", "model.safetensors"}
-
-
-@pytest.fixture
-def token(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A token that may write, where the client looks for it."""
-    token = hub.user("me")
-    monkeypatch.setenv("HF_TOKEN", token)
-    return token
 
 
 def test_a_push_is_one_commit_and_comes_back_bit_by_bit(

@@ -1,0 +1,86 @@
+"""The commands that go to the Hub: what they print, and that an error is one line."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import Hub
+from torch import Tensor
+
+import timm_memwrap
+from timm_memwrap import MemoryWrapModel
+from timm_memwrap.cli import main
+
+
+def test_push_pull_inspect(
+    hub: Hub,
+    token: str,
+    model: MemoryWrapModel,
+    images: Tensor,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = timm_memwrap.save_pretrained(model, tmp_path / "pets", model_card={"license": "mit"})
+    assert main(["push", str(folder), "me/pets", "--private", "true", "--message", "By hand"]) == 0
+    repo = hub.repos["me/pets"]
+    assert repo.private
+    assert repo.history()[0].title == "By hand"
+    assert f"{hub.endpoint}/me/pets/commit/{repo.history()[0].oid}" in capsys.readouterr().out
+    card = repo.files()["README.md"].decode()
+    assert "license: mit" in card
+    assert 'timm.create_model("hf-hub:me/pets", pretrained=True)' in card
+    assert "local-dir" not in card
+    # The images stayed, and the card says so.
+    assert "not inside" in card
+
+    assert main(["pull", "me/pets", str(tmp_path / "pulled")]) == 0
+    assert "README.md, config.json, model.safetensors" in capsys.readouterr().out
+    loaded = timm_memwrap.from_pretrained(tmp_path / "pulled").eval()
+    assert torch.equal(loaded(images), model(images))
+
+    assert main(["inspect", "me/pets"]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[:4] == [
+        "me/pets",
+        "architecture memwrap_baseline_test_resnet",
+        "classes 3",
+        f"parameters {sum(p.numel() for p in model.parameters()):,}",
+    ]
+    assert lines[5:9] == ["from pets: all of 12", "images not inside", "fingerprint fits the weights", "by class"]
+    assert lines[9:] == ["cat 4", "dog 4", "a|b <i>*c*</i> 4"]
+
+
+def test_inspect_says_stale_and_empty(
+    hub: Hub, token: str, model: MemoryWrapModel, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    import timm
+
+    with torch.no_grad():
+        next(model.backbone.parameters()).add_(1)
+    timm.models.save_for_hf(model, tmp_path / "stale", safe_serialization=True)
+    assert main(["inspect", str(tmp_path / "stale")]) == 0
+    assert "STALE" in capsys.readouterr().out
+    model.memory_bank.clear()
+    timm_memwrap.save_pretrained(model, tmp_path / "empty", allow_empty_memory=True)
+    assert main(["inspect", str(tmp_path / "empty")]) == 0
+    assert "empty: call" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["inspect", "me/missing"], "Could not download config.json of 'me/missing': there is no such repository"),
+        (["pull", "me/missing", "{}/x"], "Could not list the files of 'me/missing': there is no such repository"),
+        (["push", "{}/nothing", "me/pets"], "nothing' is no folder"),
+        (["push", "{}", "not/a/repo"], "has no config.json"),
+    ],
+)
+def test_an_error_is_one_line(
+    hub: Hub, token: str, tmp_path: Path, args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([arg.format(tmp_path) for arg in args]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("timm-memwrap: ")
+    assert message in error
+    assert not hub.repos
+    assert not list(tmp_path.iterdir())
