@@ -1,0 +1,208 @@
+"""What a visitor of the repository sees: metadata that the Hub takes, lines that run, and no more than is true."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from hub_server import Hub, check_card
+from huggingface_hub import EvalResult, ModelCard
+from PIL import Image
+from torch import Tensor
+
+import timm_memwrap
+from timm_memwrap import MemoryWrapModel
+from timm_memwrap.model_card import make_card, update_memory
+
+DETAILS = {
+    "description": "A model of **pets**.",
+    "license": "mit",
+    "datasets": ["me/pets-data"],
+    "base_model": "timm/test_resnet.r160_in1k",
+    "tags": ["pets"],
+    "results": [{"dataset": "Pets", "dataset_id": "me/pets-data", "split": "test", "value": 0.925}],
+}
+
+
+def code_blocks(card: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+
+
+def test_the_metadata_is_what_the_hub_reads(hub: Hub, token: str, model: MemoryWrapModel) -> None:
+    timm_memwrap.push_to_hub(model, "me/pets", model_card=DETAILS)
+    card = ModelCard.load("me/pets")
+    data = card.data
+    assert data.library_name == "timm_memwrap"
+    assert data.pipeline_tag == "image-classification"
+    assert data.license == "mit"
+    assert data.base_model == "timm/test_resnet.r160_in1k"
+    assert data.datasets == ["me/pets-data"]
+    assert data.tags == ["timm", "memory-wrap", "arxiv:2106.01440", "pets"]
+    [result] = data.eval_results
+    assert isinstance(result, EvalResult)
+    assert (result.task_type, result.dataset_type, result.dataset_split) == (
+        "image-classification",
+        "me/pets-data",
+        "test",
+    )
+    assert (result.metric_type, result.metric_value) == ("accuracy", 0.925)
+    assert check_card(str(card)) == ([], [])
+    info = hub.repos["me/pets"]
+    assert "A model of **pets**." in info.files()["README.md"].decode()
+
+
+def test_without_details_nothing_is_made_up(model: MemoryWrapModel) -> None:
+    text = make_card(model, "hf-hub:me/pets", None, model.memory_bank)
+    data = ModelCard(text).data.to_dict()
+    assert set(data) == {"library_name", "pipeline_tag", "tags"}
+    assert check_card(text) == ([], [])
+    assert "## Results" not in text
+
+
+def test_the_three_lines_run_as_printed(
+    hub: Hub, token: str, model: MemoryWrapModel, images: Tensor, tmp_path: Path, run: Callable[..., str]
+) -> None:
+    timm_memwrap.push_to_hub(model, "me/pets")
+    timm_memwrap.save_pretrained(model, tmp_path / "a 'folder'")
+    torch.save((images, model(images)), tmp_path / "expected.pt")
+    check = f"""
+images, logits = torch.load({str(tmp_path / "expected.pt")!r})
+assert torch.equal(model(images), logits)
+"""
+    code = f"import os, torch\nos.chdir({str(tmp_path)!r})\n"
+    cards = hub.repos["me/pets"].files()["README.md"].decode(), (tmp_path / "a 'folder'" / "README.md").read_text()
+    for card in cards:
+        loading, reading = code_blocks(card)
+        assert len(loading.strip().splitlines()) == 3
+        code += loading + check + reading
+    printed = run(code).splitlines()
+    # As many lines as images, twice: the first names what the push left of the paths.
+    assert len(printed) == 8
+    assert "/home/me" not in "".join(printed[:4])
+    assert "/home/me" in "".join(printed[4:])
+
+
+def test_the_memory_is_described_as_it_is_pushed(hub: Hub, token: str, model: MemoryWrapModel) -> None:
+    timm_memwrap.push_to_hub(model, "me/pets")
+    card = hub.repos["me/pets"].files()["README.md"].decode()
+    assert "| Samples | 12 of 3 classes |" in card
+    assert "| From | pets, 12 samples |" in card
+    assert "| Chosen | all |" in card
+    assert "| Images | not inside" in card
+    assert "| cat | 4 |" in card
+    timm_memwrap.push_to_hub(model, "me/with-images", include_images=True)
+    assert "small pictures of the samples are inside" in hub.repos["me/with-images"].files()["README.md"].decode()
+
+
+def test_text_from_outside_is_only_text(model: MemoryWrapModel) -> None:
+    bank = model.memory_bank
+    bank.set_class_names(["a|b <img src=x>\n# Heading", "[link](http://x) `code` *bold*", "\ud800 <!-- -->"])
+    bank.replace(
+        bank.encodings,
+        bank.labels,
+        bank.predictions,
+        bank.ids,
+        None,
+        bank.class_names,
+        timm_memwrap.memory_bank.Provenance(dataset="pets | <script>", selection="```\n---\nlicense: other"),
+    )
+    card = make_card(model, "hf-hub:me/pets", {"results": [{"dataset": "<b>|x", "value": 0.5}]}, bank)
+    text = ModelCard(card).text
+    assert "<img" not in text
+    assert "<script" not in text
+    assert "<b>" not in text
+    assert "\n# Heading" not in text
+    assert r"\[link\](http://x) \`code\` \*bold\*" in text
+    assert r"a\|b &lt;img src=x&gt; # Heading" in text
+    card.encode()
+    # The marks around the part on the memory are still found.
+    assert update_memory(card, bank) == card
+
+
+def test_a_card_with_many_classes_stays_readable(model: MemoryWrapModel) -> None:
+    bank = timm_memwrap.MemoryBank()
+    count = torch.arange(50)
+    bank.replace(torch.randn(50, 3), count, count, count.tolist())
+    card = make_card(model, "hf-hub:me/pets", None, bank)
+    assert "And 30 more classes." in card
+    assert "| 19 | 1 |\n\nAnd" in card
+
+
+def test_accuracy_in_short(model: MemoryWrapModel) -> None:
+    card = ModelCard(make_card(model, "hf-hub:me/pets", {"accuracy": 0.5}, model.memory_bank))
+    assert card.data.eval_results[0].metric_value == 0.5
+    assert "| pets | Accuracy | 0.5 |" in card.text
+
+
+@pytest.mark.parametrize(
+    ("details", "message"),
+    [
+        ({"licence": "mit"}, r"Unknown model_card fields \['licence'\]"),
+        ({"accuracy": 92.5}, "accuracy for the model card is 92.5. Pass a fraction"),
+        ({"accuracy": "high"}, "'high'. Pass a number"),
+        ({"results": [{"accuracy": 1}]}, r"model_card\['results'\] has \['accuracy'\]"),
+        ({"license": 5}, r"model_card\['license'\] is 5. Pass text"),
+        ({"tags": [1]}, r"model_card\['tags'\] is \[1\]. Pass a list of texts"),
+    ],
+)
+def test_a_wrong_detail_is_refused_before_the_hub_is_asked(
+    hub: Hub, token: str, model: MemoryWrapModel, details: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        timm_memwrap.push_to_hub(model, "me/pets", model_card=details)
+    assert not hub.requests
+
+
+def test_metadata_that_the_hub_refuses_pushes_nothing(hub: Hub, token: str, model: MemoryWrapModel) -> None:
+    with pytest.raises(ValueError, match=r"Invalid metadata in README\.md"):
+        timm_memwrap.push_to_hub(model, "me/pets", model_card={"license": "my own"})
+    assert len(hub.repos["me/pets"].history()) == 1
+
+
+def test_a_figure_shows_images_and_goes_only_with_them(
+    hub: Hub, token: str, model: MemoryWrapModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    figure = tmp_path / "figure.png"
+    Image.new("RGB", (8, 8)).save(figure)
+    with pytest.raises(ValueError, match="model_card has a figure, which shows images"):
+        timm_memwrap.push_to_hub(model, "me/pets", model_card={"figure": figure})
+    with pytest.raises(ValueError, match="not a PNG file"):
+        timm_memwrap.push_to_hub(model, "me/pets", model_card={"figure": tmp_path / "missing.png"}, include_images=True)
+    assert not hub.requests
+    timm_memwrap.push_to_hub(model, "me/pets", model_card={"figure": figure}, include_images=True)
+    files = hub.repos["me/pets"].files()
+    assert files["explanation.png"] == figure.read_bytes()
+    assert b"](explanation.png)" in files["README.md"]
+    assert "is public" in caplog.text
+
+
+def test_the_base_model_is_named_when_its_weights_were_loaded(model: MemoryWrapModel, tmp_path: Path) -> None:
+    assert model.base_model is None
+    weights = tmp_path / "backbone.safetensors"
+    backbone = timm.create_model("test_resnet.r160_in1k")
+    from safetensors.torch import save_file
+
+    save_file(backbone.state_dict(), weights)
+    overlay = {"file": str(weights)}
+    trained = timm.create_model(
+        "memwrap_test_resnet.r160_in1k", pretrained=True, num_classes=3, pretrained_cfg_overlay=overlay
+    )
+    timm_memwrap.save_pretrained(trained, tmp_path / "model", allow_empty_memory=True)
+    # It is remembered, and so is nothing about where the file was.
+    loaded = timm_memwrap.from_pretrained(tmp_path / "model")
+    assert loaded.base_model == "timm/test_resnet.r160_in1k"
+    assert ModelCard.load(tmp_path / "model" / "README.md").data.base_model == "timm/test_resnet.r160_in1k"
+    assert str(tmp_path) not in (tmp_path / "model" / "config.json").read_text()
+    untrained = timm.create_model("memwrap_test_resnet.r160_in1k", num_classes=3)
+    assert untrained.base_model is None
+
+
+def test_saving_never_overwrites_a_readme_unless_asked(model: MemoryWrapModel, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    timm_memwrap.save_pretrained(model, tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+    timm_memwrap.save_pretrained(model, tmp_path, overwrite_card=True, model_card={"license": "mit"})
+    assert ModelCard.load(tmp_path / "README.md").data.license == "mit"
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "config.json", "model.safetensors"}
