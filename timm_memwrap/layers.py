@@ -254,7 +254,7 @@ class LabelVote(MemoryLayer):
                 "labels=None, but a vote is over the labels of the memory set. In training it has none: train with "
                 "classifier='linear' or 'mlp', then build the memory bank with build_memory_bank."
             )
-        one_hot = torch.zeros(len(labels), self.output_dim, device=memory_encoding.device)
+        one_hot = _at_least_float32(memory_encoding).new_zeros(len(labels), self.output_dim)
         return one_hot.scatter_(1, labels.unsqueeze(1), 1.0)
 
     def classify(self, input_encoding: Tensor, memory_vector: Tensor) -> Tensor:

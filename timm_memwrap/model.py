@@ -195,7 +195,7 @@ class MemoryWrapModel(TimmInterface):
         """
         if not len(self.memory_bank):
             raise ValueError("The memory bank is empty. Call timm_memwrap.build_memory_bank(model, data) first.")
-        return self._read(encoding, self._prepared_bank(), hidden)
+        return self._read(encoding, self._prepared_bank(encoding.dtype), hidden)
 
     # -- the memory's state -----------------------------------------------------------------------------------------
 
@@ -306,7 +306,8 @@ class MemoryWrapModel(TimmInterface):
             if self.training or torch.compiler.is_compiling():
                 # No shape that depends on data, and a gradient that is one matrix product.
                 dense = content_weights(similarity)
-                vector = dense @ prepared.values if dense.shape[-1] else _zeros(prepared.values, len(encoding))
+                # With nothing to read this is zero, and still has a gradient: the last batch of an epoch may be of one.
+                vector = dense @ prepared.values[: dense.shape[-1]]
                 weights, indices = dense.sort(dim=-1, descending=True) if ranked else (dense[:, :0], None)
             else:
                 weights, indices = top_weights(similarity)
@@ -329,11 +330,11 @@ class MemoryWrapModel(TimmInterface):
 
     def _read_remembered(self, encoding: Tensor) -> MemoryReadout:
         if len(self.memory_bank):
-            return self._read(encoding, self._prepared_bank())
+            return self._read(encoding, self._prepared_bank(encoding.dtype))
         if self._queue_used and not torch.compiler.is_compiling() and self.memory_args["classifier"] != "vote":
             assert self.queue is not None
             filled = min(int(self.queue_position), len(self.queue))
-            return self._read_set(encoding, self.queue[:filled])
+            return self._read_set(encoding, self.queue[:filled].to(_wide(encoding.dtype)))
         if not self._warned:
             self._warned = True
             _logger.warning(
@@ -343,20 +344,21 @@ class MemoryWrapModel(TimmInterface):
         nothing = encoding.new_zeros(0, self.encoding_size)
         return self._read(encoding, self._prepare(nothing, torch.zeros(0, dtype=torch.long, device=encoding.device)))
 
-    def _prepared_bank(self) -> _Prepared:
-        """Projects and normalises the bank's keys once, until a weight or the bank changes."""
-        bank = self.memory_bank
+    def _prepared_bank(self, dtype: torch.dtype) -> _Prepared:
+        """Projects and normalises the bank's keys once, until a weight, the bank or the dtype of inputs changes."""
+        bank, dtype = self.memory_bank, _wide(dtype)
         assert bank.encodings is not None and bank.labels is not None
         parameters = list(self.head.parameters())
         wants_gradient = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
         if self.training or wants_gradient or torch.compiler.is_compiling():
-            return self._prepare(bank.encodings, bank.labels)
+            return self._prepare(bank.encodings.to(dtype), bank.labels)
         watched = [*parameters, *self.head.buffers(), bank.encodings, bank.labels]
-        if self._prepared is None or not self._prepared[0].unchanged(watched):
+        known = self._prepared
+        if known is None or known[1].values.dtype != dtype or not known[0].unchanged(watched):
             # Not in inference mode, whose tensors a later backward could not use.
             with torch.inference_mode(False), torch.no_grad():
-                self._prepared = (Watch(watched), self._prepare(bank.encodings, bank.labels))
-        return self._prepared[1]
+                known = self._prepared = (Watch(watched), self._prepare(bank.encodings.to(dtype), bank.labels))
+        return known[1]
 
     def _make_queue(self) -> None:
         parameter = next(self.backbone.parameters())
@@ -486,5 +488,6 @@ def check_global_pool(global_pool: str | None, num_classes: int) -> None:
         )
 
 
-def _zeros(values: Tensor, rows: int) -> Tensor:
-    return values.new_zeros(rows, values.shape[-1])
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype of a read: float32, and float64 where the model is."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
