@@ -1,0 +1,304 @@
+"""Filling a bank: from any kind of data the same samples, and nothing half done."""
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import ImageDataset, create_transform, resolve_model_data_config
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
+
+from timm_memwrap import MemoryWrapModel, build_memory_bank
+
+CLASSES = 3
+
+
+def _model(name: str = "memwrap_test_resnet", **kwargs: Any) -> MemoryWrapModel:
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=CLASSES, **kwargs).eval()
+
+
+def _data(size: int = 24) -> TensorDataset:
+    images = torch.randn(size, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return TensorDataset(images, torch.arange(size) % CLASSES)
+
+
+class _Pictures(Dataset):
+    """PIL images, as torchvision's data sets give without a transform."""
+
+    classes = ("cat", "dog", "newt")
+
+    def __init__(self, size: int = 9) -> None:
+        noise = torch.randint(256, (size, 40, 50, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+        self.images = [Image.fromarray(pixels.numpy()) for pixels in noise]
+        self.targets = [i % CLASSES for i in range(size)]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.images[index], self.targets[index]
+
+
+class _Stream(IterableDataset):
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from _data()
+
+
+def _batches() -> list[tuple[Tensor, Tensor]]:
+    images, labels = _data().tensors
+    return list(zip(images.split(5), labels.split(5), strict=True))
+
+
+SOURCES: dict[str, Callable[[], Any]] = {
+    "dataset": _data,
+    "loader": lambda: DataLoader(_data(), batch_size=5),
+    "shuffled loader": lambda: DataLoader(_data(), batch_size=5, shuffle=True),
+    "loader that drops the last": lambda: DataLoader(_data(), batch_size=7, shuffle=True, drop_last=True),
+    "any iterable of batches": _batches,
+    "stream": lambda: DataLoader(_Stream(), batch_size=5),
+    "subset of all": lambda: Subset(_data(), list(range(24))),
+    "sampler of all": lambda: DataLoader(_data(), sampler=SubsetRandomSampler(range(24))),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("selection", ["balanced", "random", "kmeans", "all"])
+def test_the_bank_is_the_same_whatever_the_data_comes_in(source: str, selection: str) -> None:
+    if source == "any iterable of batches":
+        data: Any = iter(_batches())
+    else:
+        data = SOURCES[source]()
+    expected = build_memory_bank(_model(), _data(), size=9, selection=selection, progress=False)
+    bank = build_memory_bank(_model(), data, size=9, selection=selection, progress=False)
+    assert bank.ids == expected.ids
+    assert torch.equal(bank.labels, expected.labels)
+    assert torch.equal(bank.predictions, expected.predictions)
+    torch.testing.assert_close(bank.encodings, expected.encodings, atol=1e-5, rtol=1e-5)
+    assert bank.provenance.population == 24
+
+
+def test_encodings_are_those_of_the_samples_that_the_ids_name() -> None:
+    model, data = _model(), _data()
+    bank = build_memory_bank(model, data, size=10, progress=False)
+    with torch.no_grad():
+        expected = model.encode(torch.stack([data[i][0] for i in bank.ids]))
+    torch.testing.assert_close(bank.encodings, expected, atol=1e-5, rtol=1e-5)
+    assert bank.labels.tolist() == [int(data[i][1]) for i in bank.ids]
+
+
+def test_a_subset_keeps_the_ids_of_its_own_order() -> None:
+    bank = build_memory_bank(_model(), Subset(_data(), [20, 4, 7]), size=None, progress=False)
+    with torch.no_grad():
+        expected = _model().encode(_data().tensors[0][[20, 4, 7]])
+    torch.testing.assert_close(bank.encodings, expected, atol=1e-5, rtol=1e-5)
+    assert bank.labels.tolist() == [20 % 3, 4 % 3, 7 % 3]
+
+
+def test_a_sampler_that_leaves_samples_out_leaves_them_out() -> None:
+    loader = DataLoader(_data(), sampler=SubsetRandomSampler([3, 8, 5]))
+    bank = build_memory_bank(_model(), loader, size=None, progress=False)
+    assert bank.labels.tolist() == [0, 5 % 3, 8 % 3]
+
+
+def test_pil_images_get_the_models_own_transform() -> None:
+    model, data = _model(), _Pictures()
+    bank = build_memory_bank(model, data, size=None, progress=False)
+    transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    with torch.no_grad():
+        expected = model.encode(torch.stack([transform(image) for image in data.images]))
+    torch.testing.assert_close(bank.encodings, expected, atol=1e-5, rtol=1e-5)
+    assert bank.class_names == ["cat", "dog", "newt"]
+
+
+def _folder(root: Path) -> Path:
+    for i, (label, image) in enumerate(zip(_Pictures().targets, _Pictures().images, strict=True)):
+        path = root / _Pictures.classes[label] / f"{i // CLASSES}.png"  # the same names in every class
+        path.parent.mkdir(exist_ok=True)
+        image.save(path)
+    return root
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+@pytest.mark.parametrize("subset", [False, True])
+def test_samples_of_an_image_folder_are_named_by_their_files(library: str, subset: bool, tmp_path: Path) -> None:
+    root = _folder(tmp_path)
+    if library == "timm":
+        data: Any = ImageDataset(str(root))
+    else:
+        data = pytest.importorskip("torchvision.datasets").ImageFolder(str(root))
+    if subset:
+        data = Subset(data, range(1, 7))
+    bank = build_memory_bank(_model(), data, size=6, progress=False)
+    assert len(set(bank.ids)) == 6
+    for sample_id, label in zip(bank.ids, bank.labels, strict=True):
+        path = root / str(sample_id)
+        assert path.is_file()
+        assert path.parent.name == _Pictures.classes[int(label)]
+    assert bank.class_names == ["cat", "dog", "newt"]
+
+
+@pytest.mark.parametrize("name", ["memwrap_test_resnet", "memwrap_baseline_test_resnet"])
+def test_own_predictions_are_made_with_the_sample_hidden(name: str) -> None:
+    model = timm.create_model(name, num_classes=CLASSES, scale=20.0).eval()
+    bank = build_memory_bank(model, _data(12), size=None, progress=False)
+    encodings, labels = bank.encodings.clone(), bank.labels.clone()
+    for i in range(12):
+        rest = [j for j in range(12) if j != i]
+        with torch.no_grad():
+            logits = model.head(encodings[i : i + 1], encodings[rest])
+        assert int(bank.predictions[i]) == int(logits.argmax())
+    assert torch.equal(labels, bank.labels)
+
+
+def test_a_samples_own_label_cannot_vote_for_it() -> None:
+    model = timm.create_model(
+        "memwrap_baseline_test_resnet", num_classes=CLASSES, classifier="vote", read_head="identity", scale=1e3
+    )
+    data = TensorDataset(_data(3).tensors[0], torch.tensor([0, 1, 2]))
+    bank = build_memory_bank(model, data, size=None, progress=False)
+    assert bool((bank.predictions != bank.labels).all())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_every_modules_mode_is_as_before(fails: bool, training: bool) -> None:
+    model = _model().train(training)
+    frozen = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)][:2]
+    for module in frozen:
+        module.train(not training)
+    before = {name: module.training for name, module in model.named_modules()}
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    data = _data()
+    if fails:
+        data.tensors[0][5] = float("nan")
+        with pytest.raises(ValueError, match="NaN"):
+            build_memory_bank(model, data, size=None, progress=False)
+    else:
+        build_memory_bank(model, data, size=9, progress=False)
+    assert {name: module.training for name, module in model.named_modules()} == before
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in state.items()), "no running statistic has moved"
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("where", ["data", "predictions"])
+def test_an_exception_midway_leaves_the_old_bank(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model()
+    old = build_memory_bank(model, _data(6), size=None, progress=False)
+    encodings, predictions = old.encodings, old.predictions
+
+    def broken(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    def stream() -> Iterator[Any]:
+        yield from _batches()[:2]
+        raise KeyboardInterrupt
+
+    if where == "predictions":
+        monkeypatch.setattr("timm_memwrap.building._own_predictions", broken)
+    with pytest.raises(KeyboardInterrupt):
+        build_memory_bank(model, stream() if where == "data" else _data(), size=None, progress=False)
+    assert model.memory_bank is old
+    assert old.encodings is encodings
+    assert old.predictions is predictions
+
+
+@pytest.mark.parametrize(
+    ("data", "arguments", "quoted"),
+    [
+        (TensorDataset(torch.zeros(0, 3, 32, 32), torch.zeros(0).long()), {"size": None}, "empty"),
+        ([], {"size": None}, "empty"),
+        (_data(6), {"size": 7}, r"size=7.*has 6.*size=None"),
+        (DataLoader(_Stream(), batch_size=5), {"size": 25}, r"size=25.*has 24"),
+        (_data(), {"size": 0}, "size=0"),
+        (_data(), {"size": 2.5}, r"size=2\.5"),
+        (_data(), {"size": True}, "size=True"),
+        (_data(), {"selection": "best"}, r"'best'.*'balanced'"),
+        (TensorDataset(torch.zeros(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])), {"size": 2}, "3.*num_classes=4"),
+        (TensorDataset(torch.zeros(2, 3, 32, 32), torch.tensor([0, -1])), {"size": 2}, "-1"),
+        (TensorDataset(torch.zeros(2, 3, 32, 32), torch.zeros(2, 3)), {"size": 2}, "one-hot"),
+        (TensorDataset(torch.zeros(2, 3, 32, 32)), {"size": 2}, r"\(image, label\)"),
+        ([torch.zeros(2, 3, 32, 32)], {"size": 2}, r"\(image"),
+        (7, {}, "int is neither"),
+    ],
+)
+def test_data_that_cannot_be_remembered_is_refused(data: Any, arguments: dict[str, Any], quoted: str) -> None:
+    model = _model()
+    with pytest.raises(ValueError, match=quoted):
+        build_memory_bank(model, data, progress=False, **arguments)
+    assert len(model.memory_bank) == 0
+
+
+def test_models_without_a_memory_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"wrap\(model\)"):
+        build_memory_bank(timm.create_model("test_resnet"), _data())
+    headless = timm.create_model("memwrap_test_resnet", num_classes=0)
+    with pytest.raises(ValueError, match=r"reset_classifier\(n\)"):
+        build_memory_bank(headless, _data())
+
+
+def test_stored_images_look_like_the_originals(tmp_path: Path) -> None:
+    # Smooth pictures: noise would not survive any resizing.
+    ramp = torch.linspace(0, 255, 160).expand(3, 160, 160)
+    pictures = torch.stack([ramp, ramp.mT, 255 - ramp])
+    model = _model()
+    config = resolve_model_data_config(model)
+    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
+    data = TensorDataset((pictures / 255 - mean) / std, torch.arange(3))
+    bank = build_memory_bank(model, data, size=None, store_images=True, progress=False)
+    assert bank.images.dtype == torch.uint8
+    assert bank.images.shape == (3, 3, 64, 64)
+    small = nn.functional.adaptive_avg_pool2d(pictures, 16)
+    got = nn.functional.adaptive_avg_pool2d(bank.images.float(), 16)
+    assert float((small - got).abs().max()) < 3
+
+
+def test_images_are_stored_on_request_only_and_small_ones_as_they_are() -> None:
+    assert build_memory_bank(_model(), _data(), size=3, progress=False).images is None
+    bank = build_memory_bank(_model(), _data(), size=3, store_images=True, progress=False)
+    assert bank.images.shape == (3, 3, 32, 32)
+
+
+def test_grey_images_are_stored_with_one_channel() -> None:
+    model = _model(in_chans=1)
+    data = TensorDataset(torch.zeros(4, 1, 32, 32), torch.arange(4) % CLASSES)
+    bank = build_memory_bank(model, data, size=None, store_images=True, progress=False)
+    assert bank.images.shape == (4, 1, 32, 32)
+
+
+def test_progress_is_shown_or_nothing_at_all(capfd: pytest.CaptureFixture[str]) -> None:
+    build_memory_bank(_model(), _data(), size=9, progress=False)
+    assert capfd.readouterr() == ("", "")
+    build_memory_bank(_model(), _data(), size=9)
+    assert "Memory bank" in capfd.readouterr().err
+
+
+def test_provenance_says_where_the_samples_come_from() -> None:
+    model = _model()
+    bank = build_memory_bank(
+        model,
+        _data(),
+        size=9,
+        selection="random",
+        seed=5,
+        progress=False,
+        class_names=["a", "b", "c"],
+        dataset_name="x",
+    )
+    provenance = bank.provenance
+    assert (provenance.dataset, provenance.selection, provenance.seed, provenance.population) == ("x", "random", 5, 24)
+    assert provenance.encoder == model.encoder_fingerprint()
+    assert bank.class_names == ["a", "b", "c"]
+    assert bank is model.memory_bank
+
+
+def test_a_bank_of_one_sample_is_built_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert len(build_memory_bank(_model(), _data(), size=1, progress=False)) == 1
+    assert "one sample" in caplog.text
