@@ -3,6 +3,8 @@
 Slow: one case takes a second, and there are more than a thousand. Run by hand with `pytest -m slow`.
 """
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -30,6 +32,15 @@ def layer_ids(model: Any, coarse: bool) -> dict[str, int]:
     return group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
 
 
+@contextmanager
+def no_initialisation() -> Iterator[None]:
+    """Leaves out random numbers, which meta tensors do not hold: drawing none of them is most of a model's making."""
+    with ExitStack() as stack:
+        for name in ("uniform_", "normal_", "erfinv_", "clamp_"):
+            stack.enter_context(mock.patch.object(torch.Tensor, name, lambda self, *args, **kwargs: self))
+        yield
+
+
 def assert_names_real_parameters(model: nn.Module, cfg: Any) -> None:
     state_dict = model.state_dict()
     for names in (cfg["classifier"], cfg["first_conv"]):
@@ -39,7 +50,7 @@ def assert_names_real_parameters(model: nn.Module, cfg: Any) -> None:
 
 @pytest.mark.parametrize("backbone", backbones())
 def test_every_architecture_runs_on_the_meta_device(backbone: str) -> None:
-    with torch.device("meta"):
+    with torch.device("meta"), no_initialisation():
         plain: Any = timm.create_model(backbone, num_classes=NUM_CLASSES)
         encodings: dict[bool, torch.Tensor] = {}
         for prefix in PREFIXES:
@@ -72,6 +83,8 @@ def assert_runs(model: Any, encodings: dict[bool, torch.Tensor]) -> None:
 def assert_groups_as(plain: Any, model: Any) -> None:
     """Asserts that the backbone's parameters have the layer ids that they have in the plain model; the head is last."""
     assert hasattr(model, "group_matcher") == hasattr(plain, "group_matcher")
+    if not hasattr(plain, "group_matcher"):
+        return
     for coarse in (False, True):
         expected, ids = layer_ids(plain, coarse), layer_ids(model, coarse)
         own = {name: layer_id for name, layer_id in ids.items() if name.startswith("backbone.")}
