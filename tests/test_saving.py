@@ -1,0 +1,267 @@
+"""What was saved is what comes back, through stock timm and in another process."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+import timm_memwrap
+from timm_memwrap import MemoryWrapModel, build_memory_bank, from_pretrained, save_pretrained
+
+CLASSES = 3
+NAMES = ["cat", "dog", "newt"]
+BASELINE = "memwrap_baseline_test_resnet"
+VARIANTS: dict[str, dict[str, Any]] = {
+    "mlp": {"model_name": "memwrap_test_resnet"},
+    "linear": {"model_name": "memwrap_test_resnet", "classifier": "linear", "read_head": "identity", "distance": "l2"},
+    "scaled": {"model_name": "memwrap_test_vit", "img_size": 32, "scale": 3.0, "distance": "dot"},
+    "grey": {"model_name": "memwrap_test_efficientnet", "in_chans": 1},
+    "baseline": {"model_name": BASELINE},
+    "classifier": {"model_name": BASELINE, "read_head": "classifier"},
+    "classifier and input": {"model_name": "memwrap_test_resnet", "read_head": "classifier"},
+    "vote": {"model_name": BASELINE, "classifier": "vote"},
+    "wrapped": {},
+    "wrapped linear": {"read_head": "linear"},
+    "no memory": {"model_name": "memwrap_test_resnet"},
+}
+
+
+def _images(channels: int = 3, count: int = 12) -> Tensor:
+    return torch.randn(count, channels, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def _model(variant: str = "mlp") -> MemoryWrapModel:
+    torch.manual_seed(len(variant))
+    args = dict(VARIANTS[variant])
+    if variant.startswith("wrapped"):
+        model = timm_memwrap.wrap(timm.create_model("test_convnext", num_classes=CLASSES), **args)
+    else:
+        model = timm.create_model(num_classes=CLASSES, **args)
+    model.eval()
+    if variant != "no memory":
+        data = TensorDataset(_images(model.in_chans), torch.arange(12) % CLASSES)
+        build_memory_bank(model, data, size=9, store_images=True, progress=False, class_names=NAMES)
+    return model
+
+
+# It imports timm and timm_memwrap, and knows nothing else.
+_RELOAD = """
+import sys, timm, timm_memwrap, torch
+from safetensors.torch import save_file
+for folder in sys.argv[1:]:
+    model = timm.create_model("local-dir:" + folder, pretrained=True).eval()
+    images = torch.load(folder + "/images.pth", weights_only=True)
+    with torch.no_grad():
+        tensors = {"logits": model(images)}
+    tensors |= {name: tensor + 0 for name, tensor in model.state_dict().items()}
+    save_file(tensors, folder + "/reloaded.safetensors", metadata={"names": ",".join(model.memory_bank.class_names)})
+"""
+
+
+@pytest.fixture(scope="module")
+def reloaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, MemoryWrapModel, dict[str, Tensor]]]:
+    """All variants, saved here and loaded in one new process."""
+    root = tmp_path_factory.mktemp("saved")
+    models = {variant: _model(variant) for variant in VARIANTS}
+    folders = {variant: root / variant.replace(" ", "_") for variant in VARIANTS}
+    for variant, model in models.items():
+        save_pretrained(model, folders[variant], allow_empty_memory=variant == "no memory")
+        torch.save(_images(model.in_chans), folders[variant] / "images.pth")
+    subprocess.run([sys.executable, "-c", _RELOAD, *map(str, folders.values())], check=True, timeout=200)
+    return {v: (folders[v], models[v], load_file(folders[v] / "reloaded.safetensors")) for v in VARIANTS}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_and_bank_come_back_bit_for_bit_in_a_new_process(variant: str, reloaded: dict[str, Any]) -> None:
+    _, model, got = reloaded[variant]
+    with torch.no_grad():
+        assert torch.equal(got.pop("logits"), model(_images(model.in_chans)))
+    expected = model.state_dict()
+    assert set(got) == set(expected)
+    for name, tensor in expected.items():
+        assert got[name].dtype == tensor.dtype
+        assert torch.equal(got[name], tensor), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_from_pretrained_brings_everything_back_here(variant: str, reloaded: dict[str, Any]) -> None:
+    folder, model, _ = reloaded[variant]
+    other = from_pretrained(folder).eval()
+    assert other.memory_args == model.memory_args
+    assert other.memory_only == model.memory_only
+    for name in ("ids", "class_names", "provenance", "class_counts"):
+        assert getattr(other.memory_bank, name) == getattr(model.memory_bank, name)
+    assert not other.memory_is_stale()
+    if variant != "no memory":
+        assert other.memory_bank.class_names == NAMES
+        assert list(other.pretrained_cfg["label_names"]) == NAMES
+    with torch.no_grad():
+        assert torch.equal(other(_images(model.in_chans)), model(_images(model.in_chans)))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_reloaded_model_saves_the_same_again(variant: str, reloaded: dict[str, Any], tmp_path: Path) -> None:
+    folder, _, _ = reloaded[variant]
+    save_pretrained(from_pretrained(folder), tmp_path, allow_empty_memory=True)
+    assert (tmp_path / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    one, other = (json.loads((path / "config.json").read_text()) for path in (tmp_path, folder))
+    assert one["model_args"] == other["model_args"]
+    assert one["architecture"] == other["architecture"]
+
+
+@pytest.mark.parametrize("variant", ["mlp", "classifier", "baseline", "wrapped"])
+@pytest.mark.parametrize("num_classes", [2, 5])
+def test_other_classes_get_a_new_last_layer_and_no_bank(
+    variant: str, num_classes: int, reloaded: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, model, _ = reloaded[variant]
+    with caplog.at_level(logging.WARNING):
+        other = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=num_classes).eval()
+    assert "memory bank is not loaded" in caplog.text
+    assert len(other.memory_bank) == 0
+    with torch.no_grad():
+        images = _images()
+        assert other(images).shape == (12, num_classes)
+        assert torch.equal(other.forward_features(images), model.forward_features(images))
+
+
+@pytest.mark.parametrize("variant", ["mlp", "classifier", "scaled"])
+def test_features_come_from_the_saved_backbone(variant: str, reloaded: dict[str, Any]) -> None:
+    folder, model, _ = reloaded[variant]
+    features = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True).eval()
+    headless = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
+    with torch.no_grad():
+        expected = model.forward_intermediates(_images(), intermediates_only=True)
+        got = features(_images())
+        if variant != "scaled":  # a ViT's extractor picks its layers itself
+            assert all(any(torch.equal(a, b) for b in expected) for a in got)
+        pooled = model.forward_head(model.forward_features(_images()), pre_logits=True)
+        assert torch.equal(headless(_images()), pooled)
+
+
+@pytest.mark.parametrize("variant", ["mlp", "classifier"])
+def test_other_input_channels_adapt_the_first_layer(variant: str, reloaded: dict[str, Any]) -> None:
+    folder, model, _ = reloaded[variant]
+    grey = timm.create_model(f"local-dir:{folder}", pretrained=True, in_chans=1).eval()
+    with torch.no_grad():
+        assert grey(_images(1)).shape == (12, CLASSES)
+    assert not torch.equal(next(grey.backbone.parameters()), next(model.backbone.parameters()))
+    assert len(grey.memory_bank) == 0 or grey.memory_is_stale(), "the bank is of another encoder"
+
+
+def test_only_safetensors_and_text_is_written(tmp_path: Path) -> None:
+    save_pretrained(_model(), tmp_path)
+    assert {p.suffix for p in tmp_path.rglob("*")} <= {".safetensors", ".json", ".md"}
+    json.loads((tmp_path / "config.json").read_text())
+
+
+def test_a_model_without_memory_is_saved_on_request_only(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"build_memory_bank.*allow_empty_memory=True"):
+        save_pretrained(_model("no memory"), tmp_path)
+    assert not list(tmp_path.iterdir())
+    save_pretrained(_model("no memory"), tmp_path, allow_empty_memory=True)
+
+
+def test_a_stale_bank_is_not_saved(tmp_path: Path) -> None:
+    model = _model()
+    with torch.no_grad():
+        next(model.backbone.parameters()).add_(0.1)
+    with pytest.raises(ValueError, match=r"stale.*build_memory_bank"):
+        save_pretrained(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_memory_wrap_model_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"wrap\(model\)"):
+        save_pretrained(timm.create_model("test_resnet"), tmp_path)  # type: ignore[arg-type]
+
+
+def _visible(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("where", ["save_file", "save_config_for_hf", "os.replace"])
+def test_a_failed_save_leaves_the_old_files(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_pretrained(_model(), tmp_path)
+    before = _visible(tmp_path)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"timm_memwrap.hub.{where}", full)
+    with pytest.raises(OSError, match="No space"):
+        save_pretrained(_model("linear"), tmp_path)
+    assert _visible(tmp_path) == before
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()], "nothing temporary is left"
+
+
+_KILLED = """
+import os, signal, sys, timm, timm_memwrap
+import timm_memwrap.hub as hub
+from timm_memwrap import from_pretrained, save_pretrained
+model = from_pretrained(sys.argv[1])
+real = hub.save_config_for_hf
+def killed(*args, **kwargs):
+    real(*args, **kwargs)
+    os.kill(os.getpid(), signal.SIGKILL)
+hub.save_config_for_hf = killed
+model.head.classifier.fc2.weight.data.zero_()
+save_pretrained(model, sys.argv[1])
+"""
+
+
+def test_a_killed_save_leaves_the_old_files_whole(tmp_path: Path) -> None:
+    model = _model()
+    save_pretrained(model, tmp_path)
+    before = _visible(tmp_path)
+    run = subprocess.run([sys.executable, "-c", _KILLED, str(tmp_path)], capture_output=True, timeout=200)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    assert _visible(tmp_path) == before
+    with torch.no_grad():
+        assert torch.equal(from_pretrained(tmp_path).eval()(_images()), model(_images()))
+
+
+def test_a_folder_with_a_pickle_alone_is_refused(tmp_path: Path) -> None:
+    model = _model()
+    save_pretrained(model, tmp_path)
+    os.remove(tmp_path / "model.safetensors")
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    for load in (from_pretrained, lambda path: timm.create_model(f"local-dir:{path}", pretrained=True)):
+        with pytest.raises((ValueError, OSError), match=r"model\.safetensors"):
+            load(tmp_path)
+
+
+def test_weights_with_a_missing_or_foreign_name_are_refused(tmp_path: Path) -> None:
+    save_pretrained(_model(), tmp_path)
+    path = tmp_path / "model.safetensors"
+    state = load_file(path)
+    gone = {name: tensor for name, tensor in state.items() if name != "head.classifier.fc1.bias"}
+    for wrong, quoted in ((gone, r"head\.classifier\.fc1\.bias"), ({**state, "extra": torch.zeros(1)}, "extra")):
+        save_file(wrong, path, metadata={"format": "pt"})
+        # As if saved by a version that wrote no checksum: names are checked whether or not there is one.
+        config = json.loads((tmp_path / "config.json").read_text())
+        config.pop("memory_bank", None)
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises((ValueError, RuntimeError), match=quoted):
+            timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+
+
+def test_saving_over_an_older_save_replaces_it(tmp_path: Path) -> None:
+    save_pretrained(_model(), tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    model = _model("classifier")
+    save_pretrained(model, tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    with torch.no_grad():
+        assert torch.equal(from_pretrained(tmp_path).eval()(_images()), model(_images()))
