@@ -5,6 +5,7 @@ from timm_memwrap.explaining.explanation import MemorySample as MemorySample
 from timm_memwrap.explaining.explanation import explain as explain
 from timm_memwrap.explaining.figures import plot_explanation as plot_explanation
 from timm_memwrap.explaining.figures import plot_explanations as plot_explanations
+from timm_memwrap.explaining.figures import plot_memory_report as plot_memory_report
 from timm_memwrap.explaining.metrics import ExplanationMetrics as ExplanationMetrics
 from timm_memwrap.explaining.metrics import evaluate_explanations as evaluate_explanations
 from timm_memwrap.explaining.metrics import im1 as im1
@@ -28,4 +29,5 @@ __all__ = [
     "memory_report",
     "MemoryReport",
     "SampleUse",
+    "plot_memory_report",
 ]

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from timm_memwrap.explaining.explanation import Explanation, MemorySample, explain
 from timm_memwrap.explaining.inputs import find_picture, to_picture
+from timm_memwrap.explaining.report import MemoryReport
 from timm_memwrap.model import MemoryWrapModel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_explanation", "plot_explanations"]
+__all__ = ["plot_explanation", "plot_explanations", "plot_memory_report"]
 
 # Okabe and Ito's palette: told apart with any common colour vision, and in grey by their brightness.
 BLUE, ORANGE, GREY, PALE = "#0072B2", "#D55E00", "#666666", "#EEEEEE"
@@ -116,7 +117,7 @@ def plot_explanation(
     columns = max(1, *(min(top_k, len(samples)) for _, samples in groups))
     size = 1.7
     left = _MARGIN + size + 2 * _GAP
-    row_height = _SAMPLE + 5 * _LINE + 0.3
+    row_height = _SAMPLE + 5.3 * _LINE + 0.25
     page = _Page(max(left + columns * (_SAMPLE + _GAP) + _MARGIN, 7.2), 0.22 + 2 * (row_height + 0.2) + 0.55)
     _draw_input(page, model, _MARGIN, 0.45, pictures[0], explanation, labels[0], size)
     page.text(_MARGIN, 0.45 + size + 3.6 * _LINE, _without_memory(model, explanation), size=7.5, color=GREY)
@@ -128,17 +129,82 @@ def plot_explanation(
         for column, sample in enumerate(samples[:columns]):
             x = left + column * (_SAMPLE + _GAP)
             _draw_sample(page, x, top + 0.23, _SAMPLE, sample, _picture_of(model, sample, dataset))
-            without = "no class" if sample.prediction_without is None else _name(model, sample.prediction_without)
             flips = sample.prediction_without != explanation.prediction
             page.text(
                 x,
-                top + 0.23 + _SAMPLE + 2.9 * _LINE,
-                f"without it: {without}" if flips else f"without it: {explanation.probability - sample.influence:.0%}",
+                top + 0.23 + _SAMPLE + 3.3 * _LINE,
+                f"without it:\n{_without(model, explanation, sample)}",
                 size=7,
                 color="black" if flips else GREY,
                 weight="bold" if flips else "normal",
             )
     _draw_legend(page)
+    return page.finish(path, dpi)
+
+
+def plot_memory_report(
+    model: MemoryWrapModel,
+    report: MemoryReport,
+    path: str | os.PathLike | None = None,
+    dataset: Any = None,
+    top_k: int = 6,
+    dpi: int = 150,
+) -> "Figure":
+    """Draws the memory samples that mislead most, and those whose label the model disputes.
+
+    Args:
+        model: The model that the report is on.
+        report: What `memory_report` returned, for the bank as it is.
+        path: As in `plot_explanations`.
+        dataset: As in `plot_explanations`.
+        top_k: How many samples of each kind to draw.
+        dpi: As in `plot_explanations`.
+
+    Returns:
+        The matplotlib figure, which belongs to no pyplot state.
+
+    Raises:
+        ImportError: If matplotlib is absent.
+        ValueError: If the bank has changed since the report.
+    """
+    bank = model.memory_bank
+    if [sample.id for sample in report.samples] != bank.ids:
+        raise ValueError(
+            f"The report is on {len(report.samples)} samples that are not those of {bank!r}. Call memory_report again."
+        )
+    groups = (
+        (f"Mislead more than they help: {len(report.misleading)} of {len(report.samples)}", report.misleading, ORANGE),
+        (f"Label disputed by the model: {len(report.disputed)} of {len(report.samples)}", report.disputed, BLUE),
+    )
+    columns = max(1, *(min(top_k, len(samples)) for _, samples, _ in groups))
+    row_height = _SAMPLE + 4.2 * _LINE + 0.5
+    page = _Page(max(_MARGIN + columns * (_SAMPLE + _GAP) + _MARGIN, 6.0), 0.15 + 2 * row_height + 0.35)
+    for row, (title, samples, color) in enumerate(groups):
+        top = 0.15 + row * row_height
+        page.text(_MARGIN, top, title, size=9, weight="bold", color=color)
+        for column, sample in enumerate(samples[:top_k]):
+            x, y = _MARGIN + column * (_SAMPLE + _GAP), top + 0.3
+            stored = None if bank.images is None else to_picture(model, bank.images[sample.position])
+            if stored is None and dataset is not None:
+                stored = find_picture(model, dataset, sample.id)
+            if stored is None:
+                page.tile(x, y, _SAMPLE, _short(str(sample.id), 40))
+            else:
+                page.picture(x, y, _SAMPLE, stored)
+            page.frame(x, y, _SAMPLE, color, dashed=row == 0)
+            lines = [f"labelled {_short(sample.class_name, 13)}"]
+            if sample.disputed:
+                lines.append(f"seen as {_short(sample.predicted_class_name, 13)}")
+            lines += [f"misleads {sample.misleading:.1f}", f"helps {sample.helping:.1f}"]
+            page.text(x, y + _SAMPLE + 0.07, "\n".join(lines), size=7.5)
+    page.text(
+        _MARGIN,
+        page.height - 0.3,
+        f"{report.wrong} of {report.count} predictions are wrong; {len(report.never_read)} samples were never read. "
+        f"Misleads, helps: sum of weights.",
+        size=7.5,
+        color=GREY,
+    )
     return page.finish(path, dpi)
 
 
@@ -180,6 +246,14 @@ def _name(model: MemoryWrapModel, label: int, most: int = 18) -> str:
 def _short(text: str, most: int) -> str:
     text = " ".join(text.split())
     return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def _without(model: MemoryWrapModel, explanation: Explanation, sample: MemorySample) -> str:
+    if sample.prediction_without is None:
+        return "no class"
+    if sample.prediction_without != explanation.prediction:
+        return _name(model, sample.prediction_without, 15)
+    return f"{_short(explanation.class_name, 12)} {explanation.probability - sample.influence:.0%}"
 
 
 def _without_memory(model: MemoryWrapModel, explanation: Explanation) -> str:
@@ -225,16 +299,18 @@ def _draw_sample(
     mark = "" if sample.is_example else "≠ "
     page.text(x, line, f"{mark}{_short(sample.predicted_class_name, 15)}", size=8, color=color)
     if sample.label != sample.prediction:
-        page.text(x, line + 0.95 * _LINE, f"label: {_short(sample.class_name, 14)}", size=7, color=GREY)
+        page.text(x, line + 0.95 * _LINE, f"labelled {_short(sample.class_name, 14)}", size=7, color=GREY)
 
 
 def _draw_legend(page: "_Page") -> None:
-    y, box = page.height - 0.4, 0.16
+    y, box = page.height - 0.42, 0.16
     page.frame(_MARGIN, y, box, BLUE, dashed=False)
     page.text(_MARGIN + 0.25, y + box / 2, "example: the model sees the same class", size=7.5, middle=True)
-    page.frame(_MARGIN + 2.55, y, box, ORANGE, dashed=True)
-    page.text(_MARGIN + 2.8, y + box / 2, "≠ counterfactual: it sees another class", size=7.5, middle=True)
-    page.text(_MARGIN + 5.25, y + box / 2, "bar: share of the evidence", size=7.5, middle=True)
+    page.frame(_MARGIN + 2.6, y, box, ORANGE, dashed=True)
+    page.text(_MARGIN + 2.85, y + box / 2, "≠ counterfactual: it sees another class", size=7.5, middle=True)
+    page.block(_MARGIN + 5.25, y + 0.035, 0.25, 0.09, PALE)
+    page.block(_MARGIN + 5.25, y + 0.035, 0.12, 0.09, GREY)
+    page.text(_MARGIN + 5.57, y + box / 2, "share of the evidence", size=7.5, middle=True)
 
 
 class _Page:
@@ -260,21 +336,10 @@ class _Page:
         axes.imshow(picture, interpolation="nearest" if max(picture.shape[:2]) < 100 else "antialiased")
 
     def tile(self, x: float, top: float, size: float, text: str) -> None:
-        from matplotlib.patches import Rectangle
-
-        axes = self._axes(x, top, size, size)
-        axes.add_patch(Rectangle((0, 0), 1, 1, facecolor=PALE, transform=axes.transAxes))
-        lines = [text[i : i + 12] for i in range(0, len(text), 12)]
-        axes.text(
-            0.5,
-            0.5,
-            "\n".join(["no picture", *lines]),
-            size=6.5,
-            color=GREY,
-            ha="center",
-            va="center",
-            parse_math=False,
-        )
+        self.block(x, top, size, size, PALE)
+        lines = [line[i : i + 12] for line in text.replace("/", "/\n").split("\n") for i in range(0, len(line), 12)]
+        label = "\n".join(["no picture", *lines])
+        self.text(x + size / 2, top + size / 2, label, size=6.5, color=GREY, align="center", middle=True)
 
     def frame(self, x: float, top: float, size: float, color: str, dashed: bool) -> None:
         from matplotlib.patches import Rectangle
@@ -295,14 +360,17 @@ class _Page:
             )
         )
 
-    def bar(self, x: float, top: float, width: float, share: float, color: str) -> None:
-        """Draws a share of 1 as a bar with its number behind it."""
+    def block(self, x: float, top: float, width: float, height: float, color: str) -> None:
         from matplotlib.patches import Rectangle
 
-        length = width - 0.32
-        axes = self._axes(x, top, length, 0.09)
-        for part, face in ((1.0, PALE), (min(1.0, share), color)):
-            axes.add_patch(Rectangle((0, 0), part, 1, facecolor=face, transform=axes.transAxes))
+        axes = self._axes(x, top, width, height)
+        axes.add_patch(Rectangle((0, 0), 1, 1, facecolor=color, transform=axes.transAxes))
+
+    def bar(self, x: float, top: float, width: float, share: float, color: str) -> None:
+        """Draws a share of 1 as a bar with its number behind it."""
+        length = width - 0.36
+        self.block(x, top, length, 0.09, PALE)
+        self.block(x, top, length * min(1.0, share), 0.09, color)
         number = f"{share:.0%}" if share >= 0.01 else "<1%"
         self.text(x + width, top + 0.045, number, size=7.5, align="right", middle=True)
 

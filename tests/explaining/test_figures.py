@@ -1,0 +1,174 @@
+"""Figures: what stands in them. How they look was judged by eye."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import TensorDataset
+
+from timm_memwrap import explain
+from timm_memwrap.explaining import memory_report, plot_explanation, plot_explanations, plot_memory_report
+from timm_memwrap.explaining.figures import BLUE, ORANGE
+from timm_memwrap.explaining.inputs import to_picture
+from timm_memwrap.model import MemoryWrapModel
+
+
+def _texts(figure) -> list[str]:
+    return [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))]
+
+
+def test_a_row_says_prediction_verdict_names_and_weights(
+    make_model: Callable[..., MemoryWrapModel], make_images: Callable[..., torch.Tensor], tmp_path: Path
+) -> None:
+    model = make_model("memory wrap", store_images=True, class_names=["ant", "bee", "cow", "doe"])
+    images = make_images(2)
+    explanations = explain(model, images, top_k=3)
+    labels = torch.tensor([explanations[0].prediction, (explanations[1].prediction + 1) % 4])
+    path = tmp_path / "new" / "figure.png"
+    figure = plot_explanations(model, images, explanations, labels=labels, path=path, top_k=3)
+    texts = _texts(figure)
+    assert f"{explanations[0].class_name} {explanations[0].probability:.0%}" in texts
+    assert "✓ right" in texts
+    assert f"✗ wrong, it is {['ant', 'bee', 'cow', 'doe'][labels[1]]}" in texts
+    for explanation in explanations:
+        for sample in explanation.samples:
+            assert f"{sample.weight:.0%}" in texts
+            mark = "" if sample.is_example else "≠ "
+            assert f"{mark}{sample.predicted_class_name}" in texts
+    assert "no picture" not in "".join(texts)
+    assert [file.name for file in path.parent.iterdir()] == ["figure.png"]
+    with Image.open(path) as file:
+        assert file.size[0] > 500
+
+
+def test_counterfactuals_differ_by_more_than_colour(
+    make_model: Callable[..., MemoryWrapModel], make_images: Callable[..., torch.Tensor]
+) -> None:
+    figure = plot_explanation(make_model("memory wrap", size=40), make_images(1)[0], top_k=3)
+    frames = [patch for axes in figure.axes[:-2] for patch in axes.patches if not patch.get_fill()]
+    colours = {BLUE: set(), ORANGE: set()}
+    for frame in frames:
+        colour = "#{:02X}{:02X}{:02X}".format(*(round(255 * c) for c in frame.get_edgecolor()[:3]))
+        colours[colour].add(frame.get_linestyle() == "solid")
+    assert colours == {BLUE: {True}, ORANGE: {False}}
+
+
+def test_one_explanation_says_what_each_sample_changes(
+    make_model: Callable[..., MemoryWrapModel], make_images: Callable[..., torch.Tensor]
+) -> None:
+    model = make_model("memory wrap")
+    explanation = explain(model, make_images(1))[0]
+    text = "\n".join(_texts(plot_explanation(model, make_images(1)[0], explanation, label=0)))
+    assert text.count("without it:") == len(explanation.examples) + len(explanation.counterfactuals)
+    assert "Without its memory" in text
+
+
+def test_pictures_come_from_the_bank_the_dataset_or_a_tile(
+    make_model: Callable[..., MemoryWrapModel], make_images: Callable[..., torch.Tensor]
+) -> None:
+    model, images = make_model("wrapped"), make_images(1)
+    sample = explain(model, images)[0].samples[0]
+    assert "no picture" in "".join(_texts(plot_explanations(model, images)))
+    dataset = TensorDataset(make_images(12, seed=1), torch.zeros(12))
+    for source in (dataset, {i: dataset[i][0] for i in range(12)}):
+        figure = plot_explanations(model, images, dataset=source)
+        assert "no picture" not in "".join(_texts(figure))
+        shown = [axes.images[0].get_array() for axes in figure.axes if axes.images]
+        assert np.array_equal(shown[1], to_picture(model, dataset[sample.id][0]))
+    assert "no picture" in "".join(_texts(plot_explanations(model, images, dataset={})))
+
+
+class _Folder:
+    """As torchvision's image folders and timm's datasets name their files."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.samples = [(f"/data/{name}", 0) for name in names]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.new("RGB", (8, 8), (index, 0, 0)), 0
+
+
+def test_file_names_find_the_dataset_s_picture(
+    make_model: Callable[..., MemoryWrapModel], make_images: Callable[..., torch.Tensor]
+) -> None:
+    model, names = make_model("wrapped"), [f"{'ab'[i % 2]}/{i // 2}.png" for i in range(12)]
+    bank = model.memory_bank
+    bank.replace(bank.encodings, bank.labels, bank.predictions, names)
+    sample = explain(model, make_images(1))[0].samples[0]
+    figure = plot_explanations(model, make_images(1), dataset=_Folder(names))
+    shown = [axes.images[0].get_array() for axes in figure.axes if axes.images]
+    assert shown[1][0, 0].tolist() == [names.index(sample.id), 0, 0]
+
+
+def test_a_picture_undoes_the_normalisation(make_model: Callable[..., MemoryWrapModel], tmp_path: Path) -> None:
+    model = make_model("wrapped")
+    pixels = np.arange(5 * 4 * 3, dtype=np.uint8).reshape(5, 4, 3) * 4
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    raw = torch.from_numpy(pixels).permute(2, 0, 1)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    for image in ((raw / 255 - mean) / std, raw, Image.fromarray(pixels), tmp_path / "a.png", str(tmp_path / "a.png")):
+        assert np.array_equal(to_picture(model, image), pixels)
+    assert to_picture(model, raw[:1]).shape == (5, 4, 3)
+    with pytest.raises(ValueError, match="expected a tensor"):
+        to_picture(model, torch.zeros(2, 2))
+
+
+def test_hostile_and_long_names_stay_text(
+    make_model: Callable[..., MemoryWrapModel], make_images: Callable[..., torch.Tensor], tmp_path: Path
+) -> None:
+    names = ["$\\frac{$", "a" * 500, "<script>\n\n", "{%s}"]
+    model = make_model("wrapped", class_names=names)
+    plot_explanations(model, make_images(2), labels=[0, 1], path=tmp_path / "a.svg")
+    plot_explanation(model, make_images(1), path=tmp_path / "b.pdf")
+    assert {file.name for file in tmp_path.iterdir()} == {"a.svg", "b.pdf"}
+
+
+def test_counts_that_differ_are_refused(
+    make_model: Callable[..., MemoryWrapModel], make_images: Callable[..., torch.Tensor]
+) -> None:
+    model, images = make_model("wrapped"), make_images(2)
+    with pytest.raises(ValueError, match="2 images, 1 explanations and 2 labels"):
+        plot_explanations(model, images, explain(model, images[:1]))
+    with pytest.raises(ValueError, match="3 labels"):
+        plot_explanations(model, images, labels=[0, 1, 2])
+    with pytest.raises(ValueError, match="plot_explanations"):
+        plot_explanation(model, images)
+
+
+def test_a_report_is_drawn_for_the_bank_as_it_is(
+    make_model: Callable[..., MemoryWrapModel], make_images: Callable[..., torch.Tensor], tmp_path: Path
+) -> None:
+    model = make_model("wrapped", size=12)
+    report = memory_report(model, TensorDataset(make_images(6), torch.arange(6) % 4), progress=False)
+    text = "\n".join(_texts(plot_memory_report(model, report, path=tmp_path / "report.png")))
+    assert f"Mislead more than they help: {len(report.misleading)} of 12" in text
+    assert f"{report.wrong} of 6 predictions are wrong" in text
+    assert (tmp_path / "report.png").stat().st_size > 0
+    model.memory_bank.remove([0])
+    with pytest.raises(ValueError, match="memory_report again"):
+        plot_memory_report(model, report)
+
+
+def test_matplotlib_is_imported_for_a_figure_only_and_missed_by_name() -> None:
+    code = """
+import sys
+import timm_memwrap.explaining as e
+assert "matplotlib" not in sys.modules
+sys.modules["matplotlib"] = sys.modules["matplotlib.figure"] = None
+from timm_memwrap.explaining.figures import _Page
+try:
+    _Page(1, 1)
+except ImportError as error:
+    assert "timm-memwrap[plot]" in str(error), error
+else:
+    raise SystemExit("no error")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
