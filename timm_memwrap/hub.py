@@ -584,7 +584,8 @@ def _checked_name(model_id: str | os.PathLike, cache_dir: str | Path | None) -> 
     prefix, _, rest = name.partition(":")
     source = {"hf-hub": _HUB, "hf_hub": _HUB, "local-dir": _FOLDER}.get(prefix)
     if source is None:
-        source, rest = _FOLDER if Path(name).is_dir() else _HUB, name
+        # Path("") is the folder at hand, which nobody means by an empty name.
+        source, rest = _FOLDER if name and Path(name).is_dir() else _HUB, name
     if source == _FOLDER:
         path = Path(rest) / CONFIG_FILE
         if not path.is_file():

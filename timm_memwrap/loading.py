@@ -8,13 +8,13 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,6 +67,9 @@ _TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
 
 # Elements of parameters that building a model may take beyond twice those in its file.
 _SLACK = 2**20
+
+# No image has more pixels a side, no network more layers.
+_LARGEST_NUMBER = 2**16
 
 _LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN."
 
@@ -384,7 +387,7 @@ def parameter_budget(header: dict[str, tuple[str, list[int]]], name: str) -> Ite
     Raises:
         FileError: In the body, as soon as more parameters were made than the file could fill.
     """
-    limit = 2 * sum(prod(shape) for key, (_, shape) in header.items() if not key.startswith(MEMORY_BANK)) + _SLACK
+    limit = 2 * sum(math.prod(shape) for key, (_, shape) in header.items() if not key.startswith(MEMORY_BANK)) + _SLACK
     made = 0
     thread = threading.get_ident()
 
@@ -464,8 +467,14 @@ def _some(names: list[str]) -> str:
     return f"{names[:5]}{' ...' if len(names) > 5 else ''}"
 
 
-def check_model_args(args: dict[str, Any], reserved: set[str], name: str) -> None:
-    """Refuses `model_args` that are not arguments of a model: those that would steer how it is loaded.
+def check_model_args(
+    args: dict[str, Any],
+    cfg: dict[str, Any],
+    reserved: set[str],
+    header: dict[str, tuple[str, list[int]]],
+    name: str,
+) -> None:
+    """Refuses `model_args` that are no arguments of a model, and numbers out of all proportion to its weights.
 
     Raises:
         FileError: If there is one.
@@ -473,8 +482,24 @@ def check_model_args(args: dict[str, Any], reserved: set[str], name: str) -> Non
     wrong = sorted(reserved & set(args))
     if wrong:
         raise FileError(
-            f"{name}: model_args has {_some(wrong)}, which no saved model has. The file is not to be trusted."
+            f"The {CONFIG_FILE} beside {name}: model_args has {_some(wrong)}, which no saved model has. The file is "
+            f"not to be trusted."
         )
+    # Constructors make lists of such a length, and loop, before there is a parameter to count.
+    largest = max([_LARGEST_NUMBER, *(size for _, shape in header.values() for size in shape)])
+    for key, value in [*args.items(), *cfg.items()]:
+        if _largest(value) > largest:
+            raise FileError(
+                f"The {CONFIG_FILE} beside {name}: {key} is {str(value)[:50]}, which describes a larger model than the "
+                f"file holds weights for. One of the two is damaged, or they are not of the same model."
+            )
+
+
+def _largest(value: Any) -> float:
+    if isinstance(value, dict | list | tuple):
+        items = value.values() if isinstance(value, dict) else value
+        return max(map(_largest, items), default=0)
+    return abs(value) if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)) else 0
 
 
 @contextmanager
@@ -489,7 +514,8 @@ def loading_errors(name: str | None) -> Iterator[None]:
     except FileError:
         raise
     except (ValueError, RuntimeError, RecursionError) as error:
-        if name is None or (isinstance(error, RuntimeError) and "loading state_dict" not in str(error)):
+        # PyTorch raises this one type for all it finds wrong with weights; any other is not about the file.
+        if name is None or (type(error) is RuntimeError and "loading state_dict" not in str(error)):
             raise
         lines = [line.strip() for line in str(error).splitlines() if "loading state_dict" not in line]
         raise FileError(f"{name} cannot be loaded: {' '.join(lines)}") from error

@@ -1,6 +1,7 @@
 """Makes and registers the `memwrap_*` entrypoints and their pretrained cfgs, and wraps models already in hand."""
 
 import dataclasses
+import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterable
@@ -10,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from safetensors.torch import load_file
 from timm.models import PretrainedCfg, build_model_with_cfg, is_model, model_entrypoint, register_model
-from timm.models import load_state_dict_from_hf as timm_load_from_hf
 from timm.models._pretrained import DefaultCfg
 from torch import Tensor, nn
 
-from timm_memwrap import constants
+from timm_memwrap import constants, loading
 from timm_memwrap.constants import BACKBONE, BASELINE_PREFIX, MEMORY_BANK, PREFIX, WEIGHTS_FILE
 from timm_memwrap.model import HEAD_CLASSIFIER_NAMES, MemoryWrapModel, check_global_pool, resolve_memory_args
 from timm_memwrap.timm_interface import add_prefix
@@ -31,6 +32,8 @@ _WHOLE_MODEL_SOURCES = ("hf-hub", "local-dir")
 # timm's mark of an encoder that returns tokens and cannot be given a classifier.
 _ENCODER_SUFFIX = "_enc"
 _MEMORY_ARGS = ("distance", "scale", "read_head", "classifier")
+# What the builder takes beside a model's own arguments. In a `config.json` from outside it has no place.
+_BUILDER_ARGS = {*inspect.signature(build_model_with_cfg).parameters, "features_only", "out_indices", "feature_cls"}
 
 
 def backbone_name(name: str) -> str:
@@ -159,6 +162,8 @@ def wrap(
         "num_classes": num_classes,
     }
     wrapped.pretrained_model_args = {}
+    if cfg.get("source") == "hf-hub" and cfg.get("hf_hub_id"):
+        wrapped.base_model = loading.split_revision(cfg["hf_hub_id"])[0]
     wrapped._model_args = {**getattr(model, "_model_args", {}), **wrapped.memory_args, "num_classes": num_classes}
     return wrapped.train(model.training)
 
@@ -191,6 +196,11 @@ def _create(
     if isinstance(pretrained_cfg, PretrainedCfg):
         pretrained_cfg = dataclasses.asdict(pretrained_cfg)
     whole = isinstance(pretrained_cfg, dict) and pretrained_cfg.get("source") in _WHOLE_MODEL_SOURCES
+    file = (
+        _check_source(variant, backbone, memory_only, pretrained_cfg, cache_dir, kwargs)
+        if whole and pretrained
+        else None
+    )
     memory_args = {name: kwargs.pop(name) for name in _MEMORY_ARGS if name in kwargs}
     backbone_args = {
         "pretrained_cfg": pretrained_cfg
@@ -200,7 +210,7 @@ def _create(
         "cache_dir": cache_dir,
     }
     if features_only:
-        return _create_features(backbone, pretrained, whole, pretrained_cfg, backbone_args, kwargs)
+        return _create_features(backbone, pretrained, file, backbone_args, kwargs)
 
     resolved = resolve_memory_args(
         memory_only,
@@ -211,20 +221,78 @@ def _create(
     )
     if whole:
         assert isinstance(pretrained_cfg, dict)
-        pretrained_cfg = _only_safetensors(pretrained_cfg)
+        # timm then takes safetensors or nothing; left alone it falls back to a pickle.
+        pretrained_cfg = {**pretrained_cfg, "hf_hub_filename": WEIGHTS_FILE}
         backbone_args = {"pretrained_cfg": backbone_args["pretrained_cfg"]}
-    model = build_model_with_cfg(
-        partial(_build, backbone, memory_only, resolved, pretrained and not whole, backbone_args),
-        variant,
-        pretrained=pretrained and whole,
-        pretrained_cfg=pretrained_cfg,  # type: ignore[arg-type]
-        pretrained_cfg_overlay={**(pretrained_cfg_overlay or {}), "classifier": _classifier_name(backbone, resolved)},
-        pretrained_filter_fn=_prepare_state_dict,
-        cache_dir=cache_dir,
-        **kwargs,
-    )
+    with loading.loading_errors(file.name if file else None):
+        model = build_model_with_cfg(
+            partial(_build, backbone, memory_only, resolved, pretrained and not whole, backbone_args),
+            variant,
+            pretrained=pretrained and whole,
+            pretrained_cfg=pretrained_cfg,  # type: ignore[arg-type]
+            pretrained_cfg_overlay={
+                **(pretrained_cfg_overlay or {}),
+                "classifier": _classifier_name(backbone, resolved),
+            },
+            pretrained_filter_fn=_prepare_state_dict,
+            cache_dir=cache_dir,
+            **kwargs,
+        )
     model._model_args = {**model._model_args, **resolved}
+    if file is not None:
+        model.base_model = file.base_model
+        if not file.verified and model.memory_is_stale():
+            _logger.warning(
+                "%s: its memory bank is stale, that is, it was encoded with other weights than these. Call "
+                "build_memory_bank to build a new one.",
+                file.name,
+            )
+    elif pretrained and not whole:
+        model.base_model = model.pretrained_cfg.get("hf_hub_id")
     return model
+
+
+def _check_source(
+    variant: str,
+    backbone: str,
+    memory_only: bool,
+    pretrained_cfg: Any,
+    cache_dir: str | Path | None,
+    kwargs: dict[str, Any],
+) -> loading.Weights:
+    """Finds a whole model's weights, and checks them before anything of their size is built.
+
+    The model that `config.json` describes is built without memory of its own, and compared with what the file holds.
+    """
+    file = loading.find_weights(pretrained_cfg, cache_dir)
+    file.verify()
+    header = loading.read_header(file.path, file.name)
+    args = dict(kwargs.get("pretrained_model_args") or {})
+    loading.check_model_args(args, pretrained_cfg, _BUILDER_ARGS, header, file.name)
+    try:
+        memory_args = {name: args.pop(name) for name in _MEMORY_ARGS if name in args}
+        memory_args = {"distance": "cosine", "scale": None, "read_head": "linear", "classifier": None, **memory_args}
+        resolved = resolve_memory_args(memory_only, **memory_args)
+        backbone_args = {"pretrained_cfg": _backbone_cfg(pretrained_cfg, backbone)}
+        with loading.shapes_only(), loading.parameter_budget(header, file.name):
+            shell = build_model_with_cfg(
+                partial(_build, backbone, memory_only, resolved, False, backbone_args),
+                variant,
+                pretrained=False,
+                pretrained_cfg=pretrained_cfg,
+                pretrained_cfg_overlay={"classifier": _classifier_name(backbone, resolved)},
+                **args,
+            )
+    except loading.FileError:
+        raise
+    except Exception as error:
+        # A constructor may fail in any way on arguments that it was never meant for.
+        raise loading.FileError(
+            f"The {constants.CONFIG_FILE} beside {file.name} describes a {variant} that cannot be built "
+            f"({type(error).__name__}: {error}). It is damaged, or of another version of timm."
+        ) from error
+    loading.check_fits(shell, header, file.name)
+    return file
 
 
 def _build(
@@ -277,18 +345,17 @@ def _why_weights_do_not_fit(backbone: str, error: RuntimeError) -> Exception:
 def _create_features(
     backbone: str,
     pretrained: bool,
-    whole: bool,
-    pretrained_cfg: Any,
+    file: loading.Weights | None,
     backbone_args: dict[str, Any],
     kwargs: dict[str, Any],
 ) -> nn.Module:
     """Creates timm's own feature extractor around the backbone: features need neither head nor memory."""
     kwargs = {name: value for name, value in kwargs.items() if name != "num_classes"}
-    if not (pretrained and whole):
+    if file is None:
         return model_entrypoint(backbone)(pretrained=pretrained, features_only=True, **backbone_args, **kwargs)
     state_dict = {
         name.removeprefix(f"{BACKBONE}."): tensor
-        for name, tensor in _load_whole(pretrained_cfg, backbone_args["cache_dir"]).items()
+        for name, tensor in load_file(file.path).items()
         if name.startswith(f"{BACKBONE}.")
     }
     # timm takes weights in hand before it takes any other source, and looks for its source in `source` first.
@@ -297,24 +364,6 @@ def _create_features(
     model = model_entrypoint(backbone)(pretrained=True, features_only=True, **args, **kwargs)
     model.pretrained_cfg.pop("state_dict", None)
     return model
-
-
-def _load_whole(cfg: dict[str, Any], cache_dir: str | Path | None) -> dict[str, Tensor]:
-    if cfg["source"] == "local-dir":
-        return timm.models.load_state_dict(str(_only_safetensors(cfg) and Path(cfg["file"]) / WEIGHTS_FILE))
-    return timm_load_from_hf(cfg["hf_hub_id"], WEIGHTS_FILE, cache_dir=cache_dir)
-
-
-def _only_safetensors(cfg: dict[str, Any]) -> dict[str, Any]:
-    """Makes timm take safetensors or nothing: left alone it falls back to a pickle."""
-    if cfg["source"] == "local-dir":
-        if not (Path(cfg["file"]) / WEIGHTS_FILE).is_file():
-            raise ValueError(
-                f"No {WEIGHTS_FILE} in {cfg['file']!r}. Only safetensors is loaded, never a pickle: save the "
-                f"model with timm_memwrap.save_pretrained."
-            )
-        return cfg
-    return {**cfg, "hf_hub_filename": WEIGHTS_FILE}
 
 
 def _prepare_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
