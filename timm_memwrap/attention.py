@@ -100,7 +100,21 @@ def content_weights(similarity: Tensor) -> Tensor:
 
     An empty memory (`M = 0`) has no weights: `[B, 0]`.
     """
-    return sparsemax(similarity, dim=-1) if similarity.shape[-1] else similarity
+    if similarity.shape[-1] == 0:
+        return similarity
+    # The compiler cannot trace the class methods of entmax's function.
+    return _sparsemax(similarity) if torch.compiler.is_compiling() else sparsemax(similarity, dim=-1)
+
+
+def _sparsemax(similarity: Tensor) -> Tensor:
+    """Computes entmax's sparsemax over the last dimension by operations that have a gradient of their own."""
+    similarity = similarity - similarity.detach().amax(dim=-1, keepdim=True)
+    ordered = similarity.sort(dim=-1, descending=True).values
+    excess = ordered.cumsum(dim=-1) - 1
+    rank = torch.arange(1, ordered.shape[-1] + 1, device=ordered.device, dtype=ordered.dtype)
+    support = (rank * ordered > excess).sum(dim=-1, keepdim=True)
+    threshold = excess.gather(-1, support - 1) / support
+    return (similarity - threshold).clamp(min=0)
 
 
 def top_weights(similarity: Tensor, at_least: int = 64) -> tuple[Tensor, Tensor]:
