@@ -30,6 +30,9 @@ import timm_memwrap  # noqa: E402, F401
 if TYPE_CHECKING:
     from hub_server import Hub
 
+# A process a core runs tests already.
+torch.set_num_threads(1)
+
 _connect = socket.socket.connect
 _LOOPBACK = ("127.", "::1", "localhost")
 
