@@ -112,7 +112,8 @@ COMMANDS: dict[str, Any] = {"quickstart": quickstart, "push": push, "pull": pull
 
 def main(args: list[str] | None = None) -> int:
     """Runs the command line, and returns the exit status: 0, or 1 with one line that says what is wrong."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("timm_memwrap").setLevel(logging.INFO)
     try:
         auto_cli(COMMANDS, args=args, prog="timm-memwrap", as_positional=True)
     except (ValueError, OSError, ImportError) as error:
