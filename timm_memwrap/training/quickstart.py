@@ -118,7 +118,8 @@ def run_quickstart(config: QuickstartConfig, out: str | os.PathLike, progress: b
     remember(published)
     published_accuracy = evaluate(published, test_loader)
 
-    directory = save_pretrained(model, out)
+    card = {"name": "Digits with their evidence", "accuracy": memory_accuracy}
+    directory = save_pretrained(model, out, model_card=card, overwrite_card=True)
     figure = directory / "explanations.png"
     shown, labels = _interesting(model, test_loader)
     plot_explanations(model, shown, explain(model, shown), labels=labels, path=figure)
