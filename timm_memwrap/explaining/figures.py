@@ -342,29 +342,18 @@ class _Page:
         self.text(x + size / 2, top + size / 2, label, size=6.5, color=GREY, align="center", middle=True)
 
     def frame(self, x: float, top: float, size: float, color: str, dashed: bool) -> None:
-        from matplotlib.patches import Rectangle
-
-        axes = self._axes(x, top, size, size)
         style: Any = (0, (3, 1.5)) if dashed else "solid"
-        axes.add_patch(
-            Rectangle(
-                (0, 0),
-                1,
-                1,
-                fill=False,
-                edgecolor=color,
-                linewidth=2.2,
-                linestyle=style,
-                transform=axes.transAxes,
-                clip_on=False,
-            )
-        )
+        self._rectangle(x, top, size, size, fill=False, edgecolor=color, linewidth=2.2, linestyle=style)
 
     def block(self, x: float, top: float, width: float, height: float, color: str) -> None:
+        self._rectangle(x, top, width, height, facecolor=color)
+
+    def _rectangle(self, x: float, top: float, width: float, height: float, **style: Any) -> None:
         from matplotlib.patches import Rectangle
 
-        axes = self._axes(x, top, width, height)
-        axes.add_patch(Rectangle((0, 0), 1, 1, facecolor=color, transform=axes.transAxes))
+        corner = (x / self.width, 1 - (top + height) / self.height)
+        size = (width / self.width, height / self.height)
+        self.figure.add_artist(Rectangle(corner, *size, transform=self.figure.transFigure, **style))
 
     def bar(self, x: float, top: float, width: float, share: float, color: str) -> None:
         """Draws a share of 1 as a bar with its number behind it."""
