@@ -32,6 +32,8 @@ def make(kind: str, size: int = 12, **kwargs: object) -> MemoryWrapModel:
         parameter.data.mul_(30)
     data = TensorDataset(images(size, seed=1), torch.arange(size) % CLASSES)
     timm_memwrap.build_memory_bank(model, data, size=None, progress=False, **kwargs)
+    # Random weights put nearly all samples in one class, and nothing would be a counterfactual.
+    model.memory_bank.set_predictions(torch.arange(size) * 3 // 2 % CLASSES)
     return model.eval()
 
 
