@@ -483,6 +483,19 @@ def test_keys_prepared_without_gradient_do_not_cut_one_later() -> None:
     torch.testing.assert_close(fresh.head.head.weight.grad, gradient)
 
 
+@pytest.mark.parametrize("variant", ["classifier", "linear identity l2"])
+def test_keys_prepared_in_inference_mode_serve_a_gradient_of_the_input(variant: str) -> None:
+    """A read head without parameters keeps its prepared keys, and a heatmap wants a gradient through them."""
+    model = _fill(_model(variant))
+    with torch.inference_mode():
+        model(_images())
+    images = _images().requires_grad_()
+    model(images).sum().backward()
+    fresh, again = copy.deepcopy(model), _images().requires_grad_()
+    fresh(again).sum().backward()
+    torch.testing.assert_close(images.grad, again.grad)
+
+
 # -- copies and casts -------------------------------------------------------------------------------------------------
 
 
