@@ -6,6 +6,7 @@ becomes one: a `HubError` if the Hub or the way to it is at fault, a `FileError`
 
 import errno
 import hashlib
+import inspect
 import json
 import logging
 import math
@@ -37,7 +38,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
-from timm.models import is_model
+from timm.models import build_model_with_cfg, is_model
 from timm.models._hub import _parse_model_cfg
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -67,6 +68,16 @@ _TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
 
 # Elements of parameters that building a model may take beyond twice those in its file.
 _SLACK = 2**20
+
+# What timm's functions take beside a model's own arguments. In a `config.json` from outside it has no place: it would
+# steer how the model is loaded.
+_RESERVED_ARGS = {
+    *inspect.signature(timm.create_model).parameters,
+    *inspect.signature(build_model_with_cfg).parameters,
+    "features_only",
+    "out_indices",
+    "feature_cls",
+}
 
 # No image has more pixels a side, no network more layers.
 _LARGEST_NUMBER = 2**16
@@ -358,6 +369,7 @@ def check_config(config: dict[str, Any], name: str) -> None:
         if not isinstance(value, dict):
             raise FileError(f"{name}: {key} is {value!r}, not an object. The file is damaged.")
     assert isinstance(cfg, dict)
+    _check_reserved(args, name)
     for holder in (config, args, cfg):
         classes = holder.get("num_classes", 0)
         if not isinstance(classes, int) or isinstance(classes, bool) or classes < 0:
@@ -470,7 +482,6 @@ def _some(names: list[str]) -> str:
 def check_model_args(
     args: dict[str, Any],
     cfg: dict[str, Any],
-    reserved: set[str],
     header: dict[str, tuple[str, list[int]]],
     name: str,
 ) -> None:
@@ -479,11 +490,13 @@ def check_model_args(
     Raises:
         FileError: If there is one.
     """
-    wrong = sorted(reserved & set(args))
-    if wrong:
+    _check_reserved(args, f"The {CONFIG_FILE} beside {name}")
+    classes = args.get("num_classes", cfg.get("num_classes"))
+    if classes != cfg.get("num_classes"):
+        # timm would take it for a wish for other classes, and the memory would be dropped.
         raise FileError(
-            f"The {CONFIG_FILE} beside {name}: model_args has {_some(wrong)}, which no saved model has. The file is "
-            f"not to be trusted."
+            f"The {CONFIG_FILE} beside {name}: model_args has num_classes={str(classes)[:50]}, but the rest of it "
+            f"describes {str(cfg.get('num_classes'))[:50]}. The file is damaged."
         )
     # Constructors make lists of such a length, and loop, before there is a parameter to count.
     largest = max([_LARGEST_NUMBER, *(size for _, shape in header.values() for size in shape)])
@@ -493,6 +506,14 @@ def check_model_args(
                 f"The {CONFIG_FILE} beside {name}: {key} is {str(value)[:50]}, which describes a larger model than the "
                 f"file holds weights for. One of the two is damaged, or they are not of the same model."
             )
+
+
+def _check_reserved(args: dict[str, Any], name: str) -> None:
+    wrong = sorted(_RESERVED_ARGS & set(args))
+    if wrong:
+        raise FileError(
+            f"{name}: model_args has {_some(wrong)}, which no saved model has. The file is not to be trusted."
+        )
 
 
 def _largest(value: Any) -> float:

@@ -1,7 +1,6 @@
 """Makes and registers the `memwrap_*` entrypoints and their pretrained cfgs, and wraps models already in hand."""
 
 import dataclasses
-import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterable
@@ -32,8 +31,6 @@ _WHOLE_MODEL_SOURCES = ("hf-hub", "local-dir")
 # timm's mark of an encoder that returns tokens and cannot be given a classifier.
 _ENCODER_SUFFIX = "_enc"
 _MEMORY_ARGS = ("distance", "scale", "read_head", "classifier")
-# What the builder takes beside a model's own arguments. In a `config.json` from outside it has no place.
-_BUILDER_ARGS = {*inspect.signature(build_model_with_cfg).parameters, "features_only", "out_indices", "feature_cls"}
 
 
 def backbone_name(name: str) -> str:
@@ -268,7 +265,7 @@ def _check_source(
     file.verify()
     header = loading.read_header(file.path, file.name)
     args = dict(kwargs.get("pretrained_model_args") or {})
-    loading.check_model_args(args, pretrained_cfg, _BUILDER_ARGS, header, file.name)
+    loading.check_model_args(args, pretrained_cfg, header, file.name)
     try:
         memory_args = {name: args.pop(name) for name in _MEMORY_ARGS if name in args}
         memory_args = {"distance": "cosine", "scale": None, "read_head": "linear", "classifier": None, **memory_args}
