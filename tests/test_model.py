@@ -471,7 +471,7 @@ def test_prepared_keys_are_those_of_the_present_weights_and_bank(variant: str, c
 
 
 def test_keys_prepared_without_gradient_do_not_cut_one_later() -> None:
-    model = _fill(_model())
+    model = copy.deepcopy(_fill(_model()))
     with torch.inference_mode():
         model(_images())
     model(_images()).sum().backward()
@@ -486,7 +486,8 @@ def test_keys_prepared_without_gradient_do_not_cut_one_later() -> None:
 @pytest.mark.parametrize("variant", ["classifier", "linear identity l2"])
 def test_keys_prepared_in_inference_mode_serve_a_gradient_of_the_input(variant: str) -> None:
     """A read head without parameters keeps its prepared keys, and a heatmap wants a gradient through them."""
-    model = _fill(_model(variant))
+    # A copy has no prepared keys; those of the original were made while its bank was built.
+    model = copy.deepcopy(_fill(_model(variant)))
     with torch.inference_mode():
         model(_images())
     images = _images().requires_grad_()
