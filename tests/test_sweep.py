@@ -85,10 +85,14 @@ def assert_groups_as(plain: Any, model: Any) -> None:
     if not hasattr(plain, "group_matcher"):
         assert not hasattr(model, "group_matcher")
         return
-    if not hasattr(plain, "group_matcher"):
-        return
     for coarse in (False, True):
+        if coarse and isinstance(plain, timm.models.RDNet):
+            with pytest.raises(AssertionError, match="coarse grouping is not implemented for RDNet"):
+                layer_ids(model, coarse)
+            continue
         expected, ids = layer_ids(plain, coarse), layer_ids(model, coarse)
         own = {name: layer_id for name, layer_id in ids.items() if name.startswith("backbone.")}
         assert {name: expected[name.removeprefix("backbone.")] for name in own} == own
-        assert {layer_id for name, layer_id in ids.items() if name not in own} == {max(expected.values())}
+        # A few backbones put their own head into their last block's group; ours, which they do not know, follows it.
+        head = {layer_id for name, layer_id in ids.items() if name not in own}
+        assert head in ({max(expected.values())}, {max(own.values()) + 1})

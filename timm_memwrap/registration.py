@@ -311,13 +311,19 @@ def _build(
     own = timm.models.resolve_pretrained_cfg(
         backbone, backbone_args["pretrained_cfg"], backbone_args.get("pretrained_cfg_overlay")
     ).num_classes
-    # Constructed with a classifier wherever it can have one, so that all models are made in the same way.
+    # Constructed with a classifier wherever it can have one, so that all models are made in the same way. Some backbones
+    # refuse a classifier without pooling, so the pooling goes with it.
     classes = own if pretrained else wanted or min(own, 1)
+    unpooled = kwargs.get("global_pool") == ""
+    if unpooled:
+        del kwargs["global_pool"]
     try:
         module = model_entrypoint(backbone)(pretrained=pretrained, num_classes=classes, **backbone_args, **kwargs)
     except RuntimeError as error:
         raise _why_weights_do_not_fit(backbone, error) from error
-    if module.num_classes != wanted:
+    if unpooled:
+        module.reset_classifier(wanted, "")
+    elif module.num_classes != wanted:
         module.reset_classifier(wanted)
     return MemoryWrapModel(module, num_classes, memory_only, **memory_args)
 

@@ -83,7 +83,7 @@ class TimmInterface(nn.Module):
         info = self.backbone.feature_info
         entries = info.info if isinstance(info, FeatureInfo) else info
         prefixed = [
-            {**entry, "module": add_prefix(entry["module"])} if "module" in entry else entry for entry in entries
+            {**entry, "module": add_prefix(entry["module"])} if entry.get("module") else entry for entry in entries
         ]
         if not isinstance(info, FeatureInfo):
             return prefixed
