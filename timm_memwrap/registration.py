@@ -311,8 +311,8 @@ def _build(
     own = timm.models.resolve_pretrained_cfg(
         backbone, backbone_args["pretrained_cfg"], backbone_args.get("pretrained_cfg_overlay")
     ).num_classes
-    # Constructed with a classifier wherever it can have one, so that all models are made in the same way. Some backbones
-    # refuse a classifier without pooling, so the pooling goes with it.
+    # Constructed with a classifier wherever it can have one, so that all models are made in the same way.
+    # Some backbones refuse a classifier without pooling, so the pooling goes with it.
     classes = own if pretrained else wanted or min(own, 1)
     unpooled = kwargs.get("global_pool") == ""
     if unpooled:
