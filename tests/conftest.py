@@ -21,6 +21,8 @@ os.environ["HF_HUB_DISABLE_XET"] = "1"
 for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN_PATH"):
     os.environ.pop(_name, None)
 os.environ.setdefault("MPLBACKEND", "Agg")
+# A process a core runs tests already; new processes that tests start must not take all cores either.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -30,7 +32,6 @@ import timm_memwrap  # noqa: E402, F401
 if TYPE_CHECKING:
     from hub_server import Hub
 
-# A process a core runs tests already.
 torch.set_num_threads(1)
 
 _connect = socket.socket.connect
