@@ -218,8 +218,8 @@ def _create(
     )
     if whole:
         assert isinstance(pretrained_cfg, dict)
-        # timm then takes safetensors or nothing; left alone it falls back to a pickle.
-        pretrained_cfg = {**pretrained_cfg, "hf_hub_filename": WEIGHTS_FILE}
+        # timm then takes the file that was checked; left alone it falls back to a pickle, or takes what the cfg names.
+        pretrained_cfg = {**pretrained_cfg, "hf_hub_filename": WEIGHTS_FILE, "custom_load": False}
         backbone_args = {"pretrained_cfg": backbone_args["pretrained_cfg"]}
     with loading.loading_errors(file.name if file else None):
         model = build_model_with_cfg(

@@ -3,6 +3,7 @@
 import json
 import re
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -403,12 +404,30 @@ def test_a_configuration_that_is_not_ours(hub: Hub, folder: Path, case: str) -> 
 def test_depth_without_end_is_stopped(tmp_path: Path) -> None:
     model = timm.create_model("memwrap_test_vit", num_classes=3)
     folder = timm_memwrap.save_pretrained(model, tmp_path / "vit", allow_empty_memory=True)
-    for args in ({"depth": 10**9}, {"embed_dim": 10**9}, {"img_size": 10**6}):
-        before = (folder / "config.json").read_bytes()
+    before = (folder / "config.json").read_bytes()
+    # The last two are numbers that a large network could have. What they ask for is stopped while it is being made.
+    for args in ({"depth": 10**9}, {"embed_dim": 10**9}, {"img_size": 10**6}, {"depth": 60_000}, {"embed_dim": 60_000}):
         edit_config(folder, model_args=args)
-        with pytest.raises(FileError, match=r"larger model than|cannot be built"):
+        started = time.monotonic()
+        with pytest.raises(FileError, match="larger model than"):
             timm_memwrap.from_pretrained(folder)
+        assert time.monotonic() - started < 30
         (folder / "config.json").write_bytes(before)
+
+
+def test_a_configuration_cannot_name_another_file(
+    hub: Hub, token: str, model: MemoryWrapModel, images: Tensor, tmp_path: Path
+) -> None:
+    timm_memwrap.push_to_hub(model, "me/pets")
+    other = make_model(seed=1)
+    torch.save(other.state_dict(), tmp_path / "other.bin")
+    config = json.loads(hub.repos["me/pets"].files()["config.json"])
+    config["pretrained_cfg"] |= {"hf_hub_filename": "other.bin", "custom_load": "hf", "url": "http://127.0.0.1:9/x.pth"}
+    files = {"config.json": json.dumps(config).encode(), "other.bin": (tmp_path / "other.bin").read_bytes()}
+    hub.commit("me/pets", dict(files))
+    for create in (timm_memwrap.from_pretrained, lambda name: timm.create_model(f"hf-hub:{name}", pretrained=True)):
+        assert torch.equal(create("me/pets").eval()(images), model(images))
+    assert not hub.sent("GET", r"other\.bin")
 
 
 @pytest.mark.parametrize("source", ["local", "hub"])
