@@ -82,8 +82,9 @@ class TimmInterface(nn.Module):
     def _feature_info(self) -> Any:
         info = self.backbone.feature_info
         entries = info.info if isinstance(info, FeatureInfo) else info
+        # An entry without a module stays so. All are copies, since timm's `FeatureInfo` writes into what it is given.
         prefixed = [
-            {**entry, "module": add_prefix(entry["module"])} if entry.get("module") else entry for entry in entries
+            {**entry, **({"module": add_prefix(entry["module"])} if entry.get("module") else {})} for entry in entries
         ]
         if not isinstance(info, FeatureInfo):
             return prefixed
