@@ -21,7 +21,7 @@ from timm_memwrap import MemoryWrapModel
 from timm_memwrap.loading import shapes_only
 
 NUM_CLASSES = 42
-TARGET_SIZE = 64
+TARGET_SIZE = 96
 PREFIXES = ("memwrap_", "memwrap_baseline_")
 
 # Of each module file of timm, the model of fewest parameters; a smaller depth where that one is still large.

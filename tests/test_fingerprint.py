@@ -1,12 +1,15 @@
 """Whether weights are still the same."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
+import timm_memwrap
 from timm_memwrap.fingerprint import Watch, fingerprint
 
 
@@ -96,3 +99,13 @@ def test_a_watch_promises_nothing_for_inference_tensors() -> None:
     with torch.inference_mode():
         tensors = [torch.zeros(3)]
         assert not Watch(tensors).unchanged(tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_saved_in_half_precision_comes_back_fitting(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = timm_memwrap.wrap(timm.create_model("test_resnet", num_classes=2))
+    data = TensorDataset(torch.randn(6, 3, 32, 32), torch.arange(6) % 2)
+    timm_memwrap.build_memory_bank(model, data, size=None, progress=False)
+    timm_memwrap.save_pretrained(model.to(dtype), tmp_path)
+    # timm creates it in float32, with the same values.
+    assert not timm_memwrap.from_pretrained(tmp_path).memory_is_stale()

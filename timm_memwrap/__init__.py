@@ -3,12 +3,9 @@
 Importing the package registers `memwrap_<name>` and `memwrap_baseline_<name>` for timm's architectures.
 """
 
-from timm_memwrap.building import build_memory_bank as build_memory_bank
-from timm_memwrap.explaining import explain as explain
-from timm_memwrap.hub import from_pretrained as from_pretrained
-from timm_memwrap.hub import push_memory_bank as push_memory_bank
-from timm_memwrap.hub import push_to_hub as push_to_hub
-from timm_memwrap.hub import save_pretrained as save_pretrained
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from timm_memwrap.layers import BaselineMemory as BaselineMemory
 from timm_memwrap.layers import MemoryWrapLayer as MemoryWrapLayer
 from timm_memwrap.memory_bank import MemoryBank as MemoryBank
@@ -16,6 +13,14 @@ from timm_memwrap.model import MemoryReadout as MemoryReadout
 from timm_memwrap.model import MemoryWrapModel as MemoryWrapModel
 from timm_memwrap.registration import register_backbones as register_backbones
 from timm_memwrap.registration import wrap as wrap
+
+if TYPE_CHECKING:
+    from timm_memwrap.building import build_memory_bank as build_memory_bank
+    from timm_memwrap.explaining import explain as explain
+    from timm_memwrap.hub import from_pretrained as from_pretrained
+    from timm_memwrap.hub import push_memory_bank as push_memory_bank
+    from timm_memwrap.hub import push_to_hub as push_to_hub
+    from timm_memwrap.hub import save_pretrained as save_pretrained
 
 __version__ = "0.1.0"
 
@@ -34,5 +39,27 @@ __all__ = [
     "save_pretrained",
     "wrap",
 ]
+
+# Imported at first use: together they take as long as the registration, and creating a model needs none of them.
+_LAZY = {
+    "build_memory_bank": "building",
+    "explain": "explaining",
+    "from_pretrained": "hub",
+    "push_memory_bank": "hub",
+    "push_to_hub": "hub",
+    "save_pretrained": "hub",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 register_backbones()

@@ -12,10 +12,13 @@ __all__ = ["Watch", "fingerprint"]
 def fingerprint(module: nn.Module) -> str:
     """Hashes the parameters and persistent buffers of `module`, their names and shapes, with SHA-256.
 
-    The device does not matter; the dtype does, since another precision encodes differently.
+    Neither the device nor the precision that holds the numbers matters: weights saved in half precision come back in
+    float32 with the same values. Rounding to half precision changes the values, and so the fingerprint.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
+        if tensor.dtype in (torch.float16, torch.bfloat16):
+            tensor = tensor.float()
         digest.update(f"{name}:{tensor.dtype}:{list(tensor.shape)};".encode())
         if tensor.numel():
             # reshape: a tensor without dimensions has no view as bytes.
