@@ -29,9 +29,10 @@ ORDER = {
     "explaining": 5,
     "hub": 6,
     "training": 7,
-    "cli": 8,
-    "__init__": 9,
-    "__main__": 9,
+    "arguments": 8,
+    "cli": 9,
+    "__init__": 10,
+    "run": 11,
 }
 # The only rooms that may import huggingface_hub: the two that reach the network, and the one that writes its cards.
 HUB_ROOMS = {"hub", "loading", "model_card"}

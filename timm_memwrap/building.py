@@ -9,6 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
@@ -40,6 +41,7 @@ def build_memory_bank(
     progress: bool = True,
     class_names: Sequence[str] | None = None,
     dataset_name: str | None = None,
+    distributed: bool = False,
 ) -> MemoryBank:
     """Chooses samples of `data`, encodes them in one pass, and makes them the memory bank of `model`.
 
@@ -60,6 +62,8 @@ def build_memory_bank(
         progress: Whether to show a progress bar.
         class_names: Names of the classes by label; `None` for `data.classes`, else the model's `label_names`.
         dataset_name: Name of the data set, for the bank's provenance; `None` for the name of its class.
+        distributed: Whether all processes of `torch.distributed`'s default group make this call together. Each then
+            encodes its share of the samples, and all get the same bank.
 
     Returns:
         The bank, which is `model.memory_bank`.
@@ -90,6 +94,8 @@ def build_memory_bank(
         raise ValueError(f"size={size!r} is not a number of samples. Pass an integer of at least 1, or None for all.")
 
     source = _Source(data, model)
+    if distributed:
+        _check_distributed(source)
     everything = range(source.length) if source.length is not None else None
     chosen: list[int] | None = None
     if source.labels is not None and not needs_encodings(selection):
@@ -100,7 +106,9 @@ def build_memory_bank(
     model.eval()
     try:
         with torch.no_grad():
-            encoded = _encode(model, source, everything if chosen is None else chosen, store_images, progress)
+            encoded = _encode(
+                model, source, everything if chosen is None else chosen, store_images, progress, distributed
+            )
             if chosen is None:
                 _check_labels(encoded.labels, model.num_classes)
                 kept = select(selection, encoded.labels, encoded.encodings, size, seed)
@@ -176,14 +184,23 @@ class _Encoded:
 
 
 def _encode(
-    model: MemoryWrapModel, source: "_Source", positions: Sequence[int] | None, store_images: bool, progress: bool
+    model: MemoryWrapModel,
+    source: "_Source",
+    positions: Sequence[int] | None,
+    store_images: bool,
+    progress: bool,
+    distributed: bool,
 ) -> _Encoded:
     encodings, labels, images = [], [], []
     device = next(model.parameters()).device
     dtype = next(model.parameters()).dtype
-    total = len(positions) if positions is not None else None
+    share = positions
+    if distributed:
+        assert positions is not None
+        share = positions[dist.get_rank() :: dist.get_world_size()]
+    total = len(share) if share is not None else None
     with tqdm(total=total, desc="Memory bank", unit="img", disable=not progress) as bar:
-        for image, label in source.batches(positions):
+        for image, label in source.batches(share):
             encodings.append(model.encode(image.to(device=device, dtype=dtype)).float().cpu())
             labels.append(label.cpu())
             if store_images:
@@ -191,9 +208,33 @@ def _encode(
             bar.update(len(label))
     if not labels:
         raise ValueError("The data is empty, so there is nothing to remember. Check its path and split.")
-    count = sum(map(len, labels))
+    count = sum(map(len, labels)) if positions is None else len(positions)
     ids = source.ids(range(count) if positions is None else positions)
-    return _Encoded(torch.cat(encodings), torch.cat(labels), ids, torch.cat(images) if store_images else None)
+    parts = [torch.cat(encodings), torch.cat(labels), *([torch.cat(images)] if store_images else [])]
+    if distributed:
+        parts = [_gather(part, count, device) for part in parts]
+    return _Encoded(parts[0], parts[1], ids, parts[2] if store_images else None)
+
+
+def _check_distributed(source: "_Source") -> None:
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError("distributed=True, but torch.distributed has no process group. Start with torchrun.")
+    if source.length is None or source.length < dist.get_world_size():
+        raise ValueError(
+            f"distributed=True divides the samples over {dist.get_world_size()} processes, but the data has "
+            f"{source.length} that can be read in any order. Pass a data set with random access and enough samples."
+        )
+
+
+def _gather(part: Tensor, count: int, device: torch.device) -> Tensor:
+    """Collects what the processes computed, sample i by process i modulo their number, `[count, ...]`."""
+    world_size = dist.get_world_size()
+    padded = part.new_zeros(-(-count // world_size), *part.shape[1:])
+    padded[: len(part)] = part
+    padded = padded.to(device)
+    gathered = [torch.empty_like(padded) for _ in range(world_size)]
+    dist.all_gather(gathered, padded)
+    return torch.stack(gathered, dim=1).flatten(0, 1)[:count].cpu()
 
 
 def _small_images(images: Tensor, model: MemoryWrapModel) -> Tensor:

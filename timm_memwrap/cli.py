@@ -9,6 +9,9 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
+from timm_memwrap.arguments import Parser, expand
+from timm_memwrap.training.configuration import DataConfig, HubConfig, MemoryConfig, ModelConfig, TrainingConfig
+
 __all__ = ["main"]
 
 
@@ -20,14 +23,14 @@ def quickstart(out: str = "quickstart", recipe: str = "quickstart", progress: bo
         recipe: Name of a recipe in hub_configs, or path of a YAML file of that form.
         progress: Whether to show progress bars.
     """
-    from timm_memwrap.training.configuration import QuickstartConfig, find_recipe, load_config
     from timm_memwrap.training.quickstart import run_quickstart
+    from timm_memwrap.training.recipes import find_recipe, load_recipe
 
     path = find_recipe(recipe)
     print(f"Recipe {path}")
-    config = load_config(QuickstartConfig, path)
-    report = run_quickstart(config, out, progress)
-    name = config.model.name
+    loaded = load_recipe(path)
+    report = run_quickstart(loaded, out, progress)
+    name = loaded.model.name
     print(
         f"\nTest accuracy on scikit-learn's digits, {report.test_size} images\n"
         f"  {report.plain:7.2%}  plain {name}, trained here\n"
@@ -42,6 +45,115 @@ def quickstart(out: str = "quickstart", recipe: str = "quickstart", progress: bo
         f"  import timm, timm_memwrap\n"
         f'  model = timm.create_model("local-dir:{report.directory}", pretrained=True).eval()\n'
         f"  for e in timm_memwrap.explain(model, images): print(e.prediction, e.examples, e.counterfactuals)"
+    )
+
+
+def train(
+    model: ModelConfig = ModelConfig(),  # noqa: B008
+    data: DataConfig = DataConfig(),  # noqa: B008
+    training: TrainingConfig = TrainingConfig(),  # noqa: B008
+    memory: MemoryConfig = MemoryConfig(),  # noqa: B008
+    hub: HubConfig = HubConfig(),  # noqa: B008
+    out: str = "output",
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> None:
+    """Trains a model from a recipe and leaves it in a folder with its memory, model card, metrics and curves.
+
+    Args:
+        model: The backbone, and how a memory is read.
+        data: The images.
+        training: The schedule.
+        memory: The memory.
+        hub: The repository on the Hugging Face Hub.
+        out: Folder for all that is left.
+        resume: Whether to go on with an interrupted training in this folder.
+        overwrite: Whether to start anew in a folder that holds a training.
+        progress: Whether to show progress bars; null for if there is a terminal.
+    """
+    from timm_memwrap.training.configuration import Recipe
+    from timm_memwrap.training.training import train as run
+
+    report = run(Recipe(model, data, training, memory, hub), out, resume, overwrite, progress)
+    if not report.first:
+        return
+    print(
+        f"\nValidation accuracy\n  {report.accuracy:7.2%}  with the memory of {len(report.model.memory_bank)} samples"
+    )
+    if report.plain_accuracy is not None:
+        print(f"  {report.plain_accuracy:7.2%}  plain {model.name}")
+    if report.sampled_accuracies:
+        mean = sum(report.sampled_accuracies) / len(report.sampled_accuracies)
+        print(f"  {mean:7.2%}  with {memory.train_size} training images drawn for each batch, as in the paper")
+    print(
+        f"Evidence: the strongest sample is of the predicted class in {report.metrics.explanation_accuracy:.1%} of "
+        f"predictions, which use {report.metrics.support_size:.1f} samples on average.\n"
+        f'Saved in {report.directory}: timm.create_model("local-dir:{report.directory}", pretrained=True), after '
+        f"import timm_memwrap."
+    )
+
+
+def wrap(
+    model: str,
+    data: str,
+    out: str,
+    checkpoint: str | None = None,
+    split: str = "train",
+    val_split: str | None = None,
+    size: int | None = 1000,
+    selection: str = "balanced",
+    store_images: bool = False,
+    seed: int = 0,
+    device: str = "cpu",
+    workers: int = 0,
+    progress: bool | None = None,
+) -> None:
+    """Gives a trained classifier a memory in one pass over its training images, with nothing to train.
+
+    Args:
+        model: What timm.create_model takes, e.g. resnet50.a1_in1k, hf-hub:owner/name or local-dir:path; or a folder.
+        data: The training images: an image folder, a tar file, digits, or a data set that timm can read.
+        out: Folder for the model with its memory.
+        checkpoint: A safetensors file with the weights of the architecture, instead of pretrained ones.
+        split: Split of the data to remember.
+        val_split: Split to measure with; null for none.
+        size: How many samples to remember; null for all.
+        selection: How they are chosen: balanced, random, kmeans or all.
+        store_images: Whether small images of them are kept, for people to look at.
+        seed: Seed of the choice.
+        device: A torch device.
+        workers: Processes that load images.
+        progress: Whether to show progress bars; null for if there is a terminal.
+    """
+    from timm_memwrap.training.wrapping import wrap_classifier
+
+    report = wrap_classifier(
+        model,
+        data,
+        out,
+        checkpoint=checkpoint,
+        split=split,
+        val_split=val_split,
+        size=size,
+        selection=selection,
+        store_images=store_images,
+        seed=seed,
+        device=device,
+        workers=workers,
+        progress=sys.stderr.isatty() if progress is None else progress,
+    )
+    if report.plain_accuracy is not None:
+        print(f"{report.plain_accuracy:7.2%}  accuracy of the classifier as it was")
+    if report.metrics is not None:
+        print(
+            f"{report.metrics.accuracy:7.2%}  accuracy through its memory of {len(report.model.memory_bank)} samples\n"
+            f"{report.metrics.explanation_accuracy:7.1%}  of the strongest samples are of the predicted class; "
+            f"{report.metrics.support_size:.1f} samples a prediction"
+        )
+    print(
+        f'Saved in {report.directory}: timm.create_model("local-dir:{report.directory}", pretrained=True), after '
+        f"import timm_memwrap."
     )
 
 
@@ -107,7 +219,14 @@ def inspect(source: str) -> None:
     print(summarize(source).report())
 
 
-COMMANDS: dict[str, Any] = {"quickstart": quickstart, "push": push, "pull": pull, "inspect": inspect}
+COMMANDS: dict[str, Any] = {
+    "quickstart": quickstart,
+    "train": train,
+    "wrap": wrap,
+    "push": push,
+    "pull": pull,
+    "inspect": inspect,
+}
 
 
 def main(args: list[str] | None = None) -> int:
@@ -115,7 +234,10 @@ def main(args: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("timm_memwrap").setLevel(logging.INFO)
     try:
-        auto_cli(COMMANDS, args=args, prog="timm-memwrap", as_positional=True)
+        arguments = expand(sys.argv[1:] if args is None else args)
+        auto_cli(COMMANDS, args=arguments, prog="timm-memwrap", as_positional=True, parser_class=Parser)
+    except KeyboardInterrupt:
+        return 130
     except (ValueError, OSError, ImportError) as error:
         print(f"timm-memwrap: {error}", file=sys.stderr)
         return 1

@@ -176,7 +176,7 @@ def push_to_hub(
         ```
     """
     check_memory(model, allow_empty_memory)
-    _check_repo_id(repo_id)
+    check_repo_id(repo_id)
     figure = isinstance(model_card, Mapping) and model_card.get("figure") is not None
     if figure and not include_images:
         raise ValueError(
@@ -245,7 +245,7 @@ def push_memory_bank(
         ValueError: If the bank is empty or stale, or the weights in the repository are not the model's.
     """
     check_memory(model)
-    _check_repo_id(repo_id)
+    check_repo_id(repo_id)
     bank = public_bank(model.memory_bank, include_images)
     api = _api(token)
     with explained("push a memory to", repo_id):
@@ -318,7 +318,7 @@ def pull(repo_id: str, folder: str | os.PathLike, *, token: str | bool | None = 
     if there and not overwrite:
         raise ValueError(f"{str(directory)!r} has {', '.join(there)} already. Pass another folder, or overwrite=True.")
     name, revision = split_revision(repo_id)
-    _check_repo_id(name)
+    check_repo_id(name)
     api = _api(token)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".pulling-") as temporary:
@@ -613,7 +613,7 @@ def _is_repo_id(repo_id: str) -> bool:
     return True
 
 
-def _check_repo_id(repo_id: str) -> None:
+def check_repo_id(repo_id: str) -> None:
     if not isinstance(repo_id, str) or not _is_repo_id(repo_id):
         raise ValueError(
             f"{repo_id!r} is no name of a repository. Pass 'owner/name' of letters, digits, '-', '_' and '.'."

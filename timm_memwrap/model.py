@@ -128,29 +128,72 @@ class MemoryWrapModel(TimmInterface):
 
     # -- forward ----------------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, memory: Tensor | None = None, return_readout: bool = False) -> Tensor | MemoryReadout:
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        return_readout: bool = False,
+        memory_encoding: Tensor | None = None,
+        hidden: Tensor | None = None,
+    ) -> Tensor | MemoryReadout:
         """Classifies images `[B, C, H, W]`.
 
         Args:
             x: Images.
             memory: Images `[M, C, H, W]` to use as the memory set, instead of the batch or the bank.
             return_readout: Whether to return what was read too, with gradient: for a loss on the weights.
+            memory_encoding: Encodings `[M, D]` to use as the memory set, instead of images.
+            hidden: Which of the given memory samples each input must not see, a mask `[B, M]`.
 
         Returns:
             Logits `[B, C]`, or a `MemoryReadout`. With `num_classes=0`, the backbone's features.
 
         Raises:
-            ValueError: If there is no head to read with, or `memory` has no place in a vote.
+            ValueError: If there is no head to read with, a memory set has no place in a vote, or two are given.
         """
+        if memory is not None and memory_encoding is not None:
+            raise ValueError("Both memory and memory_encoding are given. Pass images or encodings, not both.")
         encoding = self.encode(x)
         if self.num_classes == 0:
-            if memory is not None or return_readout:
+            if memory is not None or memory_encoding is not None or return_readout:
                 raise ValueError(
                     "num_classes=0: the model has no head to read a memory with. Call reset_classifier(n)."
                 )
             return encoding
         if memory is not None:
-            readout = self._read_set(encoding, self.encode(memory), ranked=return_readout)
+            memory_encoding = self.encode(memory)
+        return self.forward_encoding(encoding, memory_encoding, return_readout, hidden)
+
+    def forward_encoding(
+        self,
+        encoding: Tensor,
+        memory_encoding: Tensor | None = None,
+        return_readout: bool = False,
+        hidden: Tensor | None = None,
+    ) -> Tensor | MemoryReadout:
+        """Classifies encodings `[B, D]` that `encode` made, as `forward` classifies images.
+
+        Args:
+            encoding: Encodings of the inputs.
+            memory_encoding: As in `forward`.
+            return_readout: As in `forward`.
+            hidden: As in `forward`.
+
+        Raises:
+            ValueError: If `hidden` is not a mask of the given memory set.
+        """
+        if hidden is not None and (
+            memory_encoding is None
+            or hidden.dtype != torch.bool
+            or hidden.shape != (len(encoding), len(memory_encoding))
+        ):
+            size = None if memory_encoding is None else len(memory_encoding)
+            raise ValueError(
+                f"hidden is {hidden.dtype} of shape {list(hidden.shape)}; expected a mask, torch.bool of shape "
+                f"[{len(encoding)}, {size}], with a memory set that is given."
+            )
+        if memory_encoding is not None:
+            readout = self._read_set(encoding, memory_encoding, ranked=return_readout, hidden=hidden)
         elif self.training:
             readout = self._read_batch(encoding, ranked=return_readout)
         else:
@@ -298,7 +341,9 @@ class MemoryWrapModel(TimmInterface):
         size = len(prepared.values)
         similarity = head.similarity(encoding, prepared.keys)
         with float32_island(similarity):
-            if hidden is not None:
+            if hidden is not None and hidden.dtype == torch.bool:
+                similarity = similarity.masked_fill(hidden, MASKED)
+            elif hidden is not None:
                 if hidden.shape[-1] >= size:
                     similarity = similarity[:, :0]
                 else:
@@ -306,11 +351,16 @@ class MemoryWrapModel(TimmInterface):
             if self.training or torch.compiler.is_compiling():
                 # No shape that depends on data, and a gradient that is one matrix product.
                 dense = content_weights(similarity)
+                if hidden is not None and hidden.dtype == torch.bool:
+                    # Where all is hidden, all are alike, and none must be read.
+                    dense = dense.masked_fill(hidden, 0.0)
                 # With nothing to read this is zero, and still has a gradient: the last batch of an epoch may be of one.
                 vector = dense @ prepared.values[: dense.shape[-1]]
                 weights, indices = dense.sort(dim=-1, descending=True) if ranked else (dense[:, :0], None)
             else:
                 weights, indices = top_weights(similarity)
+                if hidden is not None and hidden.dtype == torch.bool:
+                    weights = weights.masked_fill(hidden.gather(1, indices), 0.0)
                 vector = read(weights, indices, prepared.values)
         if indices is None:
             indices = torch.zeros_like(weights, dtype=torch.long)
@@ -319,8 +369,10 @@ class MemoryWrapModel(TimmInterface):
     def _prepare(self, memory_encoding: Tensor, labels: Tensor | None = None) -> _Prepared:
         return _Prepared(self.head.keys(memory_encoding), self.head.values(memory_encoding, labels))
 
-    def _read_set(self, encoding: Tensor, memory_encoding: Tensor, ranked: bool = True) -> MemoryReadout:
-        return self._read(encoding, self._prepare(memory_encoding), ranked=ranked)
+    def _read_set(
+        self, encoding: Tensor, memory_encoding: Tensor, ranked: bool = True, hidden: Tensor | None = None
+    ) -> MemoryReadout:
+        return self._read(encoding, self._prepare(memory_encoding), hidden, ranked)
 
     def _read_batch(self, encoding: Tensor, ranked: bool) -> MemoryReadout:
         itself = torch.arange(len(encoding), device=encoding.device).unsqueeze(1)

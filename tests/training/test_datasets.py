@@ -1,35 +1,133 @@
+import re
+import tarfile
 from collections import Counter
+from pathlib import Path
 
 import pytest
+from conftest import CLASSES, write_images
 
-from timm_memwrap.training.datasets import Digits
-
-
-def test_splits_share_no_sample_and_leave_none_out() -> None:
-    train, test = Digits("train"), Digits("test")
-    names = [data.filename(i, basename=True) for data in (train, test) for i in range(len(data))]
-    assert len(names) == len(set(names)) == 1797
+import timm_memwrap
+from timm_memwrap.training.datasets import Images, open_dataset, open_source, split_off
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_every_class_has_its_share(split: str) -> None:
-    data = Digits(split)
-    counts = Counter(data.targets)
-    assert set(counts) == set(range(10))
-    assert max(counts.values()) - min(counts.values()) <= 8
+def test_a_folder_gives_images_labels_names_and_files(folder: Path) -> None:
+    images = open_dataset("", folder, "train")
+    assert images.classes == sorted(CLASSES, key=str.lower) or images.classes == sorted(CLASSES)
+    assert len(images) == 36
+    for i in (0, 17, 35):
+        image, label = images[i]
+        assert image.mode == "RGB"
+        assert images.filename(i).split("/")[0] == images.classes[label]
 
 
-def test_images_are_the_files_and_labels_agree() -> None:
-    from sklearn.datasets import load_digits
+def test_a_tar_file_is_the_same_as_its_folder(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "train.tar"
+    with tarfile.open(path, "w") as file:
+        file.add(folder / "train", arcname="train")
+    packed, unpacked = open_dataset("", path, "train"), open_dataset("", folder, "train")
+    assert packed.classes == unpacked.classes
+    assert packed.targets == unpacked.targets
+    assert packed[5][0].tobytes() == unpacked[5][0].tobytes()
+    assert not list(tmp_path.glob("*pickle*"))
 
-    bunch, data = load_digits(), Digits("test")
-    for i in (0, 7, len(data) - 1):
-        image, label = data[i]
-        position = int(data.filename(i, basename=True))
-        assert label == data.targets[i] == bunch.target[position]
-        assert [round(value * 16 / 255) for value in image.tobytes()] == bunch.images[position].flatten().tolist()
+
+def test_labels_follow_the_classes_of_the_training_images(folder: Path) -> None:
+    order = ["dog", "Zebra", "cat"]
+    images = open_dataset("", folder, "validation", classes=order)
+    assert images.classes == order
+    for i in range(len(images)):
+        assert order[images.targets[i]] == images.filename(i).split("/")[0]
 
 
-def test_an_unknown_split_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'validation'.*'train' or 'test'"):
-        Digits("validation")
+def test_some_of_the_classes_are_enough(folder: Path) -> None:
+    known = open_dataset("", folder, "train").classes
+    for file in (folder / "validation" / known[0]).iterdir():
+        file.unlink()
+    images = open_dataset("", folder, "validation", classes=known)
+    assert images.classes == known
+    assert set(images.targets) == {1, 2}
+
+
+def test_classes_that_nobody_knows_are_refused_and_not_left_out(folder: Path) -> None:
+    known = open_dataset("", folder, "train").classes
+    write_images(folder / "validation", 1, ("fish",))
+    with pytest.raises(ValueError, match="'fish'"):
+        open_dataset("", folder, "validation", classes=known)
+
+
+def test_a_split_that_is_not_there_is_never_the_whole_folder(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"no folder 'test'.*'train', 'validation'"):
+        open_dataset("", folder, "test")
+    assert len(open_dataset("", folder / "train", "")) == 36
+
+
+@pytest.mark.parametrize(
+    ("dataset", "data_dir", "message"),
+    [
+        ("", None, "No data"),
+        ("", "nowhere", "no 'nowhere'"),
+        ("numbers", None, "Unknown dataset='numbers'"),
+        ("wds/mine", None, "stream"),
+        ("torch/nothing", None, "torch/nothing"),
+    ],
+)
+def test_what_is_not_there_is_refused_and_named(dataset: str, data_dir: str | None, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        open_dataset(dataset, data_dir)
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    with pytest.raises(ValueError, match="no images"):
+        open_dataset("", tmp_path, "train")
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", None], ids=["empty", "text", "truncated"])
+def test_an_unreadable_image_is_named_or_left_out_and_never_another_in_its_place(
+    folder: Path, content: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = folder / "train" / "cat" / "003.png"
+    path.write_bytes(path.read_bytes()[:200] if content is None else content)
+    images = open_dataset("", folder, "train")
+    bad = next(i for i in range(len(images)) if images.filename(i) == "cat/003.png")
+    with pytest.raises(ValueError, match=r"cat/003\.png.*cannot be read.*unreadable"):
+        images[bad]
+    kept = images.readable(progress=False)
+    assert len(kept) == 35
+    assert "cat/003.png" not in [kept.filename(i) for i in range(len(kept))]
+    assert "1 of 36 images" in caplog.text
+
+
+def test_a_subset_has_as_many_of_each_class_and_is_the_same_again() -> None:
+    images = open_dataset("digits", split="train")
+    first, again, other = (images.subset(50, seed) for seed in (0, 0, 1))
+    assert set(Counter(first.targets).values()) == {5}
+    assert first.positions == again.positions != other.positions
+    with pytest.raises(ValueError, match="1442"):
+        images.subset(2000)
+
+
+def test_what_is_held_out_is_of_every_class_and_in_neither_twice() -> None:
+    images = open_dataset("digits", split="train")
+    train, held_out = split_off(images, 0.1, seed=3)
+    assert sorted(train.positions + held_out.positions) == images.positions
+    assert set(Counter(held_out.targets)) == set(range(10))
+    assert len(held_out) == pytest.approx(0.1 * len(images), abs=10)
+    with pytest.raises(ValueError, match=r"1\.5"):
+        split_off(images, 1.5)
+
+
+def test_a_class_of_one_image_cannot_be_divided(folder: Path) -> None:
+    write_images(folder / "train", 1, ("ant",))
+    with pytest.raises(ValueError, match="one image"):
+        split_off(open_dataset("", folder, "train"), 0.5)
+
+
+def test_the_bank_of_such_images_names_their_files(folder: Path) -> None:
+    import timm
+
+    model = timm.create_model("memwrap_test_resnet", num_classes=3)
+    images: Images = open_source(folder, "train")
+    bank = timm_memwrap.build_memory_bank(model, images, size=6, progress=False)
+    assert all((folder / "train" / str(name)).is_file() for name in bank.ids)
+    assert bank.class_names == images.classes

@@ -1,20 +1,23 @@
 from pathlib import Path
 
+import pytest
 import timm
 from safetensors import safe_open
 
 from timm_memwrap.cli import main
-from timm_memwrap.training.configuration import QuickstartConfig, find_recipe, load_config
 from timm_memwrap.training.quickstart import run_quickstart
+from timm_memwrap.training.recipes import find_recipe, load_recipe
 
 
 def test_a_short_run_leaves_a_model_a_figure_and_true_figures(tmp_path: Path) -> None:
-    config = load_config(QuickstartConfig, find_recipe("quickstart"))
-    config.training.epochs, config.data.img_size, config.memory.size = 2, 16, 200
-    report = run_quickstart(config, tmp_path / "out", progress=False)
+    recipe = load_recipe(find_recipe("quickstart"))
+    recipe.training.epochs, recipe.data.img_size, recipe.memory.size = 2, 16, 200
+    for _ in range(2):
+        report = run_quickstart(recipe, tmp_path / "out", progress=False)
 
     assert report.reloaded_equal
     assert report.memory_size == 200
+    assert report.test_size == 355
     # Ten classes: two epochs are far from enough, and far better than nothing.
     assert min(report.plain, report.memory) > 0.3
     assert 0 <= report.strongest_agrees <= 1 <= report.support <= 200
@@ -23,6 +26,13 @@ def test_a_short_run_leaves_a_model_a_figure_and_true_figures(tmp_path: Path) ->
     assert model.memory_bank.class_names == list("0123456789")
     with safe_open(report.directory / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+def test_a_recipe_that_does_not_train_the_plain_classifier_is_refused(tmp_path: Path) -> None:
+    recipe = load_recipe(find_recipe("quickstart"))
+    recipe.memory.mode = "batch"
+    with pytest.raises(ValueError, match=r"memory\.mode='batch'"):
+        run_quickstart(recipe, tmp_path / "out", progress=False)
 
 
 def test_the_command_reads_the_recipe_that_it_is_given(tmp_path: Path, capsys) -> None:

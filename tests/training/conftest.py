@@ -1,0 +1,49 @@
+"""What tests of training share: small folders of images, and a recipe that trains in a second."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from timm_memwrap.training.configuration import Recipe
+from timm_memwrap.training.recipes import find_recipe, load_recipe
+
+CLASSES = ("cat", "dog", "Zebra")
+
+
+def write_images(folder: Path, count: int, classes: tuple[str, ...] = CLASSES, size: int = 24) -> Path:
+    """Writes `count` noisy images of each class, whose brightness is the class, to a folder each."""
+    rng = np.random.default_rng(len(folder.name))
+    for label, name in enumerate(sorted(classes)):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            pixels = rng.normal(60 + 70 * label, 12, (size, size, 3)).clip(0, 255).astype("uint8")
+            Image.fromarray(pixels).save(folder / name / f"{i:03}.png")
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_images(tmp_path / "data" / "train", 12)
+    write_images(tmp_path / "data" / "validation", 4)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def digits() -> Callable[..., Recipe]:
+    """Returns a recipe on the digits that trains in a second; sections are overridden by name."""
+
+    def make(**sections: dict) -> Recipe:
+        recipe = load_recipe(find_recipe("quickstart"))
+        recipe.data.img_size, recipe.data.train_samples, recipe.data.val_samples = 16, 200, 60
+        recipe.data.batch_size, recipe.training.epochs, recipe.memory.size = 50, 2, 40
+        recipe.memory.store_images = False
+        for section, values in sections.items():
+            for key, value in values.items():
+                assert hasattr(getattr(recipe, section), key)
+                setattr(getattr(recipe, section), key, value)
+        return recipe
+
+    return make

@@ -1,0 +1,109 @@
+from collections import Counter
+
+import pytest
+import torch
+from timm.data import Mixup
+
+from timm_memwrap.training.configuration import DataConfig
+from timm_memwrap.training.datasets import open_dataset
+from timm_memwrap.training.loaders import MemoryCollate, Numbered, create_mixup, eval_loader, train_loader
+
+CONFIG = {
+    "input_size": (1, 8, 8),
+    "interpolation": "bilinear",
+    "mean": (0.5,),
+    "std": (0.5,),
+    "crop_pct": 1.0,
+    "crop_mode": "center",
+}
+
+
+def _config(**kwargs: object) -> DataConfig:
+    return DataConfig(dataset="digits", workers=0, scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return open_dataset("digits", split="train", mode="L").subset(60)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_memory_of_a_step_holds_no_image_of_its_batch_and_none_twice(images, workers: int) -> None:
+    config = _config(batch_size=20, color_jitter=0.0)
+    config.workers = workers
+    loader = train_loader(images, config, CONFIG, "sample", 40)
+    drawn = []
+    for batch, _, extra in loader:
+        assert extra["memory"].shape == (40, 1, 8, 8)
+        rows = [tuple(image.flatten().tolist()) for image in torch.cat([batch, extra["memory"]])]
+        # Without augmentation the 60 images of batch and memory are the 60 training images.
+        assert len(set(rows)) == len({tuple(loader.dataset[i][0].flatten().tolist()) for i in range(60)})
+        drawn.append(rows[20:])
+    assert drawn[0] != drawn[1]
+
+
+def test_positions_are_those_of_the_samples(images) -> None:
+    loader = train_loader(images, _config(batch_size=20, color_jitter=0.0), CONFIG, "queue", 10)
+    for batch, labels, extra in loader:
+        for image, label, position in zip(batch, labels, extra["positions"].tolist(), strict=True):
+            assert label == images.targets[position]
+            assert torch.equal(image, loader.dataset[position][0])
+
+
+def test_shares_of_several_processes_are_all_images_once(images) -> None:
+    labels = Counter()
+    for rank in range(7):
+        for _, part in eval_loader(images, _config(batch_size=4), CONFIG, rank, 7):
+            labels.update(part.tolist())
+    assert labels == Counter(images.targets)
+
+
+def test_evaluation_has_no_randomness(images) -> None:
+    first, second = (torch.cat([x for x, _ in eval_loader(images, _config(batch_size=7), CONFIG)]) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "message"),
+    [
+        ("none", {"batch_size": 61}, r"batch_size=61.*60 training images"),
+        ("none", {"batch_size": 0}, r"batch_size=0"),
+        ("batch", {"batch_size": 1}, r"rest of the batch"),
+        ("sample", {"batch_size": 30}, r"train_size=40.*batch_size=30.*60 training images"),
+        ("none", {"batch_size": 15, "mixup": 0.2}, r"batch_size=15 is odd"),
+    ],
+)
+def test_batches_that_cannot_be_are_refused(images, mode: str, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train_loader(images, _config(**options), CONFIG, mode, 40)
+
+
+def test_a_batch_of_one_is_enough_without_memory(images) -> None:
+    batch, _, extra = next(iter(train_loader(images, _config(batch_size=1), CONFIG, "none", 1)))
+    assert batch.shape == (1, 1, 8, 8)
+    assert extra == {}
+
+
+def test_mixup_is_timms_and_only_if_asked_for() -> None:
+    assert create_mixup(_config(), 0.1, 10) is None
+    mixup = create_mixup(_config(mixup=0.3, cutmix=1.0), 0.1, 10)
+    assert isinstance(mixup, Mixup)
+    assert (mixup.mixup_alpha, mixup.cutmix_alpha, mixup.label_smoothing) == (0.3, 1.0, 0.1)
+
+
+def test_numbered_hands_the_transform_on(images) -> None:
+    numbered = Numbered(images)
+    numbered.transform = lambda image: image.size
+    assert numbered[3] == ((8, 8), images.targets[3], 3)
+    assert images.transform is None
+
+
+def test_a_collate_alone_draws_by_the_generator(images) -> None:
+    numbered = Numbered(images.with_transform(lambda image: torch.tensor(list(image.tobytes()))))
+    collate = MemoryCollate(numbered, "sample", 5, 2)
+    draws = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        draws.append(collate([numbered[0], numbered[1]])[2]["memory"])
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])

@@ -1,0 +1,153 @@
+"""Evidence for a classifier that is trained already: a memory in one pass over its data, and no training."""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import create_transform, resolve_model_data_config
+from torch import nn
+from torch.utils.data import DataLoader
+
+from timm_memwrap.building import build_memory_bank
+from timm_memwrap.explaining import ExplanationMetrics, evaluate_explanations
+from timm_memwrap.hub import save_pretrained
+from timm_memwrap.loading import FileError
+from timm_memwrap.model import MemoryWrapModel
+from timm_memwrap.registration import wrap
+from timm_memwrap.training.creation import image_mode
+from timm_memwrap.training.datasets import Images, open_source
+from timm_memwrap.training.evaluation import evaluate
+from timm_memwrap.training.processes import Processes
+
+__all__ = ["WrapReport", "wrap_classifier"]
+
+_logger = logging.getLogger(__name__)
+
+BATCH_SIZE = 64
+
+
+@dataclass(frozen=True)
+class WrapReport:
+    """What wrapping a classifier came to.
+
+    Args:
+        directory: Folder with the model and its memory.
+        model: The model.
+        plain_accuracy: Accuracy of the classifier as it was, 0 to 1; `None` without data to evaluate with, or if it was
+            a Memory Wrap model already.
+        metrics: What predictions and explanations are worth on these data; `None` without such data.
+    """
+
+    directory: Path
+    model: MemoryWrapModel
+    plain_accuracy: float | None
+    metrics: ExplanationMetrics | None
+
+
+def wrap_classifier(
+    model_id: str,
+    data: str | os.PathLike,
+    out: str | os.PathLike,
+    checkpoint: str | None = None,
+    split: str = "train",
+    val_split: str | None = None,
+    size: int | None = 1000,
+    selection: str = "balanced",
+    store_images: bool = False,
+    seed: int = 0,
+    device: str = "cpu",
+    workers: int = 0,
+    progress: bool = True,
+) -> WrapReport:
+    """Gives a trained classifier a memory of training samples, through which it predicts from then on.
+
+    A plain timm model keeps its weights and is read through its own classifier (`timm_memwrap.wrap`); of a model that
+    has a memory already, the memory is built anew.
+
+    Args:
+        model_id: What `timm.create_model` takes: an architecture with its tag, `"hf-hub:..."`, `"local-dir:..."`; or a
+            folder.
+        data: The training images: an image folder, a tar file, `"digits"`, or a data set that timm can read.
+        out: Folder for the model with its memory.
+        checkpoint: A safetensors file with the weights of the architecture `model_id`, instead of pretrained ones.
+        split: Split of `data` to remember.
+        val_split: Split to measure with; `None` for none.
+        size: How many samples to remember; `None` for all.
+        selection: As in `build_memory_bank`.
+        store_images: As in `build_memory_bank`.
+        seed: As in `build_memory_bank`.
+        device: Where to compute.
+        workers: Processes that load images.
+        progress: Whether to show progress bars.
+
+    Raises:
+        ValueError: If there is no such model or data, or their classes differ.
+        HubError: If the Hub does not give the model; it is an `OSError`.
+    """
+    found = _load(model_id, checkpoint, data, split)
+    plain = found if not isinstance(found, MemoryWrapModel) else None
+    in_chans = getattr(found, "in_chans", 3)
+    if in_chans not in (1, 3):
+        raise ValueError(f"{model_id} takes {in_chans} channels; images are read in grey (1) or colour (3).")
+    names = found.memory_bank.class_names or None if isinstance(found, MemoryWrapModel) else None
+    images = open_source(data, split, names, image_mode(in_chans))
+    _check_classes(found, images, model_id)
+    held_out = open_source(data, val_split, images.classes, image_mode(in_chans)) if val_split is not None else None
+
+    found.to(device).eval()
+    transform = create_transform(**resolve_model_data_config(found))
+    batches = held_out and DataLoader(held_out.with_transform(transform), BATCH_SIZE, num_workers=workers)
+    plain_accuracy = None
+    if plain is not None and batches:
+        plain_accuracy = evaluate(plain, batches, Processes(torch.device(device)))["accuracy"]
+    model = found if isinstance(found, MemoryWrapModel) else wrap(found)
+    build_memory_bank(
+        model,
+        DataLoader(images.with_transform(transform), BATCH_SIZE, num_workers=workers),
+        size=size,
+        selection=selection,
+        store_images=store_images,
+        seed=seed,
+        progress=progress,
+        class_names=images.classes,
+        dataset_name=images.name,
+    )
+    metrics = evaluate_explanations(model, batches, progress=progress) if batches else None
+    card: dict[str, Any] = {}
+    if metrics is not None:
+        card["results"] = [{"value": metrics.accuracy, "dataset": images.name, "split": val_split}]
+    save_pretrained(model.cpu(), out, model_card=card, overwrite_card=True)
+    return WrapReport(Path(out), model, plain_accuracy, metrics)
+
+
+def _load(model_id: str, checkpoint: str | None, data: Any, split: str) -> nn.Module:
+    if Path(model_id).is_dir():
+        model_id = f"local-dir:{model_id}"
+    if checkpoint is None:
+        return timm.create_model(model_id, pretrained=True)
+    if not checkpoint.endswith(".safetensors"):
+        raise ValueError(
+            f"checkpoint={checkpoint!r} is not a safetensors file. Pickles are not read: convert it with "
+            f"safetensors.torch.save_file."
+        )
+    model = timm.create_model(model_id, num_classes=len(open_source(data, split).classes))
+    try:
+        timm.models.load_checkpoint(model, checkpoint)
+    except (RuntimeError, FileNotFoundError) as error:
+        raise FileError(
+            f"{checkpoint!r} does not fit {model_id} with {model.num_classes} classes: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from error
+    return model
+
+
+def _check_classes(model: nn.Module, images: Images, model_id: str) -> None:
+    if model.num_classes != len(images.classes):
+        raise ValueError(
+            f"{model_id} has {model.num_classes} classes, {images.name} has {len(images.classes)}. Pass the data that "
+            f"the model was trained on, or fine-tune it on these: timm-memwrap train."
+        )
