@@ -96,8 +96,8 @@ def train(
 
 def wrap(
     model: str,
-    data: str,
-    out: str,
+    data: str = "",
+    out: str = "output",
     checkpoint: str | None = None,
     split: str = "train",
     val_split: str | None = None,

@@ -105,15 +105,20 @@ def test_the_last_checkpoint_is_there_at_every_moment(tmp_path: Path, monkeypatc
     saver = _saver(tmp_path, model)
     saver.save_checkpoint(0, 0.1)
     seen = []
-    for name in ("replace", "unlink", "link"):
 
-        def watched(*args: object, original=getattr(os, name), **kwargs: object) -> object:
+    def watch(name: str) -> None:
+        original = getattr(os, name)
+
+        def watched(*args: object, **kwargs: object) -> object:
             seen.append(read_state(tmp_path / "last.safetensors")["epoch"])
             result = original(*args, **kwargs)
             seen.append(read_state(tmp_path / "last.safetensors")["epoch"])
             return result
 
         monkeypatch.setattr(os, name, watched)
+
+    for name in ("replace", "unlink", "link"):
+        watch(name)
     saver.save_checkpoint(1, 0.2)
     assert set(seen) == {0, 1}
     assert seen == sorted(seen)

@@ -118,9 +118,9 @@ def test_the_learning_rate_follows_the_schedule(sched: str, expected) -> None:
 
 def test_unknown_schedules_are_refused() -> None:
     data = TensorDataset(torch.randn(8, 5), torch.arange(8) % 2)
+    task, config = _task(nn.Linear(5, 2)), TrainingConfig(sched="plateau")
     with pytest.raises(ValueError, match="plateau"):
-        config = TrainingConfig(sched="plateau")
-        fit(_task(nn.Linear(5, 2)), _loader(data, 4), config, CPU, _validate, progress=False)
+        fit(task, _loader(data, 4), config, CPU, _validate, progress=False)
 
 
 def test_evaluation_is_by_interval_and_always_at_the_end() -> None:

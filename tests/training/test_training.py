@@ -102,9 +102,9 @@ class _Stop(Exception):
         {"memory": {"mode": "sample"}, "data": {"workers": 2}},
         {"training": {"model_ema": True, "model_ema_decay": 0.9, "keep": "best"}, "data": {"mixup": 0.2}},
         {"training": {"freeze_backbone": True, "opt": "momentum", "lr": 0.1}},
-        {"training": {"amp": True, "grad_accum_steps": 2}},
+        {"training": {"grad_accum_steps": 2, "clip_grad": 1.0, "opt": "lamb"}, "memory": {"mode": "batch"}},
     ],
-    ids=["plain", "queue", "sample", "ema", "frozen", "amp"],
+    ids=["plain", "queue", "sample", "ema", "frozen", "accumulated"],
 )
 def test_a_resumed_training_is_one_without_interruption_bit_for_bit(
     tmp_path: Path, digits: Make, sections: dict, monkeypatch: pytest.MonkeyPatch
@@ -188,8 +188,9 @@ def test_the_best_epoch_is_kept_on_request(tmp_path: Path, digits: Make, monkeyp
     train(digits(training={"epochs": 3, "keep": "best"}), tmp_path / "out", progress=False)
     best = load_file(tmp_path / "out" / "checkpoints" / "model_best.safetensors")
     last = load_file(tmp_path / "out" / "checkpoints" / "last.safetensors")
-    saved = _weights(tmp_path / "out")["backbone.conv1.0.weight" if False else _first_weight(tmp_path / "out")]
-    name = "/state_dict/" + _first_weight(tmp_path / "out").removeprefix("backbone.")
+    first = _first_weight(tmp_path / "out")
+    saved = _weights(tmp_path / "out")[first]
+    name = "/state_dict/" + first.removeprefix("backbone.")
     assert torch.equal(saved, best[name])
     assert not torch.equal(saved, last[name])
 
@@ -207,6 +208,16 @@ def test_the_average_is_what_is_evaluated_and_saved(tmp_path: Path, digits: Make
     plain = name.removeprefix("backbone.")
     assert torch.equal(saved, state[f"/state_dict_ema/{plain}"])
     assert not torch.equal(saved, state[f"/state_dict/{plain}"])
+
+
+@pytest.mark.parametrize("mode", ["none", "batch"])
+def test_mixed_precision_trains(tmp_path: Path, digits: Make, mode: str) -> None:
+    report = train(digits(training={"amp": True}, memory={"mode": mode}), tmp_path / "out", progress=False)
+    assert report.history[-1]["train_loss"] < report.history[0]["train_loss"]
+    assert {tensor.dtype for name, tensor in _weights(tmp_path / "out").items() if name.startswith("backbone.")} <= {
+        torch.float32,
+        torch.int64,
+    }
 
 
 def test_a_compiled_training_is_saved_like_any(tmp_path: Path, digits: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,12 +242,18 @@ def test_an_image_folder_trains_and_a_share_can_be_held_out(tmp_path: Path) -> N
     recipe = Recipe(
         ModelConfig(name="test_resnet"),
         DataConfig(
-            data_dir=str(folder), train_split="", val_split=None, val_fraction=0.25, img_size=32, batch_size=15, workers=0,
+            data_dir=str(folder),
+            train_split="",
+            val_split=None,
+            val_fraction=0.25,
+            img_size=32,
+            batch_size=15,
+            workers=0,
             color_jitter=0.0,
         ),
         TrainingConfig(epochs=8, lr=5e-3),
         MemoryConfig(size=None, selection="all"),
-    )  # fmt: skip
+    )
     report = train(recipe, tmp_path / "out", progress=False)
     assert report.accuracy > 0.9
     assert len(report.model.memory_bank) == 45
@@ -327,7 +344,9 @@ def test_a_recipe_that_contradicts_itself_is_refused_before_data_is_read(
         ({"data": {"mean": [0.1, 0.2]}}, r"data\.mean.*2 values for 1 channels"),
     ],
 )
-def test_what_does_not_fit_the_data_is_one_clear_line(tmp_path: Path, digits: Make, sections: dict, message: str) -> None:
+def test_what_does_not_fit_the_data_is_one_clear_line(
+    tmp_path: Path, digits: Make, sections: dict, message: str
+) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         train(digits(**sections), tmp_path / "out", progress=False)
     assert "\n" not in str(caught.value)
@@ -372,6 +391,7 @@ def test_pretrained_weights_come_from_a_file_and_a_new_classifier_starts_from_ze
     source = timm.create_model("test_resnet")
     save_file(source.state_dict(), tmp_path / "w.safetensors")
     recipe = digits(model={"pretrained_path": str(tmp_path / "w.safetensors"), "in_chans": 3})
+    recipe.data.mean = recipe.data.std = None
     model = module.create_model(recipe.model, recipe.data, "none", 10, 3)
     assert not model.get_classifier().weight.any()
     a, b = source.state_dict(), model.state_dict()

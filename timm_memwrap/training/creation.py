@@ -109,11 +109,13 @@ def create_model(config: ModelConfig, data: DataConfig, memory_mode: str, num_cl
     if config.drop_rate:
         kwargs["drop_rate"] = config.drop_rate
     pretrained = config.pretrained or config.pretrained_path is not None
+    plain = memory_mode == "none"
     try:
         model = timm.create_model(
             name,
             pretrained=pretrained,
-            num_classes=num_classes,
+            # timm loads loosely when the number of classes changes, and a file of other weights would pass unseen.
+            num_classes=cfg.num_classes if pretrained and plain else num_classes,
             in_chans=in_chans,
             pretrained_cfg_overlay=overlay,
             **kwargs,
@@ -123,11 +125,14 @@ def create_model(config: ModelConfig, data: DataConfig, memory_mode: str, num_cl
     except RuntimeError as error:
         source = config.pretrained_path or "the pretrained weights"
         raise ValueError(f"{source} do not fit {config.name}: {' '.join(str(error).split())[:300]}") from error
+    if model.num_classes != num_classes:
+        model.reset_classifier(num_classes)  # type: ignore[operator]
+        model._model_args = {**getattr(model, "_model_args", {}), "num_classes": num_classes}  # type: ignore[assignment]
     scale = config.head_init_scale
     if scale is None:
         # A large random classifier spoils the backbone before it has learnt anything: with the range that timm's
         # EfficientNets start from, 61 % instead of 73 % (1,000 CIFAR-10 images, fine-tuned for 8 epochs).
-        scale = 0.0 if pretrained and memory_mode == "none" and cfg.num_classes != num_classes else 1.0
+        scale = 0.0 if pretrained and plain and cfg.num_classes != num_classes else 1.0
     if scale != 1.0:
         _scale_classifier(model, scale)
     return model

@@ -199,6 +199,8 @@ def open_source(
         ValueError: As in `open_dataset`.
     """
     name = os.fspath(source)
+    if not name:
+        raise ValueError("No data: pass an image folder, a tar file, 'digits', 'torch/...' or 'hfds/...' as data.")
     if not os.path.exists(name) and (name == DIGITS or name.partition("/")[0].lower() in (*_NAMED, *_STREAMS)):
         return open_dataset(name, None, split, classes, mode)
     return open_dataset("", name, split, classes, mode)

@@ -103,7 +103,8 @@ def train(
         recipe: What to train and how.
         out: The folder; made if absent.
         resume: Whether to go on with an interrupted training in it. The result is that of one without interruption, bit
-            for bit with one process on a CPU.
+            for bit with one process on a CPU in full precision (PyTorch's own bfloat16 gradients differ from run to
+            run).
         overwrite: Whether to start anew in a folder that holds a training.
         progress: Whether to show progress bars; `None` for if there is a terminal.
 
