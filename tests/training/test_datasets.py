@@ -67,13 +67,46 @@ def test_a_split_that_is_not_there_is_never_the_whole_folder(folder: Path) -> No
         ("", None, "No data"),
         ("", "nowhere", "no 'nowhere'"),
         ("numbers", None, "Unknown dataset='numbers'"),
-        ("wds/mine", None, "stream"),
+        ("tfds/mine", None, "stream"),
+        ("wds/mine", "nowhere", "no shards"),
         ("torch/nothing", None, "torch/nothing"),
     ],
 )
 def test_what_is_not_there_is_refused_and_named(dataset: str, data_dir: str | None, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         open_dataset(dataset, data_dir)
+
+
+@pytest.mark.parametrize("names", [True, False], ids=["names", "indices"])
+def test_shards_give_what_is_in_them_in_any_order(folder: Path, tmp_path: Path, names: bool) -> None:
+    import io
+
+    plain = open_dataset("", folder, "train")
+    paths = []
+    for part in range(3):
+        path = tmp_path / f"pets-train-{part:04}.tar"
+        with tarfile.open(path, "w") as file:
+            for i in range(part, len(plain), 3):
+                label = plain.classes[plain.targets[i]] if names else str(plain.targets[i])
+                content = (folder / "train" / plain.filename(i)).read_bytes()
+                for suffix, data in (("png", content), ("cls", label.encode()), ("json", b"{}")):
+                    member = tarfile.TarInfo(f"{i:06}.{suffix}")
+                    member.size = len(data)
+                    file.addfile(member, io.BytesIO(data))
+        paths.append(path)
+    packed = open_dataset("wds/pets", tmp_path, "train")
+    assert len(packed) == len(plain)
+    assert packed.classes == (sorted(plain.classes) if names else ["0", "1", "2"])
+    assert packed.filename(0) == "pets-train-0000.tar/000000.png"
+    for i in (35, 0, 17):
+        original = int(packed.filename(i, basename=True).split(".")[0])
+        assert packed[i][0].tobytes() == plain[original][0].tobytes()
+        name = plain.classes[plain.targets[original]]
+        assert packed.classes[packed.targets[i]] == (name if names else str(plain.targets[original]))
+
+    paths[1].write_bytes(paths[1].read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"pets-train-0001\.tar"):
+        open_dataset("wds/pets", tmp_path, "train")
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:

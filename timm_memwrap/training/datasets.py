@@ -16,14 +16,15 @@ from tqdm import tqdm
 
 from timm_memwrap.selection import select
 from timm_memwrap.training.digits import Digits
+from timm_memwrap.training.shards import Shards
 
 __all__ = ["DIGITS", "Images", "open_dataset", "open_source", "split_off"]
 
 _logger = logging.getLogger(__name__)
 
 DIGITS = "digits"
-_NAMED = ("torch", "hfds")
-_STREAMS = ("wds", "hfids", "tfds")
+_NAMED = ("torch", "hfds", "wds")
+_STREAMS = ("hfids", "tfds")
 
 
 class Images(Dataset):
@@ -133,7 +134,8 @@ def open_dataset(
 
     Args:
         dataset: `"digits"`, the embedded data set; a name that `timm.data.create_dataset` knows (`"torch/cifar10"`,
-            `"hfds/owner/name"`); or `""` for an image folder or tar file.
+            `"hfds/owner/name"`); `"wds/name"` for WebDataset shards in `data_dir`; or `""` for an image folder or tar
+            file.
         data_dir: The image folder or tar file, or where timm keeps a data set.
         split: Name of the split; of an image folder, the folder in it (`"train"`, `"validation"` and their synonyms in
             timm), or `""` if the classes stand in `data_dir` itself.
@@ -149,7 +151,7 @@ def open_dataset(
     if prefix in _STREAMS:
         raise ValueError(
             f"dataset={dataset!r} is a stream: samples have no names that a memory could show, and cannot be drawn. "
-            f"Pass a data set with random access: an image folder or tar file, hfds/... or torch/..."
+            f"Pass a data set with random access: an image folder or tar file, hfds/..., torch/... or wds/..."
         )
     if dataset == DIGITS:
         images = Images(Digits(_digits_split(split)), "scikit-learn digits", mode)
@@ -168,10 +170,13 @@ def open_dataset(
         images = Images(
             create_dataset(dataset, root=str(data_dir) if data_dir else None, split=split), f"{dataset} {split}", mode
         )
+    elif prefix == "wds":
+        # As timm: what follows the prefix is for people only, the shards are found by folder and split.
+        images = Images(Shards(str(data_dir or "."), split), f"{dataset} {split}", mode)
     elif dataset:
         raise ValueError(
-            f"Unknown dataset={dataset!r}. Pass 'digits', 'torch/<name>', 'hfds/<owner>/<name>', or leave it empty and "
-            f"pass the path of an image folder or tar file as data_dir."
+            f"Unknown dataset={dataset!r}. Pass 'digits', 'torch/<name>', 'hfds/<owner>/<name>', 'wds/<name>', or leave "
+            f"it empty and pass the path of an image folder or tar file as data_dir."
         )
     else:
         images = _open_folder(data_dir, split, classes, mode)
