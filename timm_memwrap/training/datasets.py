@@ -175,8 +175,8 @@ def open_dataset(
         images = Images(Shards(str(data_dir or "."), split), f"{dataset} {split}", mode)
     elif dataset:
         raise ValueError(
-            f"Unknown dataset={dataset!r}. Pass 'digits', 'torch/<name>', 'hfds/<owner>/<name>', 'wds/<name>', or leave "
-            f"it empty and pass the path of an image folder or tar file as data_dir."
+            f"Unknown dataset={dataset!r}. Pass 'digits', 'torch/<name>', 'hfds/<owner>/<name>' or 'wds/<name>', or "
+            f"leave it empty and pass the path of an image folder or tar file as data_dir."
         )
     else:
         images = _open_folder(data_dir, split, classes, mode)
@@ -316,5 +316,7 @@ def _targets(source: Any) -> list[int]:
     reader = source.reader
     if hasattr(reader, "samples"):
         return [int(label) for _, label in reader.samples]
-    # Rows of a table are read anyway; images are not decoded.
+    if hasattr(reader, "dataset") and not getattr(reader, "remap_class", False):
+        # A table of Hugging Face's: one column of it, without the images.
+        return [int(label) for label in reader.dataset[reader.label_key]]
     return [int(reader[i][1]) for i in range(len(reader))]
