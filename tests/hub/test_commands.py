@@ -1,5 +1,6 @@
 """The commands that go to the Hub: what they print, and that an error is one line."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,21 @@ def test_an_error_is_one_line(
     assert message in error
     assert not hub.repos
     assert not list(tmp_path.iterdir())
+
+
+def test_a_training_is_pushed_with_its_accuracy(hub: Hub, token: str, tmp_path: Path) -> None:
+    args = ["--config", "quickstart", "--out", str(tmp_path / "out"), "--data.img_size", "16", "--training.epochs", "1"]
+    assert main(["train", *args, "--push", "me/digits", "--hub.private", "true", "--hub.license", "mit"]) == 0
+    repo = hub.repos["me/digits"]
+    assert repo.private
+    assert set(repo.files()) >= {"model.safetensors", "config.json", "README.md"}
+    card = repo.files()["README.md"].decode()
+    assert "license: mit" in card
+    accuracy = json.loads((tmp_path / "out" / "summary.json").read_text())["accuracy"]
+    assert f"value: {accuracy}" in card
+    loaded = timm_memwrap.from_pretrained("me/digits").eval()
+    local = timm_memwrap.from_pretrained(tmp_path / "out").eval()
+    x = torch.randn(2, 1, 16, 16)
+    assert torch.equal(loaded(x), local(x))
+    assert loaded.memory_bank.images is None
+    assert local.memory_bank.images is not None

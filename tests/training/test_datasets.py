@@ -109,6 +109,13 @@ def test_shards_give_what_is_in_them_in_any_order(folder: Path, tmp_path: Path, 
         open_dataset("wds/pets", tmp_path, "train")
 
 
+def test_torchvisions_data_sets_are_read_through_timm(folder: Path) -> None:
+    images = open_dataset("torch/image_folder", folder, "train")
+    assert len(images) == 36
+    assert images.classes == sorted(CLASSES)
+    assert images[0][0].mode == "RGB"
+
+
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "train" / "cat").mkdir(parents=True)
     with pytest.raises(ValueError, match="no images"):

@@ -156,6 +156,35 @@ def test_a_process_that_is_stopped_leaves_what_resumes(tmp_path: Path, digits: M
     assert len(list(csv.DictReader(metrics.open()))) == 40
 
 
+def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(tmp_path: Path, digits: Make) -> None:
+    write_recipe(digits(), tmp_path / "recipe.yaml")
+    # No file may grow beyond this once the first checkpoint is there: writing fails in the middle, as on a full disk.
+    code = f"""
+import resource, signal, sys
+from timm_memwrap.cli import main
+from timm_memwrap.training import training
+write = training.write_metrics
+def full(rows, out):
+    if len(rows) == 2:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    return write(rows, out)
+training.write_metrics = full
+sys.exit(main(["train", "--config", {str(tmp_path / "recipe.yaml")!r}, "--out", {str(tmp_path / "out")!r}]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=_env(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "Free some space on the disk" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert {path.name for path in (tmp_path / "out" / "checkpoints").iterdir()} == {
+        "checkpoint-0.safetensors",
+        "last.safetensors",
+        "model_best.safetensors",
+    }
+    report = train(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "out", resume=True, progress=False)
+    assert len(report.history) == 2
+
+
 def test_resuming_before_the_first_epoch_and_after_the_last_works(tmp_path: Path, digits: Make) -> None:
     recipe = digits(training={"epochs": 1})
     first = train(recipe, tmp_path / "out", resume=True, progress=False)
@@ -375,12 +404,21 @@ def test_an_unreadable_image_stops_or_is_left_out_with_a_count(
         assert report.model.memory_bank.provenance.population == 35
 
 
-def test_weights_of_another_architecture_are_refused(tmp_path: Path, digits: Make) -> None:
+@pytest.mark.parametrize("other", ["architecture", "classes"])
+@pytest.mark.parametrize("mode", ["none", "batch"])
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path, digits: Make, other: str, mode: str) -> None:
     from safetensors.torch import save_file
 
-    save_file({"nothing.weight": torch.zeros(3)}, tmp_path / "w.safetensors")
-    with pytest.raises(ValueError, match=r"w\.safetensors do not fit test_resnet"):
-        train(digits(model={"pretrained_path": str(tmp_path / "w.safetensors")}), tmp_path / "out", progress=False)
+    if other == "classes":
+        save_file(timm.create_model("test_resnet", num_classes=7).state_dict(), tmp_path / "w.safetensors")
+    else:
+        save_file({"nothing.weight": torch.zeros(3)}, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="do not fit"):
+        train(
+            digits(model={"pretrained_path": str(tmp_path / "w.safetensors")}, memory={"mode": mode}),
+            tmp_path / "out",
+            progress=False,
+        )
 
 
 def test_pretrained_weights_come_from_a_file_and_a_new_classifier_starts_from_zero(

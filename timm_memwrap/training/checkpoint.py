@@ -1,5 +1,6 @@
 """Checkpoints for going on after an interruption: timm's saver, writing safetensors instead of a pickle."""
 
+import errno
 import json
 import os
 import tempfile
@@ -26,13 +27,22 @@ def write_state(state: dict[str, Any], path: str | os.PathLike) -> None:
 
     Raises:
         TypeError: If a value is neither.
+        OSError: If the disk is full.
     """
     tensors: dict[str, Tensor] = {}
     skeleton = json.dumps(_pack(state, "", tensors))
     folder, name = os.path.split(os.fspath(path))
     with tempfile.TemporaryDirectory(dir=folder or ".", prefix=".saving-") as temporary:
         file = os.path.join(temporary, name)
-        save_file(tensors, file, metadata={"format": "pt", _STATE: skeleton})
+        try:
+            save_file(tensors, file, metadata={"format": "pt", _STATE: skeleton})
+        except SafetensorError as error:
+            raise OSError(
+                errno.ENOSPC if "os error 28" in str(error) else errno.EIO,
+                f"Could not write the checkpoint ({error}). Free some space on the disk, and resume; the one before is "
+                f"kept",
+                os.fspath(path),
+            ) from error
         os.replace(file, path)
 
 
