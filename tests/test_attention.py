@@ -1,5 +1,8 @@
 """Similarity scores and the sparse read, against definitions written out in numpy and float64."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
 from timm_memwrap import attention
-from timm_memwrap.attention import DISTANCES, MASKED, content_weights, prepare_keys, read, scores, top_weights
+from timm_memwrap.attention import DISTANCES, MASKED, content_weights, prepare_keys, read, scores, search, top_weights
 
 
 def _simplex_projection(row: np.ndarray) -> np.ndarray:
@@ -167,3 +170,105 @@ def test_gradients_of_a_read_are_right(distance: str) -> None:
     queries, memory = torch.randn(3, 4, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
     # Detached centres and largest entries must not lose a part of the gradient: gradcheck would see it.
     assert torch.autograd.gradcheck(reading, (queries.requires_grad_(), memory.requires_grad_()))
+
+
+def _cases() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Queries [B, D] and memories [M, D] whose scores are hard for a search block by block."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    classes = randn(10, 16)
+    ascending = torch.linspace(-1, 1, 700, dtype=torch.float64).unsqueeze(1)
+    return {
+        "random": (randn(7, 16), randn(700, 16)),
+        "classes": (classes + 0.3 * randn(10, 16), classes[torch.arange(700) % 10] + 0.3 * randn(700, 16)),
+        "all equal": (randn(5, 4), torch.ones(700, 4, dtype=torch.float64)),
+        "ties": (randn(5, 4), randn(7, 4).repeat(100, 1)),
+        "one hot": (torch.eye(6, dtype=torch.float64), torch.eye(6, dtype=torch.float64).repeat(117, 1)[:700]),
+        "ascending": (torch.ones(3, 1, dtype=torch.float64), ascending),
+        "descending": (torch.ones(3, 1, dtype=torch.float64), ascending.flip(0)),
+        "one": (randn(4, 8), randn(1, 8)),
+        "zeros": (torch.zeros(4, 8, dtype=torch.float64), randn(700, 8)),
+        "one query": (randn(1, 8), randn(700, 8)),
+        "no query": (randn(0, 8), randn(700, 8)),
+    }
+
+
+@pytest.mark.parametrize("block_size", [1, 300, 10_000])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 10.0, 1e4])
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("case", _cases())
+def test_a_search_by_blocks_is_the_full_sort(case: str, distance: str, scale: float, block_size: int) -> None:
+    queries, memory = _cases()[case]
+    keys = prepare_keys(memory, distance)
+    expected = content_weights(scores(queries, keys, distance, scale))
+    weights, positions = search(queries, keys, distance, scale, at_least=4, block_size=block_size)
+    dense = torch.zeros_like(expected).scatter_add(1, positions, weights)
+    torch.testing.assert_close(dense, expected, atol=1e-6, rtol=0)
+    assert (weights[:, :-1] >= weights[:, 1:]).all()
+    if len(queries):
+        assert (weights > 0).any(dim=0).all(), "a column that no row uses"
+    for row, used in zip(positions, weights > 0, strict=True):
+        assert len(set(row[used].tolist())) == used.sum()
+
+
+@pytest.mark.parametrize("scale", [1.0, 10.0])
+def test_in_single_precision_a_search_is_as_near_as_the_scores_are(scale: float) -> None:
+    queries, memory = _cases()["classes"]
+    exact = content_weights(scores(queries, prepare_keys(memory, "cosine"), "cosine", scale))
+    keys = prepare_keys(memory.float(), "cosine")
+    weights, positions = search(queries.float(), keys, "cosine", scale, block_size=256)
+    dense = torch.zeros_like(exact, dtype=torch.float32).scatter_add(1, positions, weights)
+    torch.testing.assert_close(dense.double(), exact, atol=2e-6 * scale, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["mask", "positions"])
+@pytest.mark.parametrize("block_size", [64, 10_000])
+def test_a_search_never_finds_what_is_hidden(kind: str, block_size: int) -> None:
+    queries, memory = _cases()["classes"]
+    keys = prepare_keys(memory, "cosine")
+    similarity = scores(queries, keys, "cosine", 10.0)
+    # The very samples that would be read.
+    positions = similarity.topk(5, dim=-1).indices
+    mask = torch.zeros_like(similarity, dtype=torch.bool).scatter(1, positions, True)
+    expected = content_weights(similarity.masked_fill(mask, MASKED))
+    hidden = mask if kind == "mask" else positions
+    weights, found = search(queries, keys, "cosine", 10.0, hidden, at_least=8, block_size=block_size)
+    torch.testing.assert_close(torch.zeros_like(expected).scatter_add(1, found, weights), expected)
+
+
+def test_a_query_that_is_no_number_gives_weights_that_are_none() -> None:
+    queries, memory = _cases()["random"]
+    queries[2, 3] = float("nan")
+    weights, _ = search(queries, prepare_keys(memory, "cosine"), "cosine", block_size=100)
+    assert weights[2].isnan().any()
+    assert not weights[[0, 1, 3]].isnan().any()
+
+
+def test_a_search_takes_memory_for_a_block_and_not_for_all_scores() -> None:
+    """In a process of its own: what another test took would hide it."""
+    code = """
+import resource, torch
+from timm_memwrap.attention import prepare_keys, search
+torch.set_num_threads(1)
+keys = prepare_keys(torch.randn(400_000, 8), "cosine")
+queries = torch.randn(256, 8)
+search(queries[:4], keys, "cosine", 10.0)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+search(queries, keys, "cosine", 10.0)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    # All scores would be 400 MB.
+    assert int(done.stdout) < 60_000
+
+
+@pytest.mark.parametrize("weigh", [content_weights, lambda s: attention._sparsemax(s)], ids=["entmax", "compiled"])
+def test_scores_that_are_no_numbers_spoil_only_their_row(weigh) -> None:
+    similarity = torch.randn(3, 9)
+    similarity[1, 4] = float("nan")
+    weights = weigh(similarity)
+    assert weights[1].isnan().all()
+    torch.testing.assert_close(weights[[0, 2]], content_weights(similarity[[0, 2]]))

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from timm_memwrap.attention import DISTANCES, Keys, content_weights, float32_island, prepare_keys, scores
+from timm_memwrap.attention import DISTANCES, Keys, content_weights, float32_island, prepare_keys, scores, search
 
 __all__ = ["MLP", "BaselineMemory", "CentreClasses", "LabelVote", "MeanOfHalves", "MemoryLayer", "MemoryWrapLayer"]
 
@@ -97,6 +97,18 @@ class MemoryLayer(nn.Module, ABC):
         queries = self.project(input_encoding)
         with float32_island(queries):
             return scores(queries, keys, self.distance, self.scale)
+
+    def search(self, input_encoding: Tensor, keys: Keys, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Finds the weights `[B, K]` and positions `[B, K]` of the samples that inputs `[B, D]` read, without gradient.
+
+        Args:
+            input_encoding: Encodings of the inputs.
+            keys: What `keys` made of the memory encodings.
+            hidden: Samples that a row must not see: a mask `[B, M]`, or positions `[B, H]`.
+        """
+        queries = self.project(input_encoding)
+        with float32_island(queries):
+            return search(queries, keys, self.distance, self.scale, hidden)
 
     def values(self, memory_encoding: Tensor, labels: Tensor | None = None) -> Tensor:
         """Returns what is summed for each memory sample, `[M, V]`: its encoding, before the read head.

@@ -33,7 +33,7 @@ class MemoryReadout(NamedTuple):
     Attributes:
         logits: Logits `[B, C]`.
         weights: Content weights `[B, K]`, strongest first; rows with less support end in zeros.
-        indices: Positions `[B, K]` of those samples in the memory set.
+        indices: Positions `[B, K]` of those samples in the memory set; they mean nothing where the weight is zero.
         encoding: Encodings of the inputs `[B, D]`.
     """
 
@@ -339,31 +339,43 @@ class MemoryWrapModel(TimmInterface):
         """Reads `prepared`; `ranked=False` spares training the order of the weights, and leaves them out."""
         head: MemoryLayer = self.head
         size = len(prepared.values)
+        mask = hidden is not None and hidden.dtype == torch.bool
+        hides_all = hidden is not None and not mask and hidden.shape[-1] >= size
+        if not (self.training or torch.compiler.is_compiling() or hides_all or _needs_gradient(encoding, prepared)):
+            weights, indices = head.search(encoding, prepared.keys, hidden)
+            if mask:
+                assert hidden is not None
+                weights = weights.masked_fill(hidden.gather(1, indices), 0.0)
+            with float32_island(weights):
+                vector = read(weights, indices, prepared.values)
+            return MemoryReadout(head.classify(encoding, vector), weights, indices, encoding)
+
         similarity = head.similarity(encoding, prepared.keys)
         with float32_island(similarity):
-            if hidden is not None and hidden.dtype == torch.bool:
+            if hidden is not None and mask:
                 similarity = similarity.masked_fill(hidden, MASKED)
+            elif hides_all:
+                similarity = similarity[:, :0]
             elif hidden is not None:
-                if hidden.shape[-1] >= size:
-                    similarity = similarity[:, :0]
-                else:
-                    similarity = similarity.scatter(1, hidden.to(similarity.device), MASKED)
+                similarity = similarity.scatter(1, hidden.to(similarity.device), MASKED)
             if self.training or torch.compiler.is_compiling():
                 # No shape that depends on data, and a gradient that is one matrix product.
                 dense = content_weights(similarity)
-                if hidden is not None and hidden.dtype == torch.bool:
+                if hidden is not None and mask:
                     # Where all is hidden, all are alike, and none must be read.
                     dense = dense.masked_fill(hidden, 0.0)
                 # With nothing to read this is zero, and still has a gradient: the last batch of an epoch may be of one.
                 vector = dense @ prepared.values[: dense.shape[-1]]
-                weights, indices = dense.sort(dim=-1, descending=True) if ranked else (dense[:, :0], None)
+                if ranked:
+                    weights, indices = dense.sort(dim=-1, descending=True)
+                else:
+                    weights = dense[:, :0]
+                    indices = torch.zeros_like(weights, dtype=torch.long)
             else:
                 weights, indices = top_weights(similarity)
-                if hidden is not None and hidden.dtype == torch.bool:
+                if hidden is not None and mask:
                     weights = weights.masked_fill(hidden.gather(1, indices), 0.0)
                 vector = read(weights, indices, prepared.values)
-        if indices is None:
-            indices = torch.zeros_like(weights, dtype=torch.long)
         return MemoryReadout(head.classify(encoding, vector), weights, indices, encoding)
 
     def _prepare(self, memory_encoding: Tensor, labels: Tensor | None = None) -> _Prepared:
@@ -538,6 +550,13 @@ def check_global_pool(global_pool: str | None, num_classes: int) -> None:
             f"global_pool='' with num_classes={num_classes}: the memory compares pooled encodings. Leave global_pool "
             f"at its default, or pass num_classes=0 for features."
         )
+
+
+def _needs_gradient(encoding: Tensor, prepared: _Prepared) -> bool:
+    """Whether a read must be differentiable, for which it keeps all scores."""
+    return torch.is_grad_enabled() and (
+        encoding.requires_grad or prepared.keys.vectors.requires_grad or prepared.values.requires_grad
+    )
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
