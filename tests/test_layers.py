@@ -297,3 +297,28 @@ def test_no_read_makes_an_intermediate_of_batch_x_memory_x_width() -> None:
     assert l2 < 150e6, "B x M x D would be 2.6 GB"
     assert dot < 150e6
     assert published > 0.9 * 4 * 128 * 2_000 * 512, "the measure must see such an intermediate where there is one"
+
+
+@pytest.mark.parametrize("kind", [MemoryWrapLayer, BaselineMemory])
+@pytest.mark.parametrize("distance", ["cosine", "l2", "dot"])
+def test_a_learned_scale_is_the_number_it_stands_for_and_learns(kind, distance: str) -> None:
+    learned = kind(6, 3, distance=distance, scale="learned")
+    fixed = kind(6, 3, distance=distance, scale=10.0)
+    fixed.load_state_dict({name: t for name, t in learned.state_dict().items() if name != "log_scale"})
+    x, memory = torch.randn(4, 6), torch.randn(9, 6)
+    torch.testing.assert_close(learned(x, memory), fixed(x, memory), atol=1e-4, rtol=1e-4)
+    # So far apart that one sample has all the weight, no scale would change it.
+    learned.scale = 0.1
+    _, weights = learned(x, memory, return_weights=True)
+    weights.square().sum().backward()
+    assert learned.log_scale.grad.abs() > 0
+    with torch.no_grad():
+        learned.log_scale.fill_(-50.0)
+    assert 0 < float(learned.scale) < 1e-6
+    assert "learned" in repr(learned)
+
+
+@pytest.mark.parametrize("scale", ["auto", "", 0, -1.0, float("nan"), True, None])
+def test_a_scale_that_is_no_factor_is_refused(scale) -> None:
+    with pytest.raises(ValueError, match="learned"):
+        MemoryWrapLayer(6, 3, scale=scale)

@@ -25,6 +25,7 @@ BASELINE = "memwrap_baseline_test_resnet"
 VARIANTS: dict[str, dict[str, Any]] = {
     "mlp": {"model_name": "memwrap_test_resnet"},
     "linear": {"model_name": "memwrap_test_resnet", "classifier": "linear", "read_head": "identity", "distance": "l2"},
+    "learned scale": {"model_name": "memwrap_test_resnet", "scale": "learned"},
     "scaled": {"model_name": "memwrap_test_vit", "img_size": 32, "scale": 3.0, "distance": "dot"},
     "grey": {"model_name": "memwrap_test_efficientnet", "in_chans": 1},
     "baseline": {"model_name": BASELINE},

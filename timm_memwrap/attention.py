@@ -92,7 +92,7 @@ def _ready(queries: Tensor, keys: Keys, distance: str) -> Tensor:
     return queries if keys.centre is None else queries - keys.centre
 
 
-def scores(queries: Tensor, keys: Keys, distance: str, scale: float = 1.0) -> Tensor:
+def scores(queries: Tensor, keys: Keys, distance: str, scale: float | Tensor = 1.0) -> Tensor:
     """Computes the similarity of each query to each key; larger is closer.
 
     `cosine` is the cosine similarity, `dot` the inner product, `l2` the negative squared distance up to a constant
@@ -110,7 +110,7 @@ def scores(queries: Tensor, keys: Keys, distance: str, scale: float = 1.0) -> Te
     similarity = _ready(queries, keys, distance) @ keys.vectors.T
     if keys.offsets is not None:
         similarity = similarity + keys.offsets
-    return similarity if scale == 1.0 else similarity * scale
+    return similarity if isinstance(scale, float) and scale == 1.0 else similarity * scale
 
 
 def content_weights(similarity: Tensor) -> Tensor:
@@ -162,7 +162,8 @@ def top_weights(similarity: Tensor, at_least: int = 64) -> tuple[Tensor, Tensor]
         if k == size or not bool((weights[:, -1] > 0).any()):
             break
         k = min(4 * k, size)
-    support = int((weights > 0).sum(dim=-1).amax()) if weights.numel() else 0
+    # Other than zero, not above it: what is no number must not pass as nothing.
+    support = int((weights != 0).sum(dim=-1).amax()) if weights.numel() else 0
     return weights[:, :support], indices[:, :support]
 
 
@@ -171,7 +172,7 @@ def search(
     queries: Tensor,
     keys: Keys,
     distance: str,
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
     hidden: Tensor | None = None,
     at_least: int = 64,
     block_size: int | None = None,
@@ -196,9 +197,14 @@ def search(
         Weights `[B, K]`, strongest first, and the positions `[B, K]` of their samples, as `top_weights` does. Where a
         row ends in zeros, the positions mean nothing.
     """
-    queries = _ready(queries, keys, distance)
     rows, size = len(queries), len(keys.vectors)
     block_size = max(4 * at_least, block_size or _BLOCK_SCORES // max(1, rows))
+    if size <= block_size:
+        similarity = scores(queries, keys, distance, scale)
+        if hidden is not None:
+            _hide(similarity, hidden, 0)
+        return top_weights(similarity, at_least)
+    queries = _ready(queries, keys, distance)
     best = queries.new_empty(rows, 0)
     positions = torch.empty(rows, 0, dtype=torch.long, device=queries.device)
     bound = queries.new_full((rows, 1), -torch.inf)
@@ -208,7 +214,7 @@ def search(
         block = torch.mm(queries, vectors.T, out=buffer[:, : len(vectors)])
         if keys.offsets is not None:
             block += keys.offsets[start : start + block_size]
-        if scale != 1.0:
+        if not isinstance(scale, float) or scale != 1.0:
             block *= scale
         if hidden is not None:
             _hide(block, hidden, start)

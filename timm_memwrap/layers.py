@@ -13,6 +13,10 @@ from timm_memwrap.attention import DISTANCES, Keys, content_weights, float32_isl
 
 __all__ = ["MLP", "BaselineMemory", "CentreClasses", "LabelVote", "MeanOfHalves", "MemoryLayer", "MemoryWrapLayer"]
 
+# The scale as a parameter, and where it starts: at 1 the support grows with the memory, and explains nothing.
+LEARNED = "learned"
+LEARNED_START = 10.0
+
 
 class MLP(nn.Sequential):
     """The paper's classifier: two linear layers with a ReLU between, its parts named as in `memorywrap`."""
@@ -54,7 +58,7 @@ class MemoryLayer(nn.Module, ABC):
         output_dim: int,
         head: nn.Module | None,
         distance: str,
-        scale: float,
+        scale: float | str,
     ) -> None:
         super().__init__()
         for name, value in (("encoder_output_dim", encoder_output_dim), ("output_dim", output_dim)):
@@ -62,21 +66,43 @@ class MemoryLayer(nn.Module, ABC):
                 raise ValueError(f"{name}={value!r} is not a width. Pass an integer of at least 1.")
         if distance not in DISTANCES:
             raise ValueError(f"Unknown distance={distance!r}. Pass one of {', '.join(map(repr, DISTANCES))}.")
-        if isinstance(scale, bool) or not isinstance(scale, int | float) or not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"scale={scale!r} is not a factor. Pass a finite number above 0; 1.0 is as published.")
+        learned = isinstance(scale, str) and scale == LEARNED
+        number = isinstance(scale, int | float) and not isinstance(scale, bool) and math.isfinite(scale) and scale > 0
+        if not (learned or number):
+            raise ValueError(
+                f"scale={scale!r} is not a factor. Pass a finite number above 0, or {LEARNED!r}; 1.0 is as published."
+            )
         self.encoder_output_dim = encoder_output_dim
         self.output_dim = output_dim
         self.distance = distance
-        self.scale = float(scale)
+        # By its logarithm it stays above 0, whatever the step.
+        self.log_scale = nn.Parameter(torch.tensor(math.log(LEARNED_START))) if learned else None
+        self._scale = None if learned else float(scale)
         if head is None:
             head = nn.Linear(encoder_output_dim, encoder_output_dim)
         else:
             _output_width("head", head, encoder_output_dim)
         self.head = head
 
+    @property
+    def scale(self) -> float | Tensor:
+        """Factor on the similarities: a number, or what has been learned."""
+        if self._scale is not None:
+            return self._scale
+        assert self.log_scale is not None
+        return self.log_scale.exp()
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        if self.log_scale is None:
+            self._scale = float(scale)
+        else:
+            self.log_scale.data.fill_(math.log(scale))
+
     def extra_repr(self) -> str:
         """Returns what `print(layer)` shows of it."""
-        return f"{self.encoder_output_dim}, {self.output_dim}, distance={self.distance!r}, scale={self.scale}"
+        scale = LEARNED if self._scale is None else self._scale
+        return f"{self.encoder_output_dim}, {self.output_dim}, distance={self.distance!r}, scale={scale}"
 
     def project(self, encoding: Tensor) -> Tensor:
         """Applies the read head to encodings `[N, D]`, in float32 at least."""
@@ -165,7 +191,8 @@ class MemoryWrapLayer(MemoryLayer):
             behaviour.
         classifier: Maps `[B, 2 * D]`, input encoding first, to `[B, C]`. `None` is the paper's MLP, `2D -> 4D -> C`.
         distance: `"cosine"`, `"l2"` (squared, as published) or `"dot"`.
-        scale: Factor on the similarities: larger reads fewer samples. 1.0 is as published.
+        scale: Factor on the similarities: larger reads fewer samples. 1.0 is as published; `"learned"` makes it a
+            parameter, from 10.0.
 
     Raises:
         ValueError: If an argument does not fit.
@@ -187,7 +214,7 @@ class MemoryWrapLayer(MemoryLayer):
         head: nn.Module | None = None,
         classifier: nn.Module | None = None,
         distance: str = "cosine",
-        scale: float = 1.0,
+        scale: float | str = 1.0,
     ) -> None:
         super().__init__(encoder_output_dim, output_dim, head, distance, scale)
         self.classifier = _classifier(classifier, 2 * encoder_output_dim, output_dim)
@@ -220,7 +247,7 @@ class BaselineMemory(MemoryLayer):
         head: nn.Module | None = None,
         classifier: nn.Module | None = None,
         distance: str = "cosine",
-        scale: float = 1.0,
+        scale: float | str = 1.0,
     ) -> None:
         super().__init__(encoder_output_dim, output_dim, head, distance, scale)
         self.classifier = _classifier(classifier, encoder_output_dim, output_dim)
@@ -255,7 +282,7 @@ class LabelVote(MemoryLayer):
         output_dim: int,
         head: nn.Module | None = None,
         distance: str = "cosine",
-        scale: float = 1.0,
+        scale: float | str = 1.0,
     ) -> None:
         super().__init__(encoder_output_dim, output_dim, head, distance, scale)
 

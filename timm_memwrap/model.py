@@ -65,7 +65,8 @@ class MemoryWrapModel(TimmInterface):
         memory_only: Whether the prediction is made from the memory alone (`BaselineMemory`) or from the input and the
             memory (`MemoryWrapLayer`).
         distance: `"cosine"`, `"l2"` or `"dot"`.
-        scale: Factor on the similarities. `None` is 10.0 with `read_head="classifier"`, else 1.0 as published.
+        scale: Factor on the similarities; `"learned"` makes it a parameter. `None` is 10.0 with
+            `read_head="classifier"`, else 1.0 as published.
         read_head: What projects query and key: `"linear"`, a layer of its own; `"identity"`, nothing, as in the
             published code; `"classifier"`, the backbone's classifier: similarity of centred logits.
         classifier: What makes logits of what was read: `"mlp"`, as published; `"linear"`, one layer, which with
@@ -87,7 +88,7 @@ class MemoryWrapModel(TimmInterface):
         num_classes: int,
         memory_only: bool = False,
         distance: str = "cosine",
-        scale: float | None = None,
+        scale: float | str | None = None,
         read_head: str = "linear",
         classifier: str | None = None,
     ) -> None:
@@ -507,7 +508,7 @@ HEAD_CLASSIFIER_NAMES = {
 
 
 def resolve_memory_args(
-    memory_only: bool, distance: str, scale: float | None, read_head: str, classifier: str | None
+    memory_only: bool, distance: str, scale: float | str | None, read_head: str, classifier: str | None
 ) -> dict[str, Any]:
     """Checks the arguments that shape the memory, and fills in what is `None`.
 

@@ -86,7 +86,7 @@ def wrap(
     num_classes: int | None = None,
     memory_only: bool | None = None,
     distance: str = "cosine",
-    scale: float | None = None,
+    scale: float | str | None = None,
     read_head: str | None = None,
     classifier: str | None = None,
 ) -> MemoryWrapModel:

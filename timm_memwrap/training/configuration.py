@@ -20,7 +20,7 @@ class ModelConfig:
         drop_path_rate: Stochastic depth; null for the architecture's own.
         memory_only: Whether to predict from the memory alone; null for what suits the read head.
         distance: cosine, l2 or dot.
-        scale: Factor on the similarities; null for 10 with the classifier as read head, else 1.
+        scale: Factor on the similarities, or learned; null for 10 with the classifier as read head, else 1.
         read_head: linear, identity or classifier; null for classifier with memory.mode none, else linear.
         classifier: mlp, linear or vote; null for what suits the read head.
         kwargs: More arguments of the timm architecture.
@@ -35,7 +35,7 @@ class ModelConfig:
     drop_path_rate: float | None = None
     memory_only: bool | None = None
     distance: Literal["cosine", "l2", "dot"] = "cosine"
-    scale: float | None = None
+    scale: float | Literal["learned"] | None = None
     read_head: Literal["linear", "identity", "classifier"] | None = None
     classifier: Literal["mlp", "linear", "vote"] | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)

@@ -41,6 +41,11 @@ def check_model_config(config: ModelConfig, memory_mode: str) -> None:
         raise ValueError(f"model.in_chans={config.in_chans}: images are read in grey (1) or colour (3).")
     args = memory_args(config, memory_mode)
     resolve_memory_args(args["memory_only"], config.distance, config.scale, args["read_head"], config.classifier)
+    if memory_mode == "none" and config.scale == "learned":
+        raise ValueError(
+            "model.scale='learned' needs training with a memory, but memory.mode=none trains without. Pass a number, "
+            "or another mode."
+        )
     if memory_mode != "none" and config.classifier == "vote":
         raise ValueError(
             f"model.classifier='vote' has no layer to train, so memory.mode={memory_mode!r} cannot train it. Pass "
