@@ -1,9 +1,7 @@
 """Figures of explanations, with matplotlib. Frames and words tell examples from counterfactuals, not colour alone."""
 
 import os
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,18 +9,15 @@ from PIL import Image
 from torch import Tensor
 
 from timm_memwrap.explaining.explanation import Explanation, MemorySample, explain
-from timm_memwrap.explaining.inputs import find_picture, to_picture
+from timm_memwrap.explaining.inputs import SampleImages, to_picture
+from timm_memwrap.explaining.page import BLUE, GREY, ORANGE, PALE, Page
 from timm_memwrap.explaining.report import MemoryReport
 from timm_memwrap.model import MemoryWrapModel
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["plot_explanation", "plot_explanations", "plot_memory_report"]
-
-# Okabe and Ito's palette: told apart with any common colour vision, and in grey by their brightness.
-BLUE, ORANGE, GREY, PALE = "#0072B2", "#D55E00", "#666666", "#EEEEEE"
 
 # In inches.
 _INPUT, _SAMPLE, _GAP, _MARGIN = 1.25, 0.95, 0.3, 0.25
@@ -61,11 +56,12 @@ def plot_explanations(
         ValueError: If images, explanations and labels differ in number.
     """
     pictures, explanations, true = _aligned(model, images, explanations, labels, top_k)
+    stored = None if dataset is None else SampleImages(model, dataset)
     columns = max(1, min(top_k, max(len(explanation.samples) for explanation in explanations)))
     left = _MARGIN + _INPUT + 2.2 * _GAP
     row_height = _INPUT + 3 * _LINE + 0.12
     width = left + columns * (_SAMPLE + _GAP) + 0.35 + _MARGIN
-    page = _Page(max(width, 7.2), 0.5 + len(pictures) * row_height + 0.62)
+    page = Page(max(width, 7.2), 0.5 + len(pictures) * row_height + 0.62)
     page.text(_MARGIN, 0.14, "Predicted", size=9, weight="bold")
     page.text(left, 0.14, "from these remembered training images, strongest first", size=9, weight="bold")
 
@@ -75,7 +71,7 @@ def plot_explanations(
         page.text(left - 1.1 * _GAP, top + _INPUT / 2, "←", size=16, color=GREY, align="center", middle=True)
         for column, sample in enumerate(explanation.samples[:columns]):
             x = left + column * (_SAMPLE + _GAP)
-            _draw_sample(page, x, top, _SAMPLE, sample, _picture_of(model, sample, dataset))
+            _draw_sample(page, x, top, _SAMPLE, sample, _picture_of(model, sample, stored))
         drawn = explanation.samples[:columns]
         rest = explanation.support_size - len(drawn)
         if rest:
@@ -110,6 +106,7 @@ def plot_explanation(
     )
     if more:
         raise ValueError(f"{1 + len(more)} images for one explanation. Call plot_explanations for several.")
+    stored = None if dataset is None else SampleImages(model, dataset)
     groups = (
         (f"Examples: the model sees “{_short(explanation.class_name, 24)}” in them too", explanation.examples),
         ("Counterfactuals: it sees another class in them", explanation.counterfactuals),
@@ -118,7 +115,7 @@ def plot_explanation(
     size = 1.7
     left = _MARGIN + size + 2 * _GAP
     row_height = _SAMPLE + 5.3 * _LINE + 0.25
-    page = _Page(max(left + columns * (_SAMPLE + _GAP) + _MARGIN, 7.2), 0.22 + 2 * (row_height + 0.2) + 0.55)
+    page = Page(max(left + columns * (_SAMPLE + _GAP) + _MARGIN, 7.2), 0.22 + 2 * (row_height + 0.2) + 0.55)
     _draw_input(page, model, _MARGIN, 0.45, pictures[0], explanation, labels[0], size)
     page.text(_MARGIN, 0.45 + size + 3.6 * _LINE, _without_memory(model, explanation), size=7.5, color=GREY)
     for row, (title, samples) in enumerate(groups):
@@ -128,7 +125,7 @@ def plot_explanation(
             page.text(left, top + 0.25, "None among the samples that the prediction used.", size=8, color=GREY)
         for column, sample in enumerate(samples[:columns]):
             x = left + column * (_SAMPLE + _GAP)
-            _draw_sample(page, x, top + 0.23, _SAMPLE, sample, _picture_of(model, sample, dataset))
+            _draw_sample(page, x, top + 0.23, _SAMPLE, sample, _picture_of(model, sample, stored))
             flips = sample.prediction_without != explanation.prediction
             page.text(
                 x,
@@ -172,25 +169,26 @@ def plot_memory_report(
         raise ValueError(
             f"The report is on {len(report.samples)} samples that are not those of {bank!r}. Call memory_report again."
         )
+    stored = None if dataset is None else SampleImages(model, dataset)
     groups = (
         (f"Mislead more than they help: {len(report.misleading)} of {len(report.samples)}", report.misleading, ORANGE),
         (f"Label disputed by the model: {len(report.disputed)} of {len(report.samples)}", report.disputed, BLUE),
     )
     columns = max(1, *(min(top_k, len(samples)) for _, samples, _ in groups))
     row_height = _SAMPLE + 4.2 * _LINE + 0.5
-    page = _Page(max(_MARGIN + columns * (_SAMPLE + _GAP) + _MARGIN, 6.0), 0.15 + 2 * row_height + 0.35)
+    page = Page(max(_MARGIN + columns * (_SAMPLE + _GAP) + _MARGIN, 6.0), 0.15 + 2 * row_height + 0.35)
     for row, (title, samples, color) in enumerate(groups):
         top = 0.15 + row * row_height
         page.text(_MARGIN, top, title, size=9, weight="bold", color=color)
         for column, sample in enumerate(samples[:top_k]):
             x, y = _MARGIN + column * (_SAMPLE + _GAP), top + 0.3
-            stored = None if bank.images is None else to_picture(model, bank.images[sample.position])
-            if stored is None and dataset is not None:
-                stored = find_picture(model, dataset, sample.id)
-            if stored is None:
+            picture = None if bank.images is None else to_picture(model, bank.images[sample.position])
+            if picture is None and stored is not None:
+                picture = stored.picture(sample.id)
+            if picture is None:
                 page.tile(x, y, _SAMPLE, _short(str(sample.id), 40))
             else:
-                page.picture(x, y, _SAMPLE, stored)
+                page.picture(x, y, _SAMPLE, picture)
             page.frame(x, y, _SAMPLE, color, dashed=row == 0)
             lines = [f"labelled {_short(sample.class_name, 13)}"]
             if sample.disputed:
@@ -230,10 +228,10 @@ def _aligned(
     return [to_picture(model, image) for image in one_by_one], list(explanations), true
 
 
-def _picture_of(model: MemoryWrapModel, sample: MemorySample, dataset: Any) -> np.ndarray | None:
+def _picture_of(model: MemoryWrapModel, sample: MemorySample, stored: SampleImages | None) -> np.ndarray | None:
     if sample.image is not None:
         return to_picture(model, sample.image)
-    return None if dataset is None else find_picture(model, dataset, sample.id)
+    return None if stored is None else stored.picture(sample.id)
 
 
 def _name(model: MemoryWrapModel, label: int, most: int = 18) -> str:
@@ -266,7 +264,7 @@ def _without_memory(model: MemoryWrapModel, explanation: Explanation) -> str:
 
 
 def _draw_input(
-    page: "_Page",
+    page: Page,
     model: MemoryWrapModel,
     x: float,
     top: float,
@@ -285,7 +283,7 @@ def _draw_input(
 
 
 def _draw_sample(
-    page: "_Page", x: float, top: float, size: float, sample: MemorySample, picture: np.ndarray | None
+    page: Page, x: float, top: float, size: float, sample: MemorySample, picture: np.ndarray | None
 ) -> None:
     color = BLUE if sample.is_example else ORANGE
     if picture is None:
@@ -302,7 +300,7 @@ def _draw_sample(
         page.text(x, line + 0.95 * _LINE, f"labelled {_short(sample.class_name, 14)}", size=7, color=GREY)
 
 
-def _draw_legend(page: "_Page") -> None:
+def _draw_legend(page: Page) -> None:
     y, box = page.height - 0.42, 0.16
     page.frame(_MARGIN, y, box, BLUE, dashed=False)
     page.text(_MARGIN + 0.25, y + box / 2, "example: the model sees the same class", size=7.5, middle=True)
@@ -311,82 +309,3 @@ def _draw_legend(page: "_Page") -> None:
     page.block(_MARGIN + 5.25, y + 0.035, 0.25, 0.09, PALE)
     page.block(_MARGIN + 5.25, y + 0.035, 0.12, 0.09, GREY)
     page.text(_MARGIN + 5.57, y + box / 2, "share of the evidence", size=7.5, middle=True)
-
-
-class _Page:
-    """A figure addressed in inches from its top left corner, so that sizes do not depend on the number of rows."""
-
-    def __init__(self, width: float, height: float) -> None:
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("Figures need matplotlib: pip install 'timm-memwrap[plot]'.") from error
-        self.width, self.height = width, height
-        self.figure = Figure(figsize=(width, height), facecolor="white")
-
-    def _axes(self, x: float, top: float, width: float, height: float) -> "Axes":
-        box = (x / self.width, 1 - (top + height) / self.height, width / self.width, height / self.height)
-        axes = self.figure.add_axes(box)
-        axes.set_axis_off()
-        return axes
-
-    def picture(self, x: float, top: float, size: float, picture: np.ndarray) -> None:
-        axes = self._axes(x, top, size, size)
-        # Few pixels are shown as such: smoothed, they would look like a blur of the camera.
-        axes.imshow(picture, interpolation="nearest" if max(picture.shape[:2]) < 100 else "antialiased")
-
-    def tile(self, x: float, top: float, size: float, text: str) -> None:
-        self.block(x, top, size, size, PALE)
-        lines = [line[i : i + 12] for line in text.replace("/", "/\n").split("\n") for i in range(0, len(line), 12)]
-        label = "\n".join(["no picture", *lines])
-        self.text(x + size / 2, top + size / 2, label, size=6.5, color=GREY, align="center", middle=True)
-
-    def frame(self, x: float, top: float, size: float, color: str, dashed: bool) -> None:
-        style: Any = (0, (3, 1.5)) if dashed else "solid"
-        self._rectangle(x, top, size, size, fill=False, edgecolor=color, linewidth=2.2, linestyle=style)
-
-    def block(self, x: float, top: float, width: float, height: float, color: str) -> None:
-        self._rectangle(x, top, width, height, facecolor=color)
-
-    def _rectangle(self, x: float, top: float, width: float, height: float, **style: Any) -> None:
-        from matplotlib.patches import Rectangle
-
-        corner = (x / self.width, 1 - (top + height) / self.height)
-        size = (width / self.width, height / self.height)
-        self.figure.add_artist(Rectangle(corner, *size, transform=self.figure.transFigure, **style))
-
-    def bar(self, x: float, top: float, width: float, share: float, color: str) -> None:
-        """Draws a share of 1 as a bar with its number behind it."""
-        length = width - 0.36
-        self.block(x, top, length, 0.09, PALE)
-        self.block(x, top, length * min(1.0, share), 0.09, color)
-        number = f"{share:.0%}" if share >= 0.01 else "<1%"
-        self.text(x + width, top + 0.045, number, size=7.5, align="right", middle=True)
-
-    def text(
-        self,
-        x: float,
-        top: float,
-        text: str,
-        size: float,
-        color: str = "black",
-        weight: str = "normal",
-        align: str = "left",
-        middle: bool = False,
-    ) -> None:
-        # Class names are a stranger's: a dollar sign must not start a formula.
-        self.figure.text(
-            x / self.width, 1 - top / self.height, text, size=size, color=color, weight=weight, ha=align,
-            va="center" if middle else "top", parse_math=False,
-        )  # fmt: skip
-
-    def finish(self, path: str | os.PathLike | None, dpi: int) -> "Figure":
-        """Writes the figure, whole or not at all."""
-        if path is not None:
-            path = Path(path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".plot-") as folder:
-                temporary = Path(folder) / path.name
-                self.figure.savefig(temporary, dpi=dpi)
-                os.replace(temporary, path)
-        return self.figure

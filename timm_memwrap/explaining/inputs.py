@@ -4,6 +4,7 @@ Shapes: B images, C channels.
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path, PurePath
@@ -20,12 +21,11 @@ from timm_memwrap.memory_bank import SampleId
 from timm_memwrap.model import MemoryWrapModel
 
 __all__ = [
+    "SampleImages",
     "batches_of",
     "check_model",
     "encoded_batches",
     "evaluating",
-    "find_input",
-    "find_picture",
     "size_of",
     "to_batch",
     "to_picture",
@@ -164,41 +164,55 @@ def to_picture(model: MemoryWrapModel, image: Any) -> np.ndarray:
     return image.permute(1, 2, 0).numpy()
 
 
-def find_picture(model: MemoryWrapModel, dataset: Any, sample_id: SampleId) -> np.ndarray | None:
-    """Fetches a memory sample's picture from where the bank was built from, or `None` if it is not there.
+class SampleImages:
+    """Memory samples' images, fetched by id from where the bank was built from.
+
+    Make one per call and keep it: the names of the dataset's files are read once, at the first sample that has one.
 
     Args:
-        model: The model, whose normalisation is undone if the dataset gives tensors.
-        dataset: A dataset of `(image, label)`, or a mapping from id to image.
-        sample_id: The sample's id in the bank: a position in the dataset, or the end of a file's path.
+        model: The model: its transform makes inputs of pictures, and its normalisation is undone for people.
+        dataset: A dataset of `(image, label)`, or a mapping from id to image. An id is a position in the dataset, or
+            the end of a file's path; a bare file name, as it is on the Hub, must be the only one of its kind.
     """
-    image = _find(dataset, sample_id)
-    return None if image is None else to_picture(model, image)
 
+    def __init__(self, model: MemoryWrapModel, dataset: Any) -> None:
+        self._model, self._dataset = model, dataset
+        self._positions: dict[tuple[str, ...], int] | None = None
 
-def find_input(model: MemoryWrapModel, dataset: Any, sample_id: SampleId) -> Tensor:
-    """Fetches a memory sample as a model input `[C, H, W]`. Arguments as in `find_picture`.
+    def picture(self, sample_id: SampleId) -> np.ndarray | None:
+        """Returns the sample as an array `[H, W, 3]` of uint8, or `None` if it is not there."""
+        image = self._find(sample_id)
+        return None if image is None else to_picture(self._model, image)
 
-    Raises:
-        ValueError: If it is not there.
-    """
-    image = _find(dataset, sample_id)
-    if image is None:
-        raise ValueError(
-            f"The memory sample {sample_id!r} is not in {type(dataset).__name__}. Pass the dataset that the bank was "
-            f"built from, or a mapping from id to image."
-        )
-    return to_batch(model, image)[0]
+    def input(self, sample_id: SampleId) -> Tensor:
+        """Returns the sample as a model input `[C, H, W]`.
 
+        Raises:
+            ValueError: If it is not there.
+        """
+        image = self._find(sample_id)
+        if image is None:
+            raise ValueError(
+                f"The memory sample {sample_id!r} is not in {type(self._dataset).__name__}. Pass the dataset that the "
+                f"bank was built from, or a mapping from id to image."
+            )
+        return to_batch(self._model, image)[0]
 
-def _find(dataset: Any, sample_id: SampleId) -> Any:
-    if isinstance(dataset, Mapping):
-        return dataset.get(sample_id)
-    index = sample_id if isinstance(sample_id, int) else _positions_by_name(dataset).get(_tail(sample_id))
-    if index is None or not 0 <= index < len(dataset):
-        return None
-    sample = dataset[index]
-    return sample[0] if isinstance(sample, Sequence) else sample
+    def _find(self, sample_id: SampleId) -> Any:
+        dataset = self._dataset
+        if isinstance(dataset, Mapping):
+            return dataset.get(sample_id)
+        index: int | None
+        if isinstance(sample_id, int):
+            index = sample_id
+        else:
+            if self._positions is None:
+                self._positions = _with_bare_names(_positions_by_name(dataset))
+            index = self._positions.get(_tail(sample_id))
+        if index is None or not 0 <= index < len(dataset):
+            return None
+        sample = dataset[index]
+        return sample[0] if isinstance(sample, Sequence) else sample
 
 
 def _positions_by_name(dataset: Any) -> dict[tuple[str, ...], int]:
@@ -210,6 +224,12 @@ def _positions_by_name(dataset: Any) -> dict[tuple[str, ...], int]:
         return {_tail(dataset.filename(i, basename=False, absolute=False)): i for i in range(len(dataset))}
     samples = getattr(dataset, "samples", None)  # torchvision's image folders
     return {_tail(str(path)): i for i, (path, *_) in enumerate(samples or [])}
+
+
+def _with_bare_names(positions: dict[tuple[str, ...], int]) -> dict[tuple[str, ...], int]:
+    """Adds names without their folder where they tell one file: those of a bank that came from the Hub."""
+    count = Counter(name[-1:] for name in positions)
+    return {name[-1:]: i for name, i in positions.items() if count[name[-1:]] == 1} | positions
 
 
 def _tail(name: str) -> tuple[str, ...]:
