@@ -6,6 +6,8 @@ from timm_memwrap.explaining.explanation import explain as explain
 from timm_memwrap.explaining.figures import plot_explanation as plot_explanation
 from timm_memwrap.explaining.figures import plot_explanations as plot_explanations
 from timm_memwrap.explaining.figures import plot_memory_report as plot_memory_report
+from timm_memwrap.explaining.heatmaps import Attribution as Attribution
+from timm_memwrap.explaining.heatmaps import attribute as attribute
 from timm_memwrap.explaining.metrics import ExplanationMetrics as ExplanationMetrics
 from timm_memwrap.explaining.metrics import evaluate_explanations as evaluate_explanations
 from timm_memwrap.explaining.metrics import im1 as im1
@@ -30,4 +32,6 @@ __all__ = [
     "MemoryReport",
     "SampleUse",
     "plot_memory_report",
+    "attribute",
+    "Attribution",
 ]
