@@ -290,3 +290,18 @@ def test_absent_captum_is_missed_by_the_name_of_the_extra(
     monkeypatch.setitem(sys.modules, "captum.attr", None)
     with pytest.raises(ImportError, match=r"timm-memwrap\[explain\]"):
         attribute(make_model("wrapped"), make_images(1), _memory(make_images))
+
+
+@pytest.mark.parametrize(("n_steps", "said"), [(2, True), (1500, False)])
+def test_attributions_that_miss_their_sum_are_said(
+    make_model: Callable[..., MemoryWrapModel],
+    make_images: Callable[..., torch.Tensor],
+    caplog: pytest.LogCaptureFixture,
+    n_steps: int,
+    said: bool,
+) -> None:
+    found = attribute(make_model("wrapped"), make_images(2), _memory(make_images), n_steps=n_steps, progress=False)
+    wide = [abs(a.completeness_gap) > 0.2 * abs(a.score - a.baseline_score) for a in found]
+    assert any(wide) == said
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * said
+    assert f"{sum(wide)} of 2 images" in caplog.text or not said

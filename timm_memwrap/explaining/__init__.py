@@ -5,6 +5,7 @@ from timm_memwrap.explaining.explanation import MemorySample as MemorySample
 from timm_memwrap.explaining.explanation import explain as explain
 from timm_memwrap.explaining.figures import plot_explanation as plot_explanation
 from timm_memwrap.explaining.figures import plot_explanations as plot_explanations
+from timm_memwrap.explaining.figures import plot_heatmaps as plot_heatmaps
 from timm_memwrap.explaining.figures import plot_memory_report as plot_memory_report
 from timm_memwrap.explaining.heatmaps import Attribution as Attribution
 from timm_memwrap.explaining.heatmaps import attribute as attribute
@@ -34,4 +35,5 @@ __all__ = [
     "plot_memory_report",
     "attribute",
     "Attribution",
+    "plot_heatmaps",
 ]

@@ -5,13 +5,14 @@ Shapes: B inputs, M memory samples, D width of an encoding, C classes, K samples
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from timm_memwrap.explaining.inputs import batches_of, check_model, evaluating
+from timm_memwrap.explaining.inputs import batches_of, check_model, evaluating, one_by_one
 from timm_memwrap.memory_bank import SampleId
 from timm_memwrap.model import MemoryReadout, MemoryWrapModel
 
@@ -157,6 +158,30 @@ def class_names(model: MemoryWrapModel) -> list[str]:
         known = model.pretrained_cfg.get("label_names") or []
         names = [str(name) for name in (known.values() if isinstance(known, dict) else known)]
     return [*names, *(f"class {i}" for i in range(len(names), model.num_classes))]
+
+
+def aligned(
+    model: MemoryWrapModel,
+    images: Any,
+    explanations: Sequence[Explanation] | None,
+    labels: Sequence[int] | Tensor | None,
+    top_k: int,
+) -> tuple[list[Any], list[Explanation], list[int | None]]:
+    """Lists images with their explanations, made if `None`, and their labels, `None` if unknown.
+
+    Raises:
+        ValueError: If they differ in number, or there are none.
+    """
+    if explanations is None:
+        explanations = explain(model, images, top_k)
+    several = one_by_one(images)
+    true: list[int | None] = [None] * len(several) if labels is None else [int(label) for label in labels]
+    if not len(several) == len(explanations) == len(true) or not several:
+        raise ValueError(
+            f"{len(several)} images, {len(explanations)} explanations and {len(true)} labels. Pass one explanation, "
+            f"and one label if any, for each image, and at least one image."
+        )
+    return several, list(explanations), true
 
 
 def read_without(model: MemoryWrapModel, encoding: Tensor, hidden: Tensor) -> Tensor:

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
-from timm_memwrap.explaining.explanation import Explanation, MemorySample, explain
-from timm_memwrap.explaining.inputs import SampleImages, to_picture
+from timm_memwrap.explaining.explanation import Explanation, MemorySample, aligned, class_names
+from timm_memwrap.explaining.heatmaps import HEAT, Attribution, overlays
+from timm_memwrap.explaining.inputs import SampleImages, picture_of, to_picture
 from timm_memwrap.explaining.page import BLUE, GREY, ORANGE, PALE, Page
 from timm_memwrap.explaining.report import MemoryReport
 from timm_memwrap.model import MemoryWrapModel
@@ -17,11 +17,12 @@ from timm_memwrap.model import MemoryWrapModel
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["plot_explanation", "plot_explanations", "plot_memory_report"]
+__all__ = ["plot_explanation", "plot_explanations", "plot_heatmaps", "plot_memory_report"]
 
 # In inches.
 _INPUT, _SAMPLE, _GAP, _MARGIN = 1.25, 0.95, 0.3, 0.25
 _LINE = 0.155
+_HEAT = 1.2
 
 
 def plot_explanations(
@@ -71,7 +72,7 @@ def plot_explanations(
         page.text(left - 1.1 * _GAP, top + _INPUT / 2, "←", size=16, color=GREY, align="center", middle=True)
         for column, sample in enumerate(explanation.samples[:columns]):
             x = left + column * (_SAMPLE + _GAP)
-            _draw_sample(page, x, top, _SAMPLE, sample, _picture_of(model, sample, stored))
+            _draw_sample(page, x, top, _SAMPLE, sample, picture_of(model, sample.image, sample.id, stored))
         drawn = explanation.samples[:columns]
         rest = explanation.support_size - len(drawn)
         if rest:
@@ -125,7 +126,7 @@ def plot_explanation(
             page.text(left, top + 0.25, "None among the samples that the prediction used.", size=8, color=GREY)
         for column, sample in enumerate(samples[:columns]):
             x = left + column * (_SAMPLE + _GAP)
-            _draw_sample(page, x, top + 0.23, _SAMPLE, sample, _picture_of(model, sample, stored))
+            _draw_sample(page, x, top + 0.23, _SAMPLE, sample, picture_of(model, sample.image, sample.id, stored))
             flips = sample.prediction_without != explanation.prediction
             page.text(
                 x,
@@ -182,9 +183,8 @@ def plot_memory_report(
         page.text(_MARGIN, top, title, size=9, weight="bold", color=color)
         for column, sample in enumerate(samples[:top_k]):
             x, y = _MARGIN + column * (_SAMPLE + _GAP), top + 0.3
-            picture = None if bank.images is None else to_picture(model, bank.images[sample.position])
-            if picture is None and stored is not None:
-                picture = stored.picture(sample.id)
+            thumbnail = None if bank.images is None else bank.images[sample.position]
+            picture = picture_of(model, thumbnail, sample.id, stored)
             if picture is None:
                 page.tile(x, y, _SAMPLE, _short(str(sample.id), 40))
             else:
@@ -206,6 +206,58 @@ def plot_memory_report(
     return page.finish(path, dpi)
 
 
+def plot_heatmaps(
+    model: MemoryWrapModel,
+    attributions: Sequence[Attribution],
+    labels: Sequence[int] | Tensor | None = None,
+    path: str | os.PathLike | None = None,
+    dpi: int = 150,
+) -> "Figure":
+    """Draws what `attribute` found: each input and the memory samples that it read, and below each its heatmap.
+
+    Args:
+        model: The model that was explained.
+        attributions: What `attribute` returned.
+        labels: As in `plot_explanations`.
+        path: As in `plot_explanations`.
+        dpi: As in `plot_explanations`.
+
+    Returns:
+        The matplotlib figure, which belongs to no pyplot state.
+
+    Raises:
+        ImportError: If matplotlib is absent.
+        ValueError: If there are no attributions, or labels differ in number.
+    """
+    true: list[int | None] = [None] * len(attributions) if labels is None else [int(label) for label in labels]
+    if not attributions or len(true) != len(attributions):
+        raise ValueError(
+            f"{len(attributions)} attributions and {len(true)} labels. Pass at least one attribution, and one label, "
+            f"if any, for each."
+        )
+    columns = max(len(attribution.explanation.samples) for attribution in attributions)
+    left = _MARGIN + _HEAT + 2.2 * _GAP
+    row_height = 2 * _HEAT + 5.4 * _LINE + 0.3
+    page = Page(max(left + columns * (_HEAT + _GAP) + _MARGIN, 7.6), 0.5 + len(attributions) * row_height + 0.4)
+    page.text(_MARGIN, 0.14, "Predicted", size=9, weight="bold")
+    page.text(left, 0.14, "from these remembered training images, strongest first", size=9, weight="bold")
+    for row, (attribution, label) in enumerate(zip(attributions, true, strict=True)):
+        top = 0.5 + row * row_height
+        below = top + _HEAT + 3.5 * _LINE
+        explanation = attribution.explanation
+        _draw_input(page, model, _MARGIN, top, to_picture(model, attribution.image), explanation, label, _HEAT)
+        page.text(left - 1.1 * _GAP, top + _HEAT / 2, "←", size=16, color=GREY, align="center", middle=True)
+        places = [left + column * (_HEAT + _GAP) for column in range(len(explanation.samples))]
+        for x, image, sample in zip(places, attribution.memory_images, explanation.samples, strict=True):
+            _draw_sample(page, x, top, _HEAT, sample, to_picture(model, image))
+        heat = zip([_MARGIN, *places], overlays(model, attribution), attribution.shares, strict=True)
+        for x, picture, share in heat:
+            page.picture(x, below, _HEAT, picture)
+            page.text(x, below + _HEAT + 0.06, f"{share:.0%} of the heat", size=7.5, color=GREY)
+    _draw_heat_legend(page)
+    return page.finish(path, dpi)
+
+
 def _aligned(
     model: MemoryWrapModel,
     images: Any,
@@ -213,30 +265,11 @@ def _aligned(
     labels: Sequence[int] | Tensor | None,
     top_k: int,
 ) -> tuple[list[np.ndarray], list[Explanation], list[int | None]]:
-    if explanations is None:
-        explanations = explain(model, images, top_k)
-    if isinstance(images, Tensor):
-        one_by_one = list(images) if images.ndim == 4 else [images]
-    else:
-        one_by_one = [images] if isinstance(images, Image.Image | str | os.PathLike) else list(images)
-    true: list[int | None] = [None] * len(one_by_one) if labels is None else [int(label) for label in labels]
-    if not len(one_by_one) == len(explanations) == len(true) or not one_by_one:
-        raise ValueError(
-            f"{len(one_by_one)} images, {len(explanations)} explanations and {len(true)} labels. Pass one explanation, "
-            f"and one label if any, for each image, and at least one image."
-        )
-    return [to_picture(model, image) for image in one_by_one], list(explanations), true
-
-
-def _picture_of(model: MemoryWrapModel, sample: MemorySample, stored: SampleImages | None) -> np.ndarray | None:
-    if sample.image is not None:
-        return to_picture(model, sample.image)
-    return None if stored is None else stored.picture(sample.id)
+    one_by_one, explanations, true = aligned(model, images, explanations, labels, top_k)
+    return [to_picture(model, image) for image in one_by_one], explanations, true
 
 
 def _name(model: MemoryWrapModel, label: int, most: int = 18) -> str:
-    from timm_memwrap.explaining.explanation import class_names
-
     names = class_names(model)
     return _short(names[label] if 0 <= label < len(names) else f"class {label}", most)
 
@@ -309,3 +342,13 @@ def _draw_legend(page: Page) -> None:
     page.block(_MARGIN + 5.25, y + 0.035, 0.25, 0.09, PALE)
     page.block(_MARGIN + 5.25, y + 0.035, 0.12, 0.09, GREY)
     page.text(_MARGIN + 5.57, y + box / 2, "share of the evidence", size=7.5, middle=True)
+
+
+def _draw_heat_legend(page: Page) -> None:
+    y, box = page.height - 0.36, 0.16
+    page.block(_MARGIN, y, box, box, "#{:02x}{:02x}{:02x}".format(*HEAT))
+    page.text(_MARGIN + 0.25, y + box / 2, "where the prediction comes from", size=7.5, middle=True)
+    page.frame(_MARGIN + 2.2, y, box, BLUE, dashed=False)
+    page.text(_MARGIN + 2.45, y + box / 2, "example: same class to the model", size=7.5, middle=True)
+    page.frame(_MARGIN + 4.5, y, box, ORANGE, dashed=True)
+    page.text(_MARGIN + 4.75, y + box / 2, "≠ counterfactual: another class to it", size=7.5, middle=True)

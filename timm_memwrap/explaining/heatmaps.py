@@ -3,22 +3,34 @@
 Shapes: C channels, K memory samples attributed to, P points on a path, D width of an encoding.
 """
 
+import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from timm_memwrap.explaining.explanation import Explanation, class_names, explain
-from timm_memwrap.explaining.inputs import SampleImages, batches_of, check_model, data_config, evaluating
+from timm_memwrap.explaining.inputs import SampleImages, batches_of, check_model, data_config, evaluating, to_picture
 from timm_memwrap.model import MemoryWrapModel
 
-__all__ = ["BASELINES", "METHODS", "Attribution", "attribute"]
+__all__ = ["BASELINES", "HEAT", "METHODS", "Attribution", "attribute", "overlays"]
+
+_logger = logging.getLogger(__name__)
 
 METHODS = ("integrated_gradients", "input_x_gradient", "saliency")
 BASELINES = ("black", "mean")
+
+# Yellow: apart from grey, in hue and brightness, for any common colour vision, and the colour of no frame.
+HEAT = (255, 214, 10)
+
+# Of the change that the attributions should sum to. Where they miss more, it is said.
+_MOST_GAP = 0.2
 
 # How far a memory image's encoding may be from the stored one, relative to its length. Half precision stays below; an
 # image that was augmented, or transformed for another model, does not.
@@ -147,7 +159,41 @@ def attribute(
             explanations = explain(model, batch, top_k)
             for image, explanation in zip(batch, explanations, strict=True):
                 result.append(_attribute(model, image, explanation, stored, method, target, baseline, run, bar))
+    _say_gaps(result, n_steps)
     return result
+
+
+def overlays(model: MemoryWrapModel, attribution: Attribution) -> list[np.ndarray]:
+    """Lays the heatmaps over their images for people to look at: `1 + K` arrays `[H, W, 3]` of uint8, the input first.
+
+    The images turn grey, and yellow where the prediction comes from. What is shown is the absolute attribution, summed
+    over channels and smoothed: the signs of neighbouring pixels alternate, and to the eye that is noise. Where a
+    picture has less than its part of the attribution, its yellow is weaker.
+    """
+    images = (attribution.image, *attribution.memory_images)
+    heatmaps = (attribution.heatmap, *attribution.memory_heatmaps)
+    return [
+        _overlay(to_picture(model, image), heatmap, min(1.0, (share * len(images)) ** 0.5))
+        for image, heatmap, share in zip(images, heatmaps, attribution.shares, strict=True)
+    ]
+
+
+def _overlay(picture: np.ndarray, heatmap: Tensor, most: float) -> np.ndarray:
+    grey = torch.from_numpy(picture.copy()).double().mean(dim=-1, keepdim=True)
+    heat = _smooth(heatmap.detach().cpu().double().abs().sum(dim=0), sigma=max(heatmap.shape[-2:]) / 24)
+    # Half of the picture at most is coloured, so that the rest can be seen.
+    heat = (heat - heat.median()).clamp(min=0)
+    heat = heat / heat.quantile(0.99).clamp_min(torch.finfo(torch.float64).tiny)
+    strength = 0.85 * most * heat.clamp(max=1).unsqueeze(-1)
+    return ((1 - strength) * 0.75 * grey + strength * torch.tensor(HEAT)).round().to(torch.uint8).numpy()
+
+
+def _smooth(heat: Tensor, sigma: float) -> Tensor:
+    reach = math.ceil(3 * sigma)
+    kernel = (-0.5 * (torch.arange(-reach, reach + 1, dtype=heat.dtype) / sigma).square()).exp()
+    kernel = (kernel / kernel.sum()).view(1, 1, -1, 1)
+    heat = F.pad(heat[None, None], (reach,) * 4, mode="replicate")
+    return F.conv2d(F.conv2d(heat, kernel), kernel.transpose(2, 3))[0, 0]
 
 
 class _Joint:
@@ -254,6 +300,24 @@ def _check_encodings(model: MemoryWrapModel, explanation: Explanation, images: T
                 f"{distance:.0%}. Pass the images that the bank was built from, not augmented and with the model's own "
                 f"transform; if the weights have changed since, call build_memory_bank again."
             )
+
+
+def _say_gaps(attributions: list[Attribution], n_steps: int) -> None:
+    missed = [
+        attribution
+        for attribution in attributions
+        if attribution.baseline_score is not None
+        and abs(attribution.completeness_gap or 0.0) > _MOST_GAP * abs(attribution.score - attribution.baseline_score)
+    ]
+    if missed:
+        _logger.warning(
+            "The attributions of %d of %d images miss the sum that they should have by more than %.0f%%: the model "
+            "bends between the baseline and the image. Pass more than n_steps=%d, and see completeness_gap.",
+            len(missed),
+            len(attributions),
+            100 * _MOST_GAP,
+            n_steps,
+        )
 
 
 def _check_arguments(

@@ -26,6 +26,8 @@ __all__ = [
     "check_model",
     "encoded_batches",
     "evaluating",
+    "one_by_one",
+    "picture_of",
     "size_of",
     "to_batch",
     "to_picture",
@@ -109,6 +111,13 @@ def to_batch(model: MemoryWrapModel, images: Any) -> Tensor:
             f"normalised as in training. Pass PIL images or paths to have the model's own transform applied."
         )
     return images.to(parameter)
+
+
+def one_by_one(images: Any) -> list[Any]:
+    """Lists images that `explain` takes."""
+    if isinstance(images, Tensor) and images.ndim == 4:
+        return list(images)
+    return [images] if _is_one(images) else list(images)
 
 
 def _is_one(images: Any) -> bool:
@@ -213,6 +222,15 @@ class SampleImages:
             return None
         sample = dataset[index]
         return sample[0] if isinstance(sample, Sequence) else sample
+
+
+def picture_of(
+    model: MemoryWrapModel, thumbnail: Tensor | None, sample_id: SampleId, stored: SampleImages | None
+) -> np.ndarray | None:
+    """Returns a memory sample's picture: the bank's own, else that of where it was built from, else `None`."""
+    if thumbnail is not None:
+        return to_picture(model, thumbnail)
+    return None if stored is None else stored.picture(sample_id)
 
 
 def _positions_by_name(dataset: Any) -> dict[tuple[str, ...], int]:
