@@ -9,6 +9,7 @@ from timm_memwrap.explaining.figures import plot_heatmaps as plot_heatmaps
 from timm_memwrap.explaining.figures import plot_memory_report as plot_memory_report
 from timm_memwrap.explaining.heatmaps import Attribution as Attribution
 from timm_memwrap.explaining.heatmaps import attribute as attribute
+from timm_memwrap.explaining.html import write_html as write_html
 from timm_memwrap.explaining.metrics import ExplanationMetrics as ExplanationMetrics
 from timm_memwrap.explaining.metrics import evaluate_explanations as evaluate_explanations
 from timm_memwrap.explaining.metrics import im1 as im1
@@ -36,4 +37,5 @@ __all__ = [
     "attribute",
     "Attribution",
     "plot_heatmaps",
+    "write_html",
 ]
