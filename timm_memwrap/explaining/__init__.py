@@ -1,5 +1,7 @@
 """Explanations: which memory samples a prediction used, how far to trust them, and figures of them."""
 
+from timm_memwrap.explaining.counterfactuals import CounterfactualMetrics as CounterfactualMetrics
+from timm_memwrap.explaining.counterfactuals import evaluate_counterfactuals as evaluate_counterfactuals
 from timm_memwrap.explaining.explanation import Explanation as Explanation
 from timm_memwrap.explaining.explanation import MemorySample as MemorySample
 from timm_memwrap.explaining.explanation import explain as explain
@@ -27,6 +29,8 @@ __all__ = [
     "plot_explanations",
     "evaluate_explanations",
     "ExplanationMetrics",
+    "evaluate_counterfactuals",
+    "CounterfactualMetrics",
     "im1",
     "im2",
     "randomisation_check",

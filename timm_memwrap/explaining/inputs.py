@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from timm_memwrap.memory_bank import SampleId
@@ -56,8 +56,8 @@ def check_model(model: Any) -> None:
 
 
 @contextmanager
-def evaluating(model: MemoryWrapModel) -> Iterator[None]:
-    """Puts the model into evaluation mode without gradients, and restores the mode of each of its modules."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts a model into evaluation mode without gradients, and restores the mode of each of its modules."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
