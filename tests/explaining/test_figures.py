@@ -166,7 +166,11 @@ def test_a_report_is_drawn_for_the_bank_as_it_is(
     model = make_model("wrapped", size=12)
     report = memory_report(model, TensorDataset(make_images(6), torch.arange(6) % 4), progress=False)
     text = "\n".join(_texts(plot_memory_report(model, report, path=tmp_path / "report.png")))
-    assert f"Mislead more than they help: {len(report.misleading)} of 12" in text
+    assert f"Misleading: {len(report.misleading)} of 12" in text
+    assert f"Disputed: {len(report.disputed)} of 12" in text
+    for sample in report.misleading[:6]:
+        assert f"labelled {sample.class_name}" in text
+        assert f"\n{sample.misleading:.1f}\n{sample.helping:.1f}\n{sample.id}\n" in text
     assert f"{report.wrong} of 6 predictions are wrong" in text
     assert (tmp_path / "report.png").stat().st_size > 0
     model.memory_bank.remove([0])

@@ -11,7 +11,8 @@ from timm_memwrap.explaining.explanation import Explanation, MemorySample, align
 from timm_memwrap.explaining.heatmaps import HEAT, Attribution, overlays
 from timm_memwrap.explaining.inputs import SampleImages, picture_of, to_picture
 from timm_memwrap.explaining.page import BLUE, GREY, ORANGE, PALE, Page
-from timm_memwrap.explaining.report import MemoryReport
+from timm_memwrap.explaining.report import MemoryReport, SampleUse
+from timm_memwrap.memory_bank import SampleId
 from timm_memwrap.model import MemoryWrapModel
 
 if TYPE_CHECKING:
@@ -172,34 +173,40 @@ def plot_memory_report(
         )
     stored = None if dataset is None else SampleImages(model, dataset)
     groups = (
-        (f"Mislead more than they help: {len(report.misleading)} of {len(report.samples)}", report.misleading, ORANGE),
-        (f"Label disputed by the model: {len(report.disputed)} of {len(report.samples)}", report.disputed, BLUE),
-    )
-    columns = max(1, *(min(top_k, len(samples)) for _, samples, _ in groups))
-    row_height = _SAMPLE + 4.2 * _LINE + 0.5
-    page = Page(max(_MARGIN + columns * (_SAMPLE + _GAP) + _MARGIN, 6.0), 0.15 + 2 * row_height + 0.35)
-    for row, (title, samples, color) in enumerate(groups):
-        top = 0.15 + row * row_height
+        (f"Misleading: {len(report.misleading)} of {len(report.samples)} remembered images",
+         "Read more by wrong predictions of what they stand for than by right ones: remove the worst, or look at why.",
+         report.misleading, ORANGE),
+        (f"Disputed: {len(report.disputed)} of {len(report.samples)} remembered images",
+         "The model, without the image itself, sees another class in it than its label says: is the label wrong?",
+         report.disputed, BLUE),
+    )  # fmt: skip
+    columns = max(1, *(min(top_k, len(samples)) for _, _, samples, _ in groups))
+    row_height = _SAMPLE + 5.4 * _LINE + 0.75
+    page = Page(max(_MARGIN + columns * (_SAMPLE + _GAP) + _MARGIN, 6.8), 0.18 + 2 * row_height + 0.5)
+    drawn = [*report.misleading[:top_k], *report.disputed[:top_k]]
+    most = max((max(sample.misleading, sample.helping) for sample in drawn), default=0.0)
+    for row, (title, meaning, samples, color) in enumerate(groups):
+        top = 0.18 + row * row_height
         page.text(_MARGIN, top, title, size=9, weight="bold", color=color)
+        page.text(_MARGIN, top + 0.19, meaning if samples else "None.", size=7.5, color=GREY)
         for column, sample in enumerate(samples[:top_k]):
-            x, y = _MARGIN + column * (_SAMPLE + _GAP), top + 0.3
+            x, y = _MARGIN + column * (_SAMPLE + _GAP), top + 0.45
             thumbnail = None if bank.images is None else bank.images[sample.position]
-            picture = picture_of(model, thumbnail, sample.id, stored)
-            if picture is None:
-                page.tile(x, y, _SAMPLE, _short(str(sample.id), 40))
-            else:
-                page.picture(x, y, _SAMPLE, picture)
+            _draw_picture(page, x, y, _SAMPLE, sample.id, picture_of(model, thumbnail, sample.id, stored))
             page.frame(x, y, _SAMPLE, color, dashed=row == 0)
-            lines = [f"labelled {_short(sample.class_name, 13)}"]
-            if sample.disputed:
-                lines.append(f"seen as {_short(sample.predicted_class_name, 13)}")
-            lines += [f"misleads {sample.misleading:.1f}", f"helps {sample.helping:.1f}"]
-            page.text(x, y + _SAMPLE + 0.07, "\n".join(lines), size=7.5)
+            _draw_use(page, x, y + _SAMPLE + 0.07, sample, most)
+    y = page.height - 0.52
+    for x, width, color, text in (
+        (_MARGIN, 0.25, ORANGE, "weight in wrong predictions of its class"),
+        (_MARGIN + 2.9, 0.25, BLUE, "weight in right ones"),
+    ):
+        page.block(x, y + 0.01, width, 0.09, color)
+        page.text(x + width + 0.07, y, text, size=7.5)
     page.text(
         _MARGIN,
-        page.height - 0.3,
-        f"{report.wrong} of {report.count} predictions are wrong; {len(report.never_read)} samples were never read. "
-        f"Misleads, helps: sum of weights.",
+        y + 0.2,
+        f"{report.wrong} of {report.count} predictions are wrong; {len(report.never_read)} remembered images were "
+        f"never read.",
         size=7.5,
         color=GREY,
     )
@@ -319,10 +326,7 @@ def _draw_sample(
     page: Page, x: float, top: float, size: float, sample: MemorySample, picture: np.ndarray | None
 ) -> None:
     color = BLUE if sample.is_example else ORANGE
-    if picture is None:
-        page.tile(x, top, size, _short(str(sample.id), 40))
-    else:
-        page.picture(x, top, size, picture)
+    _draw_picture(page, x, top, size, sample.id, picture)
     page.frame(x, top, size, color, dashed=not sample.is_example)
     line = top + size + 0.07
     page.bar(x, line, size, sample.weight, color)
@@ -331,6 +335,29 @@ def _draw_sample(
     page.text(x, line, f"{mark}{_short(sample.predicted_class_name, 15)}", size=8, color=color)
     if sample.label != sample.prediction:
         page.text(x, line + 0.95 * _LINE, f"labelled {_short(sample.class_name, 14)}", size=7, color=GREY)
+
+
+def _draw_picture(
+    page: Page, x: float, top: float, size: float, sample_id: SampleId, picture: np.ndarray | None
+) -> None:
+    if picture is None:
+        page.tile(x, top, size, _short(str(sample_id), 40))
+    else:
+        page.picture(x, top, size, picture)
+
+
+def _draw_use(page: Page, x: float, top: float, sample: SampleUse, most: float) -> None:
+    """Says what a memory sample is and was used for, with bars of which the longest stands for `most`."""
+    page.text(x, top, f"labelled {_short(sample.class_name, 13)}", size=7.5)
+    seen = _short(sample.predicted_class_name, 14) if sample.disputed else "the same"
+    page.text(x, top + 0.95 * _LINE, f"seen as {seen}", size=7.5, color="black" if sample.disputed else GREY)
+    for line, (value, color) in enumerate(((sample.misleading, ORANGE), (sample.helping, BLUE))):
+        bar = top + (2.15 + 0.9 * line) * _LINE
+        length = _SAMPLE - 0.3
+        page.block(x, bar, length, 0.09, PALE)
+        page.block(x, bar, length * (value / most if most else 0.0), 0.09, color)
+        page.text(x + _SAMPLE, bar + 0.045, f"{value:.1f}", size=7.5, align="right", middle=True)
+    page.text(x, top + 4.1 * _LINE, _short(str(sample.id), 17), size=6.5, color=GREY)
 
 
 def _draw_legend(page: Page) -> None:
