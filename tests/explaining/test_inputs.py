@@ -49,13 +49,14 @@ def test_names_are_read_once_for_all_samples(make_model: Callable[..., MemoryWra
         ("2.png", 2),  # as it is on the Hub, which gets no folders
         ("1.png", None),  # two files of that name
         ("c/1.png", None),
+        ("d/4.png", None),  # two files of that name in folders of that name
         (1, 1),
-        (3, None),
+        (5, None),
         (-1, None),
     ],
 )
 def test_an_id_finds_its_file_or_none(
     make_model: Callable[..., MemoryWrapModel], sample_id: int | str, position: int | None
 ) -> None:
-    samples = SampleImages(make_model("wrapped"), _Named(["a/1.png", "b/1.png", "a/2.png"]))
+    samples = SampleImages(make_model("wrapped"), _Named(["a/1.png", "b/1.png", "a/2.png", "x/d/4.png", "y/d/4.png"]))
     assert _position(samples, sample_id) == position

@@ -93,7 +93,8 @@ class Explanation:
             for sample in self.samples
         )
         more = self.support_size - len(self.samples)
-        return f"{self.class_name} ({self.probability:.0%}) from {shown}{f' and {more} more' if more > 0 else ''}"
+        text = f"{self.class_name} ({self.probability:.0%}) from {shown}{f' and {more} more' if more > 0 else ''}"
+        return printable(text)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what JSON can hold: all but the images."""
@@ -152,12 +153,20 @@ def explain(model: MemoryWrapModel, images: Any, top_k: int = 5) -> list[Explana
 
 
 def class_names(model: MemoryWrapModel) -> list[str]:
-    """Names the model's classes: as the bank does, else as its pretrained cfg does, else by number."""
-    names = model.memory_bank.class_names
-    if not names:
-        known = model.pretrained_cfg.get("label_names") or []
-        names = [str(name) for name in (known.values() if isinstance(known, dict) else known)]
+    """Names the model's classes: as `known_class_names` does, else by number."""
+    names = known_class_names(model)
     return [*names, *(f"class {i}" for i in range(len(names), model.num_classes))]
+
+
+def known_class_names(model: MemoryWrapModel) -> list[str]:
+    """Names the model's classes as the bank does, else as its pretrained cfg does; empty if neither names them."""
+    known = model.memory_bank.class_names or model.pretrained_cfg.get("label_names") or []
+    return [str(name) for name in (known.values() if isinstance(known, dict) else known)]
+
+
+def printable(text: str) -> str:
+    """Replaces what would steer a terminal: a name from outside may hold anything."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def aligned(

@@ -3,7 +3,6 @@
 import base64
 import io
 import os
-import tempfile
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path, PurePath
@@ -14,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from timm_memwrap.explaining.explanation import Explanation, MemorySample, aligned, class_names
+from timm_memwrap.explaining.files import write_text
 from timm_memwrap.explaining.heatmaps import Attribution, overlays
 from timm_memwrap.explaining.inputs import SampleImages, picture_of, to_picture
 from timm_memwrap.model import MemoryWrapModel
@@ -95,7 +95,7 @@ def write_html(
             )
         ],
     )
-    return _write(Path(path), html)
+    return write_text(path, html)
 
 
 def _title(image: Any, position: int) -> str:
@@ -210,12 +210,3 @@ def _render(**values: Any) -> str:
     )
     environment.filters |= {"percent": _percent, "points": _points}
     return environment.get_template("explanations.html.jinja").render(**values)
-
-
-def _write(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".report-") as folder:
-        temporary = Path(folder) / "report.html"
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
-    return path

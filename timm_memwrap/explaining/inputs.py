@@ -130,10 +130,9 @@ def _stack(model: MemoryWrapModel, images: list[Any]) -> Tensor:
     tensors = []
     for image in images:
         if isinstance(image, str | os.PathLike):
-            with Image.open(image) as file:
-                image = _in_mode(file, config)
+            image = _read(image, _mode(config))
         if isinstance(image, Image.Image):
-            image = transform(_in_mode(image, config))
+            image = transform(image.convert(_mode(config)))
         if not isinstance(image, Tensor) or image.ndim != 3:
             shape = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
             raise ValueError(f"An image is {shape}; expected a tensor [C, H, W], a PIL image or a path.")
@@ -144,8 +143,18 @@ def _stack(model: MemoryWrapModel, images: list[Any]) -> Tensor:
     return torch.stack(tensors)
 
 
-def _in_mode(image: Image.Image, config: Mapping[str, Any]) -> Image.Image:
-    return image.convert("L" if config["input_size"][0] == 1 else "RGB")
+def _mode(config: Mapping[str, Any]) -> str:
+    return "L" if config["input_size"][0] == 1 else "RGB"
+
+
+def _read(path: str | os.PathLike, mode: str) -> Image.Image:
+    try:
+        with Image.open(path) as file:
+            return file.convert(mode)
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"The image {os.fspath(path)!r} cannot be read: {error}. Repair it, or leave it out."
+        ) from error
 
 
 def to_picture(model: MemoryWrapModel, image: Any) -> np.ndarray:
@@ -155,8 +164,7 @@ def to_picture(model: MemoryWrapModel, image: Any) -> np.ndarray:
     and paths are shown as they are.
     """
     if isinstance(image, str | os.PathLike):
-        with Image.open(image) as file:
-            return np.asarray(file.convert("RGB"))
+        return np.asarray(_read(image, "RGB"))
     if isinstance(image, Image.Image):
         return np.asarray(image.convert("RGB"))
     if not isinstance(image, Tensor) or image.ndim != 3:
@@ -181,7 +189,7 @@ class SampleImages:
     Args:
         model: The model: its transform makes inputs of pictures, and its normalisation is undone for people.
         dataset: A dataset of `(image, label)`, or a mapping from id to image. An id is a position in the dataset, or
-            the end of a file's path; a bare file name, as it is on the Hub, must be the only one of its kind.
+            the end of a file's path, which must be the only one of its kind; a bank from the Hub has bare file names.
     """
 
     def __init__(self, model: MemoryWrapModel, dataset: Any) -> None:
@@ -202,8 +210,8 @@ class SampleImages:
         image = self._find(sample_id)
         if image is None:
             raise ValueError(
-                f"The memory sample {sample_id!r} is not in {type(self._dataset).__name__}. Pass the dataset that the "
-                f"bank was built from, or a mapping from id to image."
+                f"The memory sample {sample_id!r} is not in {type(self._dataset).__name__}, or there twice. Pass the "
+                f"dataset that the bank was built from, or a mapping from id to image."
             )
         return to_batch(self._model, image)[0]
 
@@ -216,7 +224,7 @@ class SampleImages:
             index = sample_id
         else:
             if self._positions is None:
-                self._positions = _with_bare_names(_positions_by_name(dataset))
+                self._positions = _positions_by_name(dataset)
             index = self._positions.get(_tail(sample_id))
         if index is None or not 0 <= index < len(dataset):
             return None
@@ -234,20 +242,23 @@ def picture_of(
 
 
 def _positions_by_name(dataset: Any) -> dict[tuple[str, ...], int]:
+    """Finds samples by the ends of their files' paths, where these tell one sample.
+
+    With and without the folder: a bank that came from the Hub has bare names.
+    """
+    names = _file_names(dataset)
+    count = Counter(end for name in names.values() for end in {name, name[-1:]})
+    return {end: i for i, name in names.items() for end in (name, name[-1:]) if count[end] == 1}
+
+
+def _file_names(dataset: Any) -> dict[int, tuple[str, ...]]:
     if isinstance(dataset, Subset):
-        inner = _positions_by_name(dataset.dataset)
-        by_inner = {int(index): i for i, index in enumerate(dataset.indices)}
-        return {name: by_inner[index] for name, index in inner.items() if index in by_inner}
+        inner = _file_names(dataset.dataset)
+        return {i: inner[int(index)] for i, index in enumerate(dataset.indices) if int(index) in inner}
     if hasattr(dataset, "filename"):  # timm's datasets
-        return {_tail(dataset.filename(i, basename=False, absolute=False)): i for i in range(len(dataset))}
+        return {i: _tail(dataset.filename(i, basename=False, absolute=False)) for i in range(len(dataset))}
     samples = getattr(dataset, "samples", None)  # torchvision's image folders
-    return {_tail(str(path)): i for i, (path, *_) in enumerate(samples or [])}
-
-
-def _with_bare_names(positions: dict[tuple[str, ...], int]) -> dict[tuple[str, ...], int]:
-    """Adds names without their folder where they tell one file: those of a bank that came from the Hub."""
-    count = Counter(name[-1:] for name in positions)
-    return {name[-1:]: i for name, i in positions.items() if count[name[-1:]] == 1} | positions
+    return {i: _tail(str(path)) for i, (path, *_) in enumerate(samples or [])}
 
 
 def _tail(name: str) -> tuple[str, ...]:
