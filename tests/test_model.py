@@ -633,3 +633,31 @@ def test_reading_where_there_is_nothing_to_read_is_refused() -> None:
         with pytest.raises(ValueError, match=r"reset_classifier\(n\)"):
             headless(_images(), **arguments)
     assert headless(_images()).shape == (6, 96)
+
+
+@pytest.mark.parametrize("memory_only", [False, True])
+@pytest.mark.parametrize("distance", ["cosine", "l2", "dot"])
+def test_samples_encoded_anew_are_read_as_by_a_bank_that_holds_them(distance: str, memory_only: bool) -> None:
+    name = "memwrap_baseline_test_resnet" if memory_only else "memwrap_test_resnet"
+    model = timm.create_model(name, num_classes=3, distance=distance, scale=3.0).eval()
+    width = model.encoding_size
+    labels = torch.arange(9) % 3
+    model.memory_bank.replace(torch.randn(9, width), labels, labels, range(9))
+    encoding, positions, anew = torch.randn(4, width), torch.tensor([5, 2]), torch.randn(4, 2, width)
+    with torch.no_grad():
+        readout = model.read_encoded_anew(encoding, positions, anew)
+        for row in range(4):
+            other = copy.deepcopy(model)
+            encodings = model.memory_bank.encodings.clone()
+            encodings[positions] = anew[row]
+            other.memory_bank.replace(encodings, labels, labels, range(9))
+            expected = other.read_encoding(encoding[row : row + 1])
+            assert torch.allclose(readout.logits[row], expected.logits[0], atol=1e-5)
+            used = readout.indices[row][readout.weights[row] > 0].tolist()
+            new = {9 + row * 2 + k: int(position) for k, position in enumerate(positions)}
+            assert [new.get(i, i) for i in used] == expected.indices[0][expected.weights[0] > 0].tolist()
+    with pytest.raises(ValueError, match=r"has shape \[4, 1, \d+\]; expected \[4, 2"):
+        model.read_encoded_anew(encoding, positions, anew[:, :1])
+    model.memory_bank.clear()
+    with pytest.raises(ValueError, match="bank is empty"):
+        model.read_encoded_anew(encoding, positions, anew)

@@ -30,6 +30,12 @@ class Parser(ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        """Adds an argument. `images` are words, as a shell lists files; the parser's own way is one JSON list."""
+        if args == ("images",):
+            kwargs = {"nargs": "+", "type": str, "metavar": "IMAGE", "help": kwargs.get("help")}
+        return super().add_argument(*args, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints what is wrong and leaves with status 2."""
         text = _UNION.sub(r"expected \1, got \2", " ".join(str(message).split()))
@@ -74,6 +80,10 @@ def _expanded(args: list[str], short: dict[str, str]) -> Iterator[str]:
     waiting = list(args)
     while waiting:
         option = waiting.pop(0)
+        if option == "--":
+            # What follows are words, whatever they begin with.
+            yield from (option, *waiting)
+            return
         if not option.startswith("--"):
             yield option
             continue

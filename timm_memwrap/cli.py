@@ -219,6 +219,109 @@ def inspect(source: str) -> None:
     print(summarize(source).report())
 
 
+def explain(
+    source: str,
+    images: list[str],
+    out: str | None = None,
+    top_k: int = 5,
+    memory_data: str | None = None,
+    heatmaps: str | None = None,
+    json: str | None = None,
+    progress: bool = True,
+) -> None:
+    """Explains images by the remembered images that their predictions used.
+
+    Args:
+        source: The model: a folder, or a repository on the Hub, owner/name or owner/name@revision.
+        images: Image files, or folders of them.
+        out: HTML file to write a report to, with pictures.
+        top_k: How many remembered images to show for each.
+        memory_data: The data that the memory was built from, for pictures that the model does not hold. As in evaluate;
+            an image folder is taken as it is, and of other data the training split.
+        heatmaps: Show in the report where in the images the prediction comes from, by this method:
+            integrated_gradients, input_x_gradient or saliency. Needs memory_data and out.
+        json: File to write the explanations to as JSON, or - to print that instead of tables.
+        progress: Whether to show progress bars.
+    """
+    from timm_memwrap.explaining.commands import describe, explain_files, find_images, to_json
+    from timm_memwrap.hub import from_pretrained
+    from timm_memwrap.training.datasets import open_remembered
+
+    found = find_images(images)
+    model = from_pretrained(source).eval()
+    memory = None if memory_data is None else open_remembered(memory_data)
+    explanations = explain_files(model, found, top_k, memory, heatmaps, out, progress)
+    named = [(name, explanation) for (_, name), explanation in zip(found, explanations, strict=True)]
+    text = to_json([{"image": name, **explanation.to_dict()} for name, explanation in named], json) if json else ""
+    if json == "-":
+        print(text)
+        return
+    print("\n\n".join(describe(model, name, explanation) for name, explanation in named))
+    for path in filter(None, (out, json)):
+        print(f"\nWritten: {path}")
+
+
+def evaluate(source: str, data: str = "", split: str = "test", json: str | None = None, progress: bool = True) -> None:
+    """Evaluates a model and its explanations over labelled images.
+
+    Labels are matched to the model's classes by name, where the data and the model both name them.
+
+    Args:
+        source: The model: a folder, or a repository on the Hub, owner/name or owner/name@revision.
+        data: The images: an image folder or tar file, digits, or torch/NAME or hfds/OWNER/NAME as timm reads them.
+        split: The split; of an image folder the folder in it, or '' if the classes are in the folder itself.
+        json: File to write the numbers to as JSON, or - to print that instead of a table.
+        progress: Whether to show progress bars.
+    """
+    from timm_memwrap.explaining import evaluate_explanations
+    from timm_memwrap.explaining.commands import to_json
+    from timm_memwrap.explaining.labels import match_labels
+    from timm_memwrap.hub import from_pretrained
+    from timm_memwrap.training.datasets import open_source
+
+    dataset = open_source(data, split)
+    model = from_pretrained(source).eval()
+    metrics = evaluate_explanations(model, match_labels(model, dataset), progress=progress)
+    text = to_json({"source": source, "data": data, "split": split, **metrics.to_dict()}, json) if json else ""
+    print(text if json == "-" else metrics)
+
+
+def report(
+    source: str,
+    data: str = "",
+    split: str = "test",
+    out: str | None = None,
+    memory_data: str | None = None,
+    json: str | None = None,
+    progress: bool = True,
+) -> None:
+    """Finds remembered images that mislead, that are never read, or whose label the model disputes.
+
+    Args:
+        source: The model: a folder, or a repository on the Hub, owner/name or owner/name@revision.
+        data: Labelled images that the memory was not taken from, as in evaluate.
+        split: As in evaluate.
+        out: File to draw the worst to, by its suffix a PNG, PDF or SVG.
+        memory_data: As in explain.
+        json: File to write what was counted to as JSON, or - to print that instead of a table.
+        progress: Whether to show progress bars.
+    """
+    from timm_memwrap.explaining import memory_report, plot_memory_report
+    from timm_memwrap.explaining.commands import to_json
+    from timm_memwrap.explaining.labels import match_labels
+    from timm_memwrap.hub import from_pretrained
+    from timm_memwrap.training.datasets import open_remembered, open_source
+
+    dataset = open_source(data, split)
+    memory = None if memory_data is None else open_remembered(memory_data)
+    model = from_pretrained(source).eval()
+    found = memory_report(model, match_labels(model, dataset), progress=progress)
+    if out is not None:
+        plot_memory_report(model, found, path=out, dataset=memory)
+    text = to_json(found.to_dict(), json) if json else ""
+    print(text if json == "-" else found)
+
+
 COMMANDS: dict[str, Any] = {
     "quickstart": quickstart,
     "train": train,
@@ -226,6 +329,9 @@ COMMANDS: dict[str, Any] = {
     "push": push,
     "pull": pull,
     "inspect": inspect,
+    "explain": explain,
+    "evaluate": evaluate,
+    "report": report,
 }
 
 

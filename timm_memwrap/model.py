@@ -241,6 +241,40 @@ class MemoryWrapModel(TimmInterface):
             raise ValueError("The memory bank is empty. Call timm_memwrap.build_memory_bank(model, data) first.")
         return self._read(encoding, self._prepared_bank(encoding.dtype), hidden)
 
+    def read_encoded_anew(self, encoding: Tensor, positions: Tensor, memory_encoding: Tensor) -> MemoryReadout:
+        """Reads the memory bank for encodings `[B, D]` with some of its samples encoded anew, for each row by itself.
+
+        Gradients reach both encodings, and so the images that they were made of. The other samples are read as the
+        bank holds them.
+
+        Args:
+            encoding: Encodings of the inputs `[B, D]`.
+            positions: Positions `[K]` in the bank of the samples to replace, each once.
+            memory_encoding: What each row reads in their place, `[B, K, D]`.
+
+        Returns:
+            What was read. Indices from M on are the replaced samples: `M + row * K + k`.
+
+        Raises:
+            ValueError: If the bank is empty, or a shape does not fit.
+        """
+        bank, (rows, width) = self.memory_bank, encoding.shape
+        if not len(bank):
+            raise ValueError("The memory bank is empty. Call timm_memwrap.build_memory_bank(model, data) first.")
+        if memory_encoding.shape != (rows, len(positions), width):
+            raise ValueError(
+                f"memory_encoding has shape {list(memory_encoding.shape)}; expected {[rows, len(positions), width]}: "
+                f"for each input one encoding per position."
+            )
+        assert bank.encodings is not None and bank.labels is not None
+        positions = positions.to(bank.labels.device)
+        memory = torch.cat([bank.encodings.to(_wide(encoding.dtype)), memory_encoding.flatten(0, 1)])
+        prepared = self._prepare(memory, torch.cat([bank.labels, bank.labels[positions].repeat(rows)]))
+        # One set of keys serves all rows: each is blind to what it replaced, and to what other rows replaced it by.
+        new = len(bank) + torch.arange(rows * len(positions), device=positions.device).view(rows, -1)
+        others = torch.stack([new[torch.arange(rows, device=new.device) != row].flatten() for row in range(rows)])
+        return self._read(encoding, prepared, torch.cat([positions.expand(rows, -1), others], dim=1))
+
     # -- the memory's state -----------------------------------------------------------------------------------------
 
     def encoder_fingerprint(self) -> str:

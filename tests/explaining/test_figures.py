@@ -1,6 +1,7 @@
 """Figures: what stands in them. How they look was judged by eye."""
 
 import ast
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,18 @@ from PIL import Image
 from torch.utils.data import TensorDataset
 
 from timm_memwrap import explain
-from timm_memwrap.explaining import figures, memory_report, plot_explanation, plot_explanations, plot_memory_report
-from timm_memwrap.explaining.figures import BLUE, ORANGE
+from timm_memwrap.explaining import (
+    attribute,
+    figures,
+    memory_report,
+    plot_explanation,
+    plot_explanations,
+    plot_heatmaps,
+    plot_memory_report,
+)
+from timm_memwrap.explaining.heatmaps import overlays
 from timm_memwrap.explaining.inputs import to_picture
+from timm_memwrap.explaining.page import BLUE, ORANGE
 from timm_memwrap.model import MemoryWrapModel
 
 
@@ -156,7 +166,11 @@ def test_a_report_is_drawn_for_the_bank_as_it_is(
     model = make_model("wrapped", size=12)
     report = memory_report(model, TensorDataset(make_images(6), torch.arange(6) % 4), progress=False)
     text = "\n".join(_texts(plot_memory_report(model, report, path=tmp_path / "report.png")))
-    assert f"Mislead more than they help: {len(report.misleading)} of 12" in text
+    assert f"Misleading: {len(report.misleading)} of 12" in text
+    assert f"Disputed: {len(report.disputed)} of 12" in text
+    for sample in report.misleading[:6]:
+        assert f"labelled {sample.class_name}" in text
+        assert f"\n{sample.misleading:.1f}\n{sample.helping:.1f}\n{sample.id}\n" in text
     assert f"{report.wrong} of 6 predictions are wrong" in text
     assert (tmp_path / "report.png").stat().st_size > 0
     model.memory_bank.remove([0])
@@ -178,3 +192,46 @@ def test_absent_matplotlib_is_missed_by_the_name_of_the_extra(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"timm-memwrap\[plot\]"):
         plot_explanations(make_model("wrapped"), make_images(1))
+
+
+def test_heatmaps_are_drawn_below_their_pictures(
+    make_model: Callable[..., MemoryWrapModel], make_images: Callable[..., torch.Tensor], tmp_path: Path
+) -> None:
+    model, images = make_model("memory wrap"), make_images(2)
+    memory = TensorDataset(make_images(12, seed=1), torch.zeros(12))
+    found = attribute(model, images, memory, "saliency", top_k=3, progress=False)
+    labels = [found[0].target, (found[1].target + 1) % 4]
+    figure = plot_heatmaps(model, found, labels=labels, path=tmp_path / "heat.png", dpi=50)
+    texts = _texts(figure)
+    for attribution in found:
+        for share in attribution.shares:
+            assert f"{share:.0%} of the heat" in texts
+    assert "✓ right" in texts
+    assert any(text.startswith("✗ wrong") for text in texts)
+    # The input and three samples, each twice.
+    shown = [axes.images[0].get_array() for axes in figure.axes if axes.images]
+    assert len(shown) == 2 * 2 * 4
+    assert all(any(np.array_equal(picture, part) for part in shown) for picture in overlays(model, found[0]))
+    assert (tmp_path / "heat.png").stat().st_size > 0
+    with pytest.raises(ValueError, match="0 attributions and 0 labels"):
+        plot_heatmaps(model, [])
+    with pytest.raises(ValueError, match="2 attributions and 1 labels"):
+        plot_heatmaps(model, found, labels=[0])
+
+
+def test_heat_is_yellow_where_the_attribution_is_and_grey_elsewhere(
+    make_model: Callable[..., MemoryWrapModel], make_images: Callable[..., torch.Tensor]
+) -> None:
+    model = make_model("memory wrap")
+    memory = TensorDataset(make_images(12, seed=1), torch.zeros(12))
+    found = attribute(model, make_images(1), memory, "saliency", top_k=2, progress=False)[0]
+    spot = torch.zeros(3, 32, 32)
+    spot[0, 4:8, 20:24] = -1.0
+    nothing = torch.zeros(2, 3, 32, 32)
+    first, *others = overlays(model, dataclasses.replace(found, heatmap=spot, memory_heatmaps=nothing))
+    assert first.dtype == np.uint8
+    # Yellow has little blue; grey as much as red.
+    assert first[5, 21, 0] > first[5, 21, 2] + 100
+    assert np.array_equal(first[20:, :10, 0], first[20:, :10, 2])
+    for picture in others:
+        assert np.array_equal(picture[..., 0], picture[..., 2])

@@ -1,11 +1,17 @@
 """Explanations: which memory samples a prediction used, how far to trust them, and figures of them."""
 
+from timm_memwrap.explaining.counterfactuals import CounterfactualMetrics as CounterfactualMetrics
+from timm_memwrap.explaining.counterfactuals import evaluate_counterfactuals as evaluate_counterfactuals
 from timm_memwrap.explaining.explanation import Explanation as Explanation
 from timm_memwrap.explaining.explanation import MemorySample as MemorySample
 from timm_memwrap.explaining.explanation import explain as explain
 from timm_memwrap.explaining.figures import plot_explanation as plot_explanation
 from timm_memwrap.explaining.figures import plot_explanations as plot_explanations
+from timm_memwrap.explaining.figures import plot_heatmaps as plot_heatmaps
 from timm_memwrap.explaining.figures import plot_memory_report as plot_memory_report
+from timm_memwrap.explaining.heatmaps import Attribution as Attribution
+from timm_memwrap.explaining.heatmaps import attribute as attribute
+from timm_memwrap.explaining.html import write_html as write_html
 from timm_memwrap.explaining.metrics import ExplanationMetrics as ExplanationMetrics
 from timm_memwrap.explaining.metrics import evaluate_explanations as evaluate_explanations
 from timm_memwrap.explaining.metrics import im1 as im1
@@ -23,6 +29,8 @@ __all__ = [
     "plot_explanations",
     "evaluate_explanations",
     "ExplanationMetrics",
+    "evaluate_counterfactuals",
+    "CounterfactualMetrics",
     "im1",
     "im2",
     "randomisation_check",
@@ -30,4 +38,8 @@ __all__ = [
     "MemoryReport",
     "SampleUse",
     "plot_memory_report",
+    "attribute",
+    "Attribution",
+    "plot_heatmaps",
+    "write_html",
 ]

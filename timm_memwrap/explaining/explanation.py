@@ -5,13 +5,14 @@ Shapes: B inputs, M memory samples, D width of an encoding, C classes, K samples
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from timm_memwrap.explaining.inputs import batches_of, check_model, evaluating
+from timm_memwrap.explaining.inputs import batches_of, check_model, evaluating, one_by_one
 from timm_memwrap.memory_bank import SampleId
 from timm_memwrap.model import MemoryReadout, MemoryWrapModel
 
@@ -92,7 +93,8 @@ class Explanation:
             for sample in self.samples
         )
         more = self.support_size - len(self.samples)
-        return f"{self.class_name} ({self.probability:.0%}) from {shown}{f' and {more} more' if more > 0 else ''}"
+        text = f"{self.class_name} ({self.probability:.0%}) from {shown}{f' and {more} more' if more > 0 else ''}"
+        return printable(text)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what JSON can hold: all but the images."""
@@ -151,12 +153,44 @@ def explain(model: MemoryWrapModel, images: Any, top_k: int = 5) -> list[Explana
 
 
 def class_names(model: MemoryWrapModel) -> list[str]:
-    """Names the model's classes: as the bank does, else as its pretrained cfg does, else by number."""
-    names = model.memory_bank.class_names
-    if not names:
-        known = model.pretrained_cfg.get("label_names") or []
-        names = [str(name) for name in (known.values() if isinstance(known, dict) else known)]
+    """Names the model's classes: as `known_class_names` does, else by number."""
+    names = known_class_names(model)
     return [*names, *(f"class {i}" for i in range(len(names), model.num_classes))]
+
+
+def known_class_names(model: MemoryWrapModel) -> list[str]:
+    """Names the model's classes as the bank does, else as its pretrained cfg does; empty if neither names them."""
+    known = model.memory_bank.class_names or model.pretrained_cfg.get("label_names") or []
+    return [str(name) for name in (known.values() if isinstance(known, dict) else known)]
+
+
+def printable(text: str) -> str:
+    """Replaces what would steer a terminal: a name from outside may hold anything."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def aligned(
+    model: MemoryWrapModel,
+    images: Any,
+    explanations: Sequence[Explanation] | None,
+    labels: Sequence[int] | Tensor | None,
+    top_k: int,
+) -> tuple[list[Any], list[Explanation], list[int | None]]:
+    """Lists images with their explanations, made if `None`, and their labels, `None` if unknown.
+
+    Raises:
+        ValueError: If they differ in number, or there are none.
+    """
+    if explanations is None:
+        explanations = explain(model, images, top_k)
+    several = one_by_one(images)
+    true: list[int | None] = [None] * len(several) if labels is None else [int(label) for label in labels]
+    if not len(several) == len(explanations) == len(true) or not several:
+        raise ValueError(
+            f"{len(several)} images, {len(explanations)} explanations and {len(true)} labels. Pass one explanation, "
+            f"and one label if any, for each image, and at least one image."
+        )
+    return several, list(explanations), true
 
 
 def read_without(model: MemoryWrapModel, encoding: Tensor, hidden: Tensor) -> Tensor:

@@ -1,32 +1,29 @@
 """Figures of explanations, with matplotlib. Frames and words tell examples from counterfactuals, not colour alone."""
 
 import os
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
-from timm_memwrap.explaining.explanation import Explanation, MemorySample, explain
-from timm_memwrap.explaining.inputs import find_picture, to_picture
-from timm_memwrap.explaining.report import MemoryReport
+from timm_memwrap.explaining.explanation import Explanation, MemorySample, aligned, class_names
+from timm_memwrap.explaining.heatmaps import HEAT, Attribution, overlays
+from timm_memwrap.explaining.inputs import SampleImages, picture_of, to_picture
+from timm_memwrap.explaining.page import BLUE, GREY, ORANGE, PALE, Page
+from timm_memwrap.explaining.report import MemoryReport, SampleUse
+from timm_memwrap.memory_bank import SampleId
 from timm_memwrap.model import MemoryWrapModel
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_explanation", "plot_explanations", "plot_memory_report"]
-
-# Okabe and Ito's palette: told apart with any common colour vision, and in grey by their brightness.
-BLUE, ORANGE, GREY, PALE = "#0072B2", "#D55E00", "#666666", "#EEEEEE"
+__all__ = ["plot_explanation", "plot_explanations", "plot_heatmaps", "plot_memory_report"]
 
 # In inches.
 _INPUT, _SAMPLE, _GAP, _MARGIN = 1.25, 0.95, 0.3, 0.25
 _LINE = 0.155
+_HEAT = 1.2
 
 
 def plot_explanations(
@@ -61,11 +58,12 @@ def plot_explanations(
         ValueError: If images, explanations and labels differ in number.
     """
     pictures, explanations, true = _aligned(model, images, explanations, labels, top_k)
+    stored = None if dataset is None else SampleImages(model, dataset)
     columns = max(1, min(top_k, max(len(explanation.samples) for explanation in explanations)))
     left = _MARGIN + _INPUT + 2.2 * _GAP
     row_height = _INPUT + 3 * _LINE + 0.12
     width = left + columns * (_SAMPLE + _GAP) + 0.35 + _MARGIN
-    page = _Page(max(width, 7.2), 0.5 + len(pictures) * row_height + 0.62)
+    page = Page(max(width, 7.2), 0.5 + len(pictures) * row_height + 0.62)
     page.text(_MARGIN, 0.14, "Predicted", size=9, weight="bold")
     page.text(left, 0.14, "from these remembered training images, strongest first", size=9, weight="bold")
 
@@ -75,7 +73,7 @@ def plot_explanations(
         page.text(left - 1.1 * _GAP, top + _INPUT / 2, "←", size=16, color=GREY, align="center", middle=True)
         for column, sample in enumerate(explanation.samples[:columns]):
             x = left + column * (_SAMPLE + _GAP)
-            _draw_sample(page, x, top, _SAMPLE, sample, _picture_of(model, sample, dataset))
+            _draw_sample(page, x, top, _SAMPLE, sample, picture_of(model, sample.image, sample.id, stored))
         drawn = explanation.samples[:columns]
         rest = explanation.support_size - len(drawn)
         if rest:
@@ -110,6 +108,7 @@ def plot_explanation(
     )
     if more:
         raise ValueError(f"{1 + len(more)} images for one explanation. Call plot_explanations for several.")
+    stored = None if dataset is None else SampleImages(model, dataset)
     groups = (
         (f"Examples: the model sees “{_short(explanation.class_name, 24)}” in them too", explanation.examples),
         ("Counterfactuals: it sees another class in them", explanation.counterfactuals),
@@ -118,7 +117,7 @@ def plot_explanation(
     size = 1.7
     left = _MARGIN + size + 2 * _GAP
     row_height = _SAMPLE + 5.3 * _LINE + 0.25
-    page = _Page(max(left + columns * (_SAMPLE + _GAP) + _MARGIN, 7.2), 0.22 + 2 * (row_height + 0.2) + 0.55)
+    page = Page(max(left + columns * (_SAMPLE + _GAP) + _MARGIN, 7.2), 0.22 + 2 * (row_height + 0.2) + 0.55)
     _draw_input(page, model, _MARGIN, 0.45, pictures[0], explanation, labels[0], size)
     page.text(_MARGIN, 0.45 + size + 3.6 * _LINE, _without_memory(model, explanation), size=7.5, color=GREY)
     for row, (title, samples) in enumerate(groups):
@@ -128,7 +127,7 @@ def plot_explanation(
             page.text(left, top + 0.25, "None among the samples that the prediction used.", size=8, color=GREY)
         for column, sample in enumerate(samples[:columns]):
             x = left + column * (_SAMPLE + _GAP)
-            _draw_sample(page, x, top + 0.23, _SAMPLE, sample, _picture_of(model, sample, dataset))
+            _draw_sample(page, x, top + 0.23, _SAMPLE, sample, picture_of(model, sample.image, sample.id, stored))
             flips = sample.prediction_without != explanation.prediction
             page.text(
                 x,
@@ -172,39 +171,97 @@ def plot_memory_report(
         raise ValueError(
             f"The report is on {len(report.samples)} samples that are not those of {bank!r}. Call memory_report again."
         )
+    stored = None if dataset is None else SampleImages(model, dataset)
     groups = (
-        (f"Mislead more than they help: {len(report.misleading)} of {len(report.samples)}", report.misleading, ORANGE),
-        (f"Label disputed by the model: {len(report.disputed)} of {len(report.samples)}", report.disputed, BLUE),
-    )
-    columns = max(1, *(min(top_k, len(samples)) for _, samples, _ in groups))
-    row_height = _SAMPLE + 4.2 * _LINE + 0.5
-    page = _Page(max(_MARGIN + columns * (_SAMPLE + _GAP) + _MARGIN, 6.0), 0.15 + 2 * row_height + 0.35)
-    for row, (title, samples, color) in enumerate(groups):
-        top = 0.15 + row * row_height
+        (f"Misleading: {len(report.misleading)} of {len(report.samples)} remembered images",
+         "Read more by wrong predictions of what they stand for than by right ones: remove the worst, or look at why.",
+         report.misleading, ORANGE),
+        (f"Disputed: {len(report.disputed)} of {len(report.samples)} remembered images",
+         "The model, without the image itself, sees another class in it than its label says: is the label wrong?",
+         report.disputed, BLUE),
+    )  # fmt: skip
+    columns = max(1, *(min(top_k, len(samples)) for _, _, samples, _ in groups))
+    row_height = _SAMPLE + 5.4 * _LINE + 0.75
+    page = Page(max(_MARGIN + columns * (_SAMPLE + _GAP) + _MARGIN, 6.8), 0.18 + 2 * row_height + 0.5)
+    drawn = [*report.misleading[:top_k], *report.disputed[:top_k]]
+    most = max((max(sample.misleading, sample.helping) for sample in drawn), default=0.0)
+    for row, (title, meaning, samples, color) in enumerate(groups):
+        top = 0.18 + row * row_height
         page.text(_MARGIN, top, title, size=9, weight="bold", color=color)
+        page.text(_MARGIN, top + 0.19, meaning if samples else "None.", size=7.5, color=GREY)
         for column, sample in enumerate(samples[:top_k]):
-            x, y = _MARGIN + column * (_SAMPLE + _GAP), top + 0.3
-            stored = None if bank.images is None else to_picture(model, bank.images[sample.position])
-            if stored is None and dataset is not None:
-                stored = find_picture(model, dataset, sample.id)
-            if stored is None:
-                page.tile(x, y, _SAMPLE, _short(str(sample.id), 40))
-            else:
-                page.picture(x, y, _SAMPLE, stored)
+            x, y = _MARGIN + column * (_SAMPLE + _GAP), top + 0.45
+            thumbnail = None if bank.images is None else bank.images[sample.position]
+            _draw_picture(page, x, y, _SAMPLE, sample.id, picture_of(model, thumbnail, sample.id, stored))
             page.frame(x, y, _SAMPLE, color, dashed=row == 0)
-            lines = [f"labelled {_short(sample.class_name, 13)}"]
-            if sample.disputed:
-                lines.append(f"seen as {_short(sample.predicted_class_name, 13)}")
-            lines += [f"misleads {sample.misleading:.1f}", f"helps {sample.helping:.1f}"]
-            page.text(x, y + _SAMPLE + 0.07, "\n".join(lines), size=7.5)
+            _draw_use(page, x, y + _SAMPLE + 0.07, sample, most)
+    y = page.height - 0.52
+    for x, width, color, text in (
+        (_MARGIN, 0.25, ORANGE, "weight in wrong predictions of its class"),
+        (_MARGIN + 2.9, 0.25, BLUE, "weight in right ones"),
+    ):
+        page.block(x, y + 0.01, width, 0.09, color)
+        page.text(x + width + 0.07, y, text, size=7.5)
     page.text(
         _MARGIN,
-        page.height - 0.3,
-        f"{report.wrong} of {report.count} predictions are wrong; {len(report.never_read)} samples were never read. "
-        f"Misleads, helps: sum of weights.",
+        y + 0.2,
+        f"{report.wrong} of {report.count} predictions are wrong; {len(report.never_read)} remembered images were "
+        f"never read.",
         size=7.5,
         color=GREY,
     )
+    return page.finish(path, dpi)
+
+
+def plot_heatmaps(
+    model: MemoryWrapModel,
+    attributions: Sequence[Attribution],
+    labels: Sequence[int] | Tensor | None = None,
+    path: str | os.PathLike | None = None,
+    dpi: int = 150,
+) -> "Figure":
+    """Draws what `attribute` found: each input and the memory samples that it read, and below each its heatmap.
+
+    Args:
+        model: The model that was explained.
+        attributions: What `attribute` returned.
+        labels: As in `plot_explanations`.
+        path: As in `plot_explanations`.
+        dpi: As in `plot_explanations`.
+
+    Returns:
+        The matplotlib figure, which belongs to no pyplot state.
+
+    Raises:
+        ImportError: If matplotlib is absent.
+        ValueError: If there are no attributions, or labels differ in number.
+    """
+    true: list[int | None] = [None] * len(attributions) if labels is None else [int(label) for label in labels]
+    if not attributions or len(true) != len(attributions):
+        raise ValueError(
+            f"{len(attributions)} attributions and {len(true)} labels. Pass at least one attribution, and one label, "
+            f"if any, for each."
+        )
+    columns = max(len(attribution.explanation.samples) for attribution in attributions)
+    left = _MARGIN + _HEAT + 2.2 * _GAP
+    row_height = 2 * _HEAT + 5.4 * _LINE + 0.3
+    page = Page(max(left + columns * (_HEAT + _GAP) + _MARGIN, 7.6), 0.5 + len(attributions) * row_height + 0.4)
+    page.text(_MARGIN, 0.14, "Predicted", size=9, weight="bold")
+    page.text(left, 0.14, "from these remembered training images, strongest first", size=9, weight="bold")
+    for row, (attribution, label) in enumerate(zip(attributions, true, strict=True)):
+        top = 0.5 + row * row_height
+        below = top + _HEAT + 3.5 * _LINE
+        explanation = attribution.explanation
+        _draw_input(page, model, _MARGIN, top, to_picture(model, attribution.image), explanation, label, _HEAT)
+        page.text(left - 1.1 * _GAP, top + _HEAT / 2, "←", size=16, color=GREY, align="center", middle=True)
+        places = [left + column * (_HEAT + _GAP) for column in range(len(explanation.samples))]
+        for x, image, sample in zip(places, attribution.memory_images, explanation.samples, strict=True):
+            _draw_sample(page, x, top, _HEAT, sample, to_picture(model, image))
+        heat = zip([_MARGIN, *places], overlays(model, attribution), attribution.shares, strict=True)
+        for x, picture, share in heat:
+            page.picture(x, below, _HEAT, picture)
+            page.text(x, below + _HEAT + 0.06, f"{share:.0%} of the heat", size=7.5, color=GREY)
+    _draw_heat_legend(page)
     return page.finish(path, dpi)
 
 
@@ -215,30 +272,11 @@ def _aligned(
     labels: Sequence[int] | Tensor | None,
     top_k: int,
 ) -> tuple[list[np.ndarray], list[Explanation], list[int | None]]:
-    if explanations is None:
-        explanations = explain(model, images, top_k)
-    if isinstance(images, Tensor):
-        one_by_one = list(images) if images.ndim == 4 else [images]
-    else:
-        one_by_one = [images] if isinstance(images, Image.Image | str | os.PathLike) else list(images)
-    true: list[int | None] = [None] * len(one_by_one) if labels is None else [int(label) for label in labels]
-    if not len(one_by_one) == len(explanations) == len(true) or not one_by_one:
-        raise ValueError(
-            f"{len(one_by_one)} images, {len(explanations)} explanations and {len(true)} labels. Pass one explanation, "
-            f"and one label if any, for each image, and at least one image."
-        )
-    return [to_picture(model, image) for image in one_by_one], list(explanations), true
-
-
-def _picture_of(model: MemoryWrapModel, sample: MemorySample, dataset: Any) -> np.ndarray | None:
-    if sample.image is not None:
-        return to_picture(model, sample.image)
-    return None if dataset is None else find_picture(model, dataset, sample.id)
+    one_by_one, explanations, true = aligned(model, images, explanations, labels, top_k)
+    return [to_picture(model, image) for image in one_by_one], explanations, true
 
 
 def _name(model: MemoryWrapModel, label: int, most: int = 18) -> str:
-    from timm_memwrap.explaining.explanation import class_names
-
     names = class_names(model)
     return _short(names[label] if 0 <= label < len(names) else f"class {label}", most)
 
@@ -266,7 +304,7 @@ def _without_memory(model: MemoryWrapModel, explanation: Explanation) -> str:
 
 
 def _draw_input(
-    page: "_Page",
+    page: Page,
     model: MemoryWrapModel,
     x: float,
     top: float,
@@ -285,13 +323,10 @@ def _draw_input(
 
 
 def _draw_sample(
-    page: "_Page", x: float, top: float, size: float, sample: MemorySample, picture: np.ndarray | None
+    page: Page, x: float, top: float, size: float, sample: MemorySample, picture: np.ndarray | None
 ) -> None:
     color = BLUE if sample.is_example else ORANGE
-    if picture is None:
-        page.tile(x, top, size, _short(str(sample.id), 40))
-    else:
-        page.picture(x, top, size, picture)
+    _draw_picture(page, x, top, size, sample.id, picture)
     page.frame(x, top, size, color, dashed=not sample.is_example)
     line = top + size + 0.07
     page.bar(x, line, size, sample.weight, color)
@@ -302,7 +337,30 @@ def _draw_sample(
         page.text(x, line + 0.95 * _LINE, f"labelled {_short(sample.class_name, 14)}", size=7, color=GREY)
 
 
-def _draw_legend(page: "_Page") -> None:
+def _draw_picture(
+    page: Page, x: float, top: float, size: float, sample_id: SampleId, picture: np.ndarray | None
+) -> None:
+    if picture is None:
+        page.tile(x, top, size, _short(str(sample_id), 40))
+    else:
+        page.picture(x, top, size, picture)
+
+
+def _draw_use(page: Page, x: float, top: float, sample: SampleUse, most: float) -> None:
+    """Says what a memory sample is and was used for, with bars of which the longest stands for `most`."""
+    page.text(x, top, f"labelled {_short(sample.class_name, 13)}", size=7.5)
+    seen = _short(sample.predicted_class_name, 14) if sample.disputed else "the same"
+    page.text(x, top + 0.95 * _LINE, f"seen as {seen}", size=7.5, color="black" if sample.disputed else GREY)
+    for line, (value, color) in enumerate(((sample.misleading, ORANGE), (sample.helping, BLUE))):
+        bar = top + (2.15 + 0.9 * line) * _LINE
+        length = _SAMPLE - 0.3
+        page.block(x, bar, length, 0.09, PALE)
+        page.block(x, bar, length * (value / most if most else 0.0), 0.09, color)
+        page.text(x + _SAMPLE, bar + 0.045, f"{value:.1f}", size=7.5, align="right", middle=True)
+    page.text(x, top + 4.1 * _LINE, _short(str(sample.id), 17), size=6.5, color=GREY)
+
+
+def _draw_legend(page: Page) -> None:
     y, box = page.height - 0.42, 0.16
     page.frame(_MARGIN, y, box, BLUE, dashed=False)
     page.text(_MARGIN + 0.25, y + box / 2, "example: the model sees the same class", size=7.5, middle=True)
@@ -313,80 +371,11 @@ def _draw_legend(page: "_Page") -> None:
     page.text(_MARGIN + 5.57, y + box / 2, "share of the evidence", size=7.5, middle=True)
 
 
-class _Page:
-    """A figure addressed in inches from its top left corner, so that sizes do not depend on the number of rows."""
-
-    def __init__(self, width: float, height: float) -> None:
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("Figures need matplotlib: pip install 'timm-memwrap[plot]'.") from error
-        self.width, self.height = width, height
-        self.figure = Figure(figsize=(width, height), facecolor="white")
-
-    def _axes(self, x: float, top: float, width: float, height: float) -> "Axes":
-        box = (x / self.width, 1 - (top + height) / self.height, width / self.width, height / self.height)
-        axes = self.figure.add_axes(box)
-        axes.set_axis_off()
-        return axes
-
-    def picture(self, x: float, top: float, size: float, picture: np.ndarray) -> None:
-        axes = self._axes(x, top, size, size)
-        # Few pixels are shown as such: smoothed, they would look like a blur of the camera.
-        axes.imshow(picture, interpolation="nearest" if max(picture.shape[:2]) < 100 else "antialiased")
-
-    def tile(self, x: float, top: float, size: float, text: str) -> None:
-        self.block(x, top, size, size, PALE)
-        lines = [line[i : i + 12] for line in text.replace("/", "/\n").split("\n") for i in range(0, len(line), 12)]
-        label = "\n".join(["no picture", *lines])
-        self.text(x + size / 2, top + size / 2, label, size=6.5, color=GREY, align="center", middle=True)
-
-    def frame(self, x: float, top: float, size: float, color: str, dashed: bool) -> None:
-        style: Any = (0, (3, 1.5)) if dashed else "solid"
-        self._rectangle(x, top, size, size, fill=False, edgecolor=color, linewidth=2.2, linestyle=style)
-
-    def block(self, x: float, top: float, width: float, height: float, color: str) -> None:
-        self._rectangle(x, top, width, height, facecolor=color)
-
-    def _rectangle(self, x: float, top: float, width: float, height: float, **style: Any) -> None:
-        from matplotlib.patches import Rectangle
-
-        corner = (x / self.width, 1 - (top + height) / self.height)
-        size = (width / self.width, height / self.height)
-        self.figure.add_artist(Rectangle(corner, *size, transform=self.figure.transFigure, **style))
-
-    def bar(self, x: float, top: float, width: float, share: float, color: str) -> None:
-        """Draws a share of 1 as a bar with its number behind it."""
-        length = width - 0.36
-        self.block(x, top, length, 0.09, PALE)
-        self.block(x, top, length * min(1.0, share), 0.09, color)
-        number = f"{share:.0%}" if share >= 0.01 else "<1%"
-        self.text(x + width, top + 0.045, number, size=7.5, align="right", middle=True)
-
-    def text(
-        self,
-        x: float,
-        top: float,
-        text: str,
-        size: float,
-        color: str = "black",
-        weight: str = "normal",
-        align: str = "left",
-        middle: bool = False,
-    ) -> None:
-        # Class names are a stranger's: a dollar sign must not start a formula.
-        self.figure.text(
-            x / self.width, 1 - top / self.height, text, size=size, color=color, weight=weight, ha=align,
-            va="center" if middle else "top", parse_math=False,
-        )  # fmt: skip
-
-    def finish(self, path: str | os.PathLike | None, dpi: int) -> "Figure":
-        """Writes the figure, whole or not at all."""
-        if path is not None:
-            path = Path(path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".plot-") as folder:
-                temporary = Path(folder) / path.name
-                self.figure.savefig(temporary, dpi=dpi)
-                os.replace(temporary, path)
-        return self.figure
+def _draw_heat_legend(page: Page) -> None:
+    y, box = page.height - 0.36, 0.16
+    page.block(_MARGIN, y, box, box, "#{:02x}{:02x}{:02x}".format(*HEAT))
+    page.text(_MARGIN + 0.25, y + box / 2, "where the prediction comes from", size=7.5, middle=True)
+    page.frame(_MARGIN + 2.2, y, box, BLUE, dashed=False)
+    page.text(_MARGIN + 2.45, y + box / 2, "example: same class to the model", size=7.5, middle=True)
+    page.frame(_MARGIN + 4.5, y, box, ORANGE, dashed=True)
+    page.text(_MARGIN + 4.75, y + box / 2, "≠ counterfactual: another class to it", size=7.5, middle=True)

@@ -4,6 +4,7 @@ Shapes: B images, C channels.
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path, PurePath
@@ -13,19 +14,20 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from timm_memwrap.memory_bank import SampleId
 from timm_memwrap.model import MemoryWrapModel
 
 __all__ = [
+    "SampleImages",
     "batches_of",
     "check_model",
     "encoded_batches",
     "evaluating",
-    "find_input",
-    "find_picture",
+    "one_by_one",
+    "picture_of",
     "size_of",
     "to_batch",
     "to_picture",
@@ -54,8 +56,8 @@ def check_model(model: Any) -> None:
 
 
 @contextmanager
-def evaluating(model: MemoryWrapModel) -> Iterator[None]:
-    """Puts the model into evaluation mode without gradients, and restores the mode of each of its modules."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts a model into evaluation mode without gradients, and restores the mode of each of its modules."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -111,6 +113,13 @@ def to_batch(model: MemoryWrapModel, images: Any) -> Tensor:
     return images.to(parameter)
 
 
+def one_by_one(images: Any) -> list[Any]:
+    """Lists images that `explain` takes."""
+    if isinstance(images, Tensor) and images.ndim == 4:
+        return list(images)
+    return [images] if _is_one(images) else list(images)
+
+
 def _is_one(images: Any) -> bool:
     return isinstance(images, Tensor | Image.Image | str | os.PathLike)
 
@@ -121,10 +130,9 @@ def _stack(model: MemoryWrapModel, images: list[Any]) -> Tensor:
     tensors = []
     for image in images:
         if isinstance(image, str | os.PathLike):
-            with Image.open(image) as file:
-                image = _in_mode(file, config)
+            image = _read(image, _mode(config))
         if isinstance(image, Image.Image):
-            image = transform(_in_mode(image, config))
+            image = transform(image.convert(_mode(config)))
         if not isinstance(image, Tensor) or image.ndim != 3:
             shape = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
             raise ValueError(f"An image is {shape}; expected a tensor [C, H, W], a PIL image or a path.")
@@ -135,8 +143,18 @@ def _stack(model: MemoryWrapModel, images: list[Any]) -> Tensor:
     return torch.stack(tensors)
 
 
-def _in_mode(image: Image.Image, config: Mapping[str, Any]) -> Image.Image:
-    return image.convert("L" if config["input_size"][0] == 1 else "RGB")
+def _mode(config: Mapping[str, Any]) -> str:
+    return "L" if config["input_size"][0] == 1 else "RGB"
+
+
+def _read(path: str | os.PathLike, mode: str) -> Image.Image:
+    try:
+        with Image.open(path) as file:
+            return file.convert(mode)
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"The image {os.fspath(path)!r} cannot be read: {error}. Repair it, or leave it out."
+        ) from error
 
 
 def to_picture(model: MemoryWrapModel, image: Any) -> np.ndarray:
@@ -146,8 +164,7 @@ def to_picture(model: MemoryWrapModel, image: Any) -> np.ndarray:
     and paths are shown as they are.
     """
     if isinstance(image, str | os.PathLike):
-        with Image.open(image) as file:
-            return np.asarray(file.convert("RGB"))
+        return np.asarray(_read(image, "RGB"))
     if isinstance(image, Image.Image):
         return np.asarray(image.convert("RGB"))
     if not isinstance(image, Tensor) or image.ndim != 3:
@@ -164,52 +181,84 @@ def to_picture(model: MemoryWrapModel, image: Any) -> np.ndarray:
     return image.permute(1, 2, 0).numpy()
 
 
-def find_picture(model: MemoryWrapModel, dataset: Any, sample_id: SampleId) -> np.ndarray | None:
-    """Fetches a memory sample's picture from where the bank was built from, or `None` if it is not there.
+class SampleImages:
+    """Memory samples' images, fetched by id from where the bank was built from.
+
+    Make one per call and keep it: the names of the dataset's files are read once, at the first sample that has one.
 
     Args:
-        model: The model, whose normalisation is undone if the dataset gives tensors.
-        dataset: A dataset of `(image, label)`, or a mapping from id to image.
-        sample_id: The sample's id in the bank: a position in the dataset, or the end of a file's path.
+        model: The model: its transform makes inputs of pictures, and its normalisation is undone for people.
+        dataset: A dataset of `(image, label)`, or a mapping from id to image. An id is a position in the dataset, or
+            the end of a file's path, which must be the only one of its kind; a bank from the Hub has bare file names.
     """
-    image = _find(dataset, sample_id)
-    return None if image is None else to_picture(model, image)
+
+    def __init__(self, model: MemoryWrapModel, dataset: Any) -> None:
+        self._model, self._dataset = model, dataset
+        self._positions: dict[tuple[str, ...], int] | None = None
+
+    def picture(self, sample_id: SampleId) -> np.ndarray | None:
+        """Returns the sample as an array `[H, W, 3]` of uint8, or `None` if it is not there."""
+        image = self._find(sample_id)
+        return None if image is None else to_picture(self._model, image)
+
+    def input(self, sample_id: SampleId) -> Tensor:
+        """Returns the sample as a model input `[C, H, W]`.
+
+        Raises:
+            ValueError: If it is not there.
+        """
+        image = self._find(sample_id)
+        if image is None:
+            raise ValueError(
+                f"The memory sample {sample_id!r} is not in {type(self._dataset).__name__}, or there twice. Pass the "
+                f"dataset that the bank was built from, or a mapping from id to image."
+            )
+        return to_batch(self._model, image)[0]
+
+    def _find(self, sample_id: SampleId) -> Any:
+        dataset = self._dataset
+        if isinstance(dataset, Mapping):
+            return dataset.get(sample_id)
+        index: int | None
+        if isinstance(sample_id, int):
+            index = sample_id
+        else:
+            if self._positions is None:
+                self._positions = _positions_by_name(dataset)
+            index = self._positions.get(_tail(sample_id))
+        if index is None or not 0 <= index < len(dataset):
+            return None
+        sample = dataset[index]
+        return sample[0] if isinstance(sample, Sequence) else sample
 
 
-def find_input(model: MemoryWrapModel, dataset: Any, sample_id: SampleId) -> Tensor:
-    """Fetches a memory sample as a model input `[C, H, W]`. Arguments as in `find_picture`.
-
-    Raises:
-        ValueError: If it is not there.
-    """
-    image = _find(dataset, sample_id)
-    if image is None:
-        raise ValueError(
-            f"The memory sample {sample_id!r} is not in {type(dataset).__name__}. Pass the dataset that the bank was "
-            f"built from, or a mapping from id to image."
-        )
-    return to_batch(model, image)[0]
-
-
-def _find(dataset: Any, sample_id: SampleId) -> Any:
-    if isinstance(dataset, Mapping):
-        return dataset.get(sample_id)
-    index = sample_id if isinstance(sample_id, int) else _positions_by_name(dataset).get(_tail(sample_id))
-    if index is None or not 0 <= index < len(dataset):
-        return None
-    sample = dataset[index]
-    return sample[0] if isinstance(sample, Sequence) else sample
+def picture_of(
+    model: MemoryWrapModel, thumbnail: Tensor | None, sample_id: SampleId, stored: SampleImages | None
+) -> np.ndarray | None:
+    """Returns a memory sample's picture: the bank's own, else that of where it was built from, else `None`."""
+    if thumbnail is not None:
+        return to_picture(model, thumbnail)
+    return None if stored is None else stored.picture(sample_id)
 
 
 def _positions_by_name(dataset: Any) -> dict[tuple[str, ...], int]:
+    """Finds samples by the ends of their files' paths, where these tell one sample.
+
+    With and without the folder: a bank that came from the Hub has bare names.
+    """
+    names = _file_names(dataset)
+    count = Counter(end for name in names.values() for end in {name, name[-1:]})
+    return {end: i for i, name in names.items() for end in (name, name[-1:]) if count[end] == 1}
+
+
+def _file_names(dataset: Any) -> dict[int, tuple[str, ...]]:
     if isinstance(dataset, Subset):
-        inner = _positions_by_name(dataset.dataset)
-        by_inner = {int(index): i for i, index in enumerate(dataset.indices)}
-        return {name: by_inner[index] for name, index in inner.items() if index in by_inner}
+        inner = _file_names(dataset.dataset)
+        return {i: inner[int(index)] for i, index in enumerate(dataset.indices) if int(index) in inner}
     if hasattr(dataset, "filename"):  # timm's datasets
-        return {_tail(dataset.filename(i, basename=False, absolute=False)): i for i in range(len(dataset))}
+        return {i: _tail(dataset.filename(i, basename=False, absolute=False)) for i in range(len(dataset))}
     samples = getattr(dataset, "samples", None)  # torchvision's image folders
-    return {_tail(str(path)): i for i, (path, *_) in enumerate(samples or [])}
+    return {i: _tail(str(path)) for i, (path, *_) in enumerate(samples or [])}
 
 
 def _tail(name: str) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from timm_memwrap.explaining.explanation import read_nothing, read_without
-from timm_memwrap.explaining.inputs import check_model, encoded_batches, evaluating, find_input, size_of, to_batch
+from timm_memwrap.explaining.inputs import SampleImages, check_model, encoded_batches, evaluating, size_of, to_batch
 from timm_memwrap.model import MemoryReadout, MemoryWrapModel
 
 __all__ = [
@@ -242,7 +242,8 @@ def randomisation_check(model: MemoryWrapModel, images: Any, memory: Any, top_k:
     with evaluating(model), evaluating(shuffled):
         bank = shuffled.memory_bank
         assert bank.labels is not None and bank.predictions is not None
-        inputs = [find_input(model, memory, sample_id) for sample_id in bank.ids]
+        samples = SampleImages(model, memory)
+        inputs = [samples.input(sample_id) for sample_id in bank.ids]
         encodings = torch.cat([shuffled.encode(torch.stack(part)) for part in _parts(inputs)])
         bank.replace(encodings, bank.labels, bank.predictions, bank.ids)
         before, after = (_strongest(part.read_memory(batch), top_k) for part in (model, shuffled))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from timm_memwrap.explaining.explanation import class_names
+from timm_memwrap.explaining.explanation import class_names, printable
 from timm_memwrap.explaining.inputs import check_model, encoded_batches, evaluating, size_of
 from timm_memwrap.memory_bank import SampleId
 from timm_memwrap.model import MemoryWrapModel
@@ -102,7 +102,7 @@ class MemoryReport:
                 f"{s.reads:6d} {s.helping:8.2f} {s.misleading:10.2f}"
                 for s in samples[:10]
             ]
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what JSON can hold."""

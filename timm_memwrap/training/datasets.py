@@ -18,7 +18,7 @@ from timm_memwrap.selection import select
 from timm_memwrap.training.digits import Digits
 from timm_memwrap.training.shards import Shards
 
-__all__ = ["DIGITS", "Images", "open_dataset", "open_source", "split_off"]
+__all__ = ["DIGITS", "Images", "open_dataset", "open_remembered", "open_source", "split_off"]
 
 _logger = logging.getLogger(__name__)
 
@@ -209,6 +209,18 @@ def open_source(
     if not os.path.exists(name) and (name == DIGITS or name.partition("/")[0].lower() in (*_NAMED, *_STREAMS)):
         return open_dataset(name, None, split, classes, mode)
     return open_dataset("", name, split, classes, mode)
+
+
+def open_remembered(source: str | os.PathLike) -> Images:
+    """Opens the data that a memory was built from: an image folder as it is, and the training split of other data.
+
+    Args:
+        source: As in `open_source`.
+
+    Raises:
+        ValueError: As in `open_source`.
+    """
+    return open_source(source, "" if os.path.exists(source) else "train")
 
 
 def split_off(images: Images, fraction: float, seed: int = 0) -> tuple[Images, Images]:

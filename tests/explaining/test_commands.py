@@ -1,0 +1,173 @@
+"""The commands explain, evaluate and report: what they print and write, and that an error is one line."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import timm_memwrap
+from timm_memwrap import explain
+from timm_memwrap.cli import main
+from timm_memwrap.explaining import evaluate_explanations, memory_report
+from timm_memwrap.explaining.commands import find_images
+from timm_memwrap.training.datasets import open_source
+
+CLASSES = ["ant", "bee", "cow"]
+
+
+def _write_images(folder: Path, classes: list[str], each: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for i in range(each):
+            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) // (1 + CLASSES.index(name))
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in `model`, and images in `data/train`, of which its memory is, and in `data/test`."""
+    root = tmp_path_factory.mktemp("place")
+    _write_images(root / "data" / "train", CLASSES, 4, seed=0)
+    _write_images(root / "data" / "test", CLASSES[1:], 3, seed=1)
+    torch.manual_seed(0)
+    backbone = timm.create_model("test_resnet", num_classes=3, pretrained_cfg_overlay={"input_size": (3, 32, 32)})
+    torch.nn.init.normal_(backbone.get_classifier().weight)
+    model = timm_memwrap.wrap(backbone).eval()
+    timm_memwrap.build_memory_bank(model, open_source(root / "data", "train"), size=None, progress=False)
+    timm_memwrap.save_pretrained(model, root / "model")
+    return root
+
+
+@pytest.fixture
+def model(place: Path) -> timm_memwrap.MemoryWrapModel:
+    return timm_memwrap.from_pretrained(place / "model").eval()
+
+
+def test_explain_prints_a_table_and_writes_a_report(
+    place: Path, model: timm_memwrap.MemoryWrapModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [place / "data/test/bee/0.png", place / "data/test/cow/2.png"]
+    out, file = tmp_path / "new" / "report.html", tmp_path / "report.json"
+    args = ["explain", str(place / "model"), *map(str, files), "--top_k", "2", "--out", str(out)]
+    args += ["--json", str(file), "--memory_data", str(place / "data/train")]
+    assert main(args) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    expected = explain(model, files, top_k=2)
+    for name, explanation in zip(("0.png", "2.png"), expected, strict=True):
+        assert f"{name}: {explanation.class_name} ({explanation.probability:.0%})" in printed
+        for sample in explanation.samples:
+            assert f"{sample.weight:.1%} {sample.id} {sample.class_name}" in printed
+    found = json.loads(file.read_text())
+    assert found == [
+        {"image": name, **explanation.to_dict()} for name, explanation in zip(("0.png", "2.png"), expected, strict=True)
+    ]
+    html = out.read_text(encoding="utf-8")
+    # Pictures come from the memory's data: the model holds none.
+    assert "no picture" not in html
+    assert str(place) not in html
+    assert f"Written: {out}" in printed
+
+
+def test_explain_shows_heatmaps(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "report.html"
+    args = ["explain", str(place / "model"), str(place / "data/test"), "--heatmaps", "saliency", "--out", str(out)]
+    assert main([*args, "--memory_data", str(place / "data/train"), "--progress", "false"]) == 0
+    assert "of the heat" in out.read_text(encoding="utf-8")
+    # Files of a folder are named by their place in it.
+    assert "cow/2.png: " in capsys.readouterr().out
+    out.unlink()
+    assert main(args) == 1
+    assert "pass --memory_data and --out" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_json_alone_is_printed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["--data", str(place / "data"), "--progress", "false"]
+    for args in (
+        ["explain", str(place / "model"), str(place / "data/test")],
+        *([command, str(place / "model"), *data] for command in ("evaluate", "report")),
+    ):
+        assert main([*args, "--json", "-"]) == 0
+        assert json.loads(capsys.readouterr().out)
+
+
+def test_evaluate_prints_and_writes_the_metrics_by_the_names_of_the_classes(
+    place: Path, model: timm_memwrap.MemoryWrapModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The test folder has two of the three classes, so that its own numbers are not the model's."""
+    file = tmp_path / "metrics.json"
+    args = ["evaluate", str(place / "model"), "--data", str(place / "data"), "--split", "test"]
+    assert main([*args, "--json", str(file), "--progress", "false"]) == 0
+    by_hand = [(Image.open(path), CLASSES.index(path.parent.name)) for path, _ in find_images([place / "data/test"])]
+    expected = evaluate_explanations(model, by_hand, progress=False)
+    assert capsys.readouterr().out.strip() == str(expected)
+    found = json.loads(file.read_text())
+    assert found["accuracy"] == expected.accuracy
+    assert found["count"] == 6
+    # The classes stand in the folder itself.
+    assert main(["evaluate", str(place / "model"), "--data", str(place / "data/test"), "--split", ""]) == 0
+    assert capsys.readouterr().out.strip() == str(expected)
+
+
+def test_report_prints_and_draws(
+    place: Path, model: timm_memwrap.MemoryWrapModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "report.png"
+    args = ["report", str(place / "model"), "--data", str(place / "data"), "--out", str(out)]
+    assert main([*args, "--memory_data", str(place / "data/train"), "--progress", "false"]) == 0
+    by_hand = [(Image.open(path), CLASSES.index(path.parent.name)) for path, _ in find_images([place / "data/test"])]
+    assert capsys.readouterr().out.strip() == str(memory_report(model, by_hand, progress=False)).strip()
+    with Image.open(out) as picture:
+        assert picture.format == "PNG"
+
+
+def test_names_do_not_steer_the_terminal(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = timm_memwrap.from_pretrained(place / "model").eval()
+    model.memory_bank.set_class_names(["\x1b[31mred", "\x9b2J", "\u202eback"])
+    timm_memwrap.save_pretrained(model, tmp_path / "hostile")
+    data = tmp_path / "data"
+    for name, kept in (("\x1b[31mred", "ant"), ("\x9b2J", "bee")):
+        (data / name).mkdir(parents=True)
+        (data / name / "\x1b.png").write_bytes((place / f"data/train/{kept}/0.png").read_bytes())
+    source = str(tmp_path / "hostile")
+    assert main(["explain", source, str(data)]) == 0
+    assert main(["report", source, "--data", str(data), "--split", "", "--progress", "false"]) == 0
+    assert main(["explain", source, str(data), "--json", "-"]) == 0
+    printed = capsys.readouterr().out
+    assert all(char.isprintable() for char in printed.replace("\n", ""))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["explain", "{0}/model", "{0}/nothing.png"], "There is no '{0}/nothing.png'"),
+        (["explain", "{0}/model", "{0}/model"], "holds no images. Expected files ending in .bmp"),
+        (["explain", "{0}/nothing", "{0}/data"], "is neither a folder nor the name of a repository"),
+        (["explain", "{0}/model", "{0}/data/test", "--top_k", "0"], "top_k=0"),
+        (["explain", "{0}/model", "{0}/model/config.json"], "config.json' cannot be read"),
+        (["evaluate", "{0}/model"], "No data"),
+        (["evaluate", "{0}/model", "--data", "{0}/data", "--split", "nope"], "There is no folder 'nope'"),
+        (["report", "{0}/model", "--data", "{0}/others", "--split", ""], "does not know: 'elk'"),
+    ],
+)
+def test_an_error_is_one_line(place: Path, args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "others/elk").mkdir(parents=True, exist_ok=True)
+    (place / "others/elk/0.png").write_bytes((place / "data/train/ant/0.png").read_bytes())
+    assert main([arg.format(place) for arg in args]) == 1
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error[-1].startswith("timm-memwrap: ")
+    assert message.format(place) in error[-1]
+
+
+def test_a_file_whose_name_begins_as_an_option_is_a_file(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("--odd.png").write_bytes((place / "data/test/bee/0.png").read_bytes())
+    assert main(["explain", str(place / "model"), "--top_k", "1", "--", "--odd.png"]) == 0
+    assert capsys.readouterr().out.startswith("--odd.png: ")

@@ -1,0 +1,102 @@
+"""Labels of a data set are matched to the model's classes by name, or refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_dataset
+from torch.utils.data import Subset
+
+from timm_memwrap.explaining import evaluate_explanations
+from timm_memwrap.explaining.labels import dataset_classes, match_labels
+from timm_memwrap.model import MemoryWrapModel
+
+NAMES = ["doe", "ant", "cow", "bee"]
+
+
+class _Data:
+    def __init__(self, classes: list[str] | None, labels: list[int]) -> None:
+        if classes is not None:
+            self.classes = classes
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(index))
+        return image, self.labels[index]
+
+
+def _labels(data: object) -> list[int]:
+    return [int(data[i][1]) for i in range(len(data))]
+
+
+@pytest.mark.parametrize(
+    ("classes", "given", "expected"),
+    [
+        (NAMES, [0, 1, 2, 3], [0, 1, 2, 3]),
+        (["ant", "bee", "cow", "doe"], [0, 1, 2, 3], [1, 3, 2, 0]),  # in another order
+        (["bee", "doe"], [0, 1, 1], [3, 0, 0]),  # some of them
+        (["0", "1", "2", "3"], [0, 1, 2, 3], [0, 1, 2, 3]),  # numbers are no names
+        (None, [0, 1, 2, 3], [0, 1, 2, 3]),
+    ],
+)
+def test_labels_become_those_of_the_models_classes(
+    make_model: Callable[..., MemoryWrapModel], classes: list[str] | None, given: list[int], expected: list[int]
+) -> None:
+    model = make_model("wrapped", class_names=NAMES)
+    data = match_labels(model, _Data(classes, given))
+    assert _labels(data) == expected
+    assert torch.equal(data[1][0], _Data(classes, given)[1][0])
+
+
+def test_the_pretrained_cfg_names_classes_too(make_model: Callable[..., MemoryWrapModel]) -> None:
+    model = make_model("wrapped")
+    model.pretrained_cfg["label_names"] = NAMES
+    assert _labels(match_labels(model, _Data(["bee"], [0]))) == [3]
+
+
+def test_an_image_folder_of_some_classes_is_judged_as_all_are(
+    make_model: Callable[..., MemoryWrapModel], tmp_path: Path
+) -> None:
+    """Against the numbers that a person would write down; by the folder's own, accuracy would be another."""
+    model = make_model("wrapped", class_names=NAMES)
+    pictures = [Image.effect_noise((160, 160), 90 + 10 * i).convert("RGB") for i in range(6)]
+    names = ["cow", "bee"] * 3
+    for i, (picture, name) in enumerate(zip(pictures, names, strict=True)):
+        (tmp_path / name).mkdir(exist_ok=True)
+        picture.save(tmp_path / name / f"{i}.png")
+    folder = create_dataset("", str(tmp_path))
+    assert dataset_classes(Subset(folder, [0, 1])) == ["bee", "cow"]
+    by_hand = [(picture, NAMES.index(name)) for picture, name in zip(pictures, names, strict=True)]
+    found = evaluate_explanations(model, match_labels(model, folder), progress=False)
+    expected = evaluate_explanations(model, by_hand, progress=False)
+    assert found.accuracy == expected.accuracy
+    assert sorted(_labels(match_labels(model, folder))) == [2, 2, 2, 3, 3, 3]
+
+
+def test_what_cannot_be_matched_is_refused(make_model: Callable[..., MemoryWrapModel]) -> None:
+    model = make_model("wrapped", class_names=NAMES)
+    with pytest.raises(ValueError, match=r"does not know: 'elk', 'fox'.*It knows 'doe', 'ant', 'cow', 'bee'"):
+        match_labels(model, _Data(["ant", "fox", "elk"], [0]))
+    with pytest.raises(ValueError, match=r"has 3 classes and the model 4"):
+        match_labels(model, _Data(["0", "1", "2"], [0]))
+    with pytest.raises(ValueError, match=r"Sample 1 has the label -1; expected 0 to 1"):
+        _labels(match_labels(model, _Data(["bee", "ant"], [0, -1])))
+    model.memory_bank.set_class_names(["ant", "ant", "bee", "cow"])
+    with pytest.raises(ValueError, match=r"'ant' as the name of several classes"):
+        match_labels(model, _Data(["ant", "bee"], [0]))
+    model.memory_bank.set_class_names([])
+    with pytest.raises(ValueError, match=r"has 2 classes and the model 4.*set_class_names"):
+        match_labels(model, _Data(["bee", "ant"], [0]))
+
+
+@pytest.mark.parametrize(("classes", "said"), [(["0", "1", "2", "3"], True), (NAMES, False)])
+def test_numbers_for_names_are_said(
+    make_model: Callable[..., MemoryWrapModel], caplog: pytest.LogCaptureFixture, classes: list[str], said: bool
+) -> None:
+    match_labels(make_model("wrapped", class_names=NAMES), _Data(classes, [0]))
+    assert ("by number" in caplog.text) == said

@@ -1,0 +1,127 @@
+"""What the commands `explain`, `evaluate` and `report` do, but for reading arguments and printing."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from timm_memwrap.explaining.explanation import Explanation, class_names, explain, printable
+from timm_memwrap.explaining.files import write_text
+from timm_memwrap.explaining.heatmaps import attribute
+from timm_memwrap.explaining.html import write_html
+from timm_memwrap.model import MemoryWrapModel
+
+__all__ = ["describe", "explain_files", "find_images", "to_json"]
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+def find_images(paths: Sequence[str | os.PathLike]) -> list[tuple[Path, str]]:
+    """Lists image files, and those in folders, each with a name for people that says nothing of where a folder is.
+
+    Raises:
+        ValueError: If a path does not exist, or there is no image.
+    """
+    found = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            if not inside:
+                raise ValueError(f"{str(path)!r} holds no images. Expected files ending in {', '.join(SUFFIXES)}.")
+            found += [(file, file.relative_to(path).as_posix()) for file in inside]
+        elif path.is_file():
+            found.append((path, path.name))
+        else:
+            raise ValueError(f"There is no {str(path)!r}. Pass image files, or folders of them.")
+    if not found:
+        raise ValueError("No images: the list is empty. Pass image files, or folders of them.")
+    return found
+
+
+def explain_files(
+    model: MemoryWrapModel,
+    images: Sequence[tuple[Path, str]],
+    top_k: int = 5,
+    memory: Any = None,
+    heatmaps: str | None = None,
+    out: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> list[Explanation]:
+    """Explains image files, and writes a report of them if wanted.
+
+    Args:
+        model: A model with a memory bank.
+        images: What `find_images` found.
+        top_k: As in `explain`.
+        memory: As `dataset` in `write_html`, and as `memory` in `attribute`.
+        heatmaps: Method of `attribute`; `None` for no heatmaps.
+        out: The HTML file to write; `None` for none.
+        progress: Whether to show progress bars.
+
+    Raises:
+        ValueError: If heatmaps are wanted without a memory or without a report, or an image cannot be read.
+    """
+    paths, names = [path for path, _ in images], [name for _, name in images]
+    if heatmaps is None:
+        explanations, attributions = explain(model, paths, top_k), None
+    else:
+        if memory is None or out is None:
+            raise ValueError(
+                f"heatmaps={heatmaps!r} needs the images that the memory was built from, and a report to show them in: "
+                f"pass --memory_data and --out too."
+            )
+        attributions = attribute(model, paths, memory, heatmaps, top_k, progress=progress)
+        explanations = [attribution.explanation for attribution in attributions]
+    if out is not None:
+        write_html(model, paths, explanations, out, names=names, attributions=attributions, dataset=memory)
+    return explanations
+
+
+def describe(model: MemoryWrapModel, name: str, explanation: Explanation) -> str:
+    """Says an explanation as a short table, for a terminal."""
+    names = class_names(model)
+    without = explanation.prediction_without_memory
+    if without is None:
+        alone = "it could not tell"
+    elif without == explanation.prediction:
+        alone = f"still {names[without]} ({explanation.probability_without_memory:.0%})"
+    else:
+        alone = names[without]
+    lines = [
+        f"{name}: {explanation.class_name} ({explanation.probability:.0%}), without its memory {alone}",
+        f"  {'weight':>6}  {'id':28}  {'labelled':16}  {'model sees':18}  without it",
+    ]
+    for sample in explanation.samples:
+        if sample.prediction_without is None:
+            left = "no class is ahead"
+        elif sample.prediction_without == explanation.prediction:
+            left = f"still {explanation.class_name} ({explanation.probability - sample.influence:.0%})"
+        else:
+            left = names[sample.prediction_without]
+        sees = sample.predicted_class_name if sample.is_example else f"≠ {sample.predicted_class_name}"
+        lines.append(
+            f"  {sample.weight:6.1%}  {str(sample.id)[-28:]:28}  {sample.class_name[:16]:16}  {sees[:18]:18}  {left}"
+        )
+    rest = explanation.support_size - len(explanation.samples)
+    if rest > 0:
+        lines.append(f"  {max(0.0, 1 - sum(sample.weight for sample in explanation.samples)):6.1%}  {rest} more")
+    return "\n".join(map(printable, lines))
+
+
+def to_json(values: Any, target: str) -> str:
+    """Writes JSON to a file, whole or not at all.
+
+    It is ASCII, so that any terminal and any encoding can hold it; nothing is lost by that.
+
+    Args:
+        values: What JSON can hold.
+        target: The file, or `"-"` for none.
+
+    Returns:
+        The JSON.
+    """
+    text = json.dumps(values, indent=2)
+    if target != "-":
+        write_text(target, text + "\n")
+    return text

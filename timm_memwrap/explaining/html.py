@@ -1,0 +1,212 @@
+"""Writes explanations as one HTML file that needs nothing else: no script, no resource from elsewhere."""
+
+import base64
+import io
+import os
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from timm_memwrap.explaining.explanation import Explanation, MemorySample, aligned, class_names
+from timm_memwrap.explaining.files import write_text
+from timm_memwrap.explaining.heatmaps import Attribution, overlays
+from timm_memwrap.explaining.inputs import SampleImages, picture_of, to_picture
+from timm_memwrap.model import MemoryWrapModel
+
+__all__ = ["write_html"]
+
+# In pixels. What is shown is half of it, for screens of double density.
+_INPUT_SIZE, _SAMPLE_SIZE = 448, 256
+
+# Embeddings, overrides and isolates of text direction. The page isolates each name itself.
+_TURNING = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
+
+
+def write_html(
+    model: MemoryWrapModel,
+    images: Any,
+    explanations: Sequence[Explanation] | None,
+    path: str | os.PathLike,
+    labels: Sequence[int] | Tensor | None = None,
+    names: Sequence[str] | None = None,
+    attributions: Sequence[Attribution] | None = None,
+    dataset: Any = None,
+    top_k: int = 5,
+    title: str = "Explanations",
+) -> Path:
+    """Writes a report of explanations: one HTML file with its pictures inside, to be read in any browser or sent on.
+
+    It holds no script, and forbids the browser to load anything. Class names, ids and file names are a stranger's: they
+    are text, whatever they look like. The file shows pictures of the memory, so share it as you would share those.
+
+    Args:
+        model: The model that was explained.
+        images: What was explained: see `plot_explanations`.
+        explanations: What `explain` returned for them; `None` to call it.
+        path: File to write. It is written whole or not at all.
+        labels: True classes of the inputs, if known.
+        names: Titles of the inputs. `None` is their file names, or their numbers.
+        attributions: What `attribute` returned for them, to show heatmaps too.
+        dataset: As in `plot_explanations`.
+        top_k: How many samples to explain with if `explanations` is `None`.
+        title: Title of the report.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If images, explanations, labels, names or attributions differ in number.
+
+    Example:
+        ```python
+        >>> import timm, timm_memwrap, torch
+        >>> from timm_memwrap.explaining import write_html
+        >>> model = timm.create_model("memwrap_test_resnet", num_classes=2)
+        >>> data = torch.utils.data.TensorDataset(torch.randn(8, 3, 64, 64), torch.arange(8) % 2)
+        >>> bank = timm_memwrap.build_memory_bank(model, data, size=4, progress=False)
+        >>> write_html(model, torch.randn(2, 3, 64, 64), None, "report.html").name
+        'report.html'
+
+        ```
+    """
+    several, explanations, true = aligned(model, images, explanations, labels, top_k)
+    for name, given in (("names", names), ("attributions", attributions)):
+        if given is not None and len(given) != len(several):
+            raise ValueError(f"{len(given)} {name} for {len(several)} images. Pass one for each image, or None.")
+    titles = [_title(image, i) for i, image in enumerate(several)] if names is None else list(names)
+    stored = None if dataset is None else SampleImages(model, dataset)
+    heat: Sequence[Attribution | None] = [None] * len(several) if attributions is None else attributions
+    known = class_names(model)
+    html = _render(
+        title=title,
+        architecture=model.pretrained_cfg.get("architecture", type(model.backbone).__name__),
+        memory_size=len(model.memory_bank),
+        stale=model.memory_is_stale(),
+        heatmaps=attributions is not None,
+        inputs=[
+            _input(model, name, image, explanation, label, attribution, stored, known)
+            for name, image, explanation, label, attribution in zip(
+                titles, several, explanations, true, heat, strict=True
+            )
+        ],
+    )
+    return write_text(path, html)
+
+
+def _title(image: Any, position: int) -> str:
+    return PurePath(image).name if isinstance(image, str | os.PathLike) else f"Image {position + 1}"
+
+
+def _input(
+    model: MemoryWrapModel,
+    name: str,
+    image: Any,
+    explanation: Explanation,
+    label: int | None,
+    attribution: Attribution | None,
+    stored: SampleImages | None,
+    known: list[str],
+) -> dict[str, Any]:
+    heat: list[str | None] = [None] * (1 + len(explanation.samples))
+    shares = [0.0] * len(heat)
+    if attribution is not None:
+        if [sample.id for sample in attribution.explanation.samples] != [sample.id for sample in explanation.samples]:
+            raise ValueError(
+                f"The attribution for {name!r} is of other samples than its explanation. Pass the explanations of the "
+                f"attributions: [attribution.explanation for attribution in attributions]."
+            )
+        heat = [*(_data_url(picture, _INPUT_SIZE) for picture in overlays(model, attribution))]
+        shares = attribution.shares
+    shown = {sample.position for sample in explanation.samples}
+
+    def row(sample: MemorySample, overlay: str | None = None, share: float = 0.0) -> dict[str, Any]:
+        picture = picture_of(model, sample.image, sample.id, stored)
+        return {
+            "sample": sample,
+            "picture": None if picture is None else _data_url(picture, _SAMPLE_SIZE),
+            "overlay": overlay,
+            "share": share,
+            "without": None if sample.prediction_without is None else known[sample.prediction_without],
+            "flips": sample.prediction_without != explanation.prediction,
+            "probability_without": explanation.probability - sample.influence,
+        }
+
+    rows = zip(explanation.samples, heat[1:], shares[1:], strict=True)
+    more = [
+        ("More examples: the model sees the predicted class in them too", explanation.examples),
+        ("More counterfactuals: the model sees another class in them", explanation.counterfactuals),
+    ]
+    without = explanation.prediction_without_memory
+    return {
+        "name": name,
+        "picture": _data_url(to_picture(model, image), _INPUT_SIZE),
+        "overlay": heat[0],
+        "share": shares[0],
+        "explanation": explanation,
+        "label": None if label is None else (known[label] if 0 <= label < len(known) else f"class {label}"),
+        "right": label == explanation.prediction,
+        "without_memory": None if without is None else known[without],
+        "rest": explanation.support_size - len(explanation.samples),
+        "samples": [row(*parts) for parts in rows],
+        "groups": [
+            (heading, [row(sample) for sample in samples if sample.position not in shown])
+            for heading, samples in more
+            if any(sample.position not in shown for sample in samples)
+        ],
+    }
+
+
+def _data_url(picture: np.ndarray, size: int) -> str:
+    """Encodes a picture `[H, W, 3]` as a PNG in a link, at most `size` pixels a side."""
+    image = Image.fromarray(picture)
+    image.thumbnail((size, size))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _text(value: Any) -> Any:
+    """Replaces the characters of a text that HTML cannot hold, or that turn what is read round: U+202A to U+202E etc.
+
+    The rest stays as it is, also what joins and separates the letters of a script.
+    """
+    if type(value) is not str:
+        return value
+    return "".join("\ufffd" if _is_control(char) else char for char in value)
+
+
+def _is_control(char: str) -> bool:
+    if char in "\t\n":
+        return False
+    return unicodedata.category(char) in ("Cc", "Cs") or unicodedata.bidirectional(char) in _TURNING
+
+
+def _percent(value: float) -> str:
+    return "<1%" if 0 < value < 0.01 else f"{value:.0%}"
+
+
+def _points(value: float) -> str:
+    """Says a change of a probability in percentage points, with a true minus sign."""
+    points = round(100 * value)
+    sign = "\N{MINUS SIGN}" if points < 0 else "+"
+    return f"{sign}{abs(points)}" if points else "±0"
+
+
+def _render(**values: Any) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent.parent / "templates"),
+        undefined=StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_text,
+    )
+    environment.filters |= {"percent": _percent, "points": _points}
+    return environment.get_template("explanations.html.jinja").render(**values)
