@@ -29,7 +29,7 @@ ORDER = {
     "explaining": 5,
     "hub": 6,
     "training": 7,
-    "benchmark": 8,
+    "benchmark": 11,
     "arguments": 8,
     "cli": 9,
     "__init__": 10,

@@ -141,7 +141,7 @@ def wrap(
         seed=seed,
         device=device,
         workers=workers,
-        progress=sys.stderr.isatty() if progress is None else progress,
+        progress=_shown(progress),
     )
     if report.plain_accuracy is not None:
         print(f"{report.plain_accuracy:7.2%}  accuracy of the classifier as it was")
@@ -227,7 +227,7 @@ def explain(
     memory_data: str | None = None,
     heatmaps: str | None = None,
     json: str | None = None,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> None:
     """Explains images by the remembered images that their predictions used.
 
@@ -241,7 +241,7 @@ def explain(
         heatmaps: Show in the report where in the images the prediction comes from, by this method:
             integrated_gradients, input_x_gradient or saliency. Needs memory_data and out.
         json: File to write the explanations to as JSON, or - to print that instead of tables.
-        progress: Whether to show progress bars.
+        progress: Whether to show progress bars; null for if there is a terminal.
     """
     from timm_memwrap.explaining.commands import describe, explain_files, find_images, to_json
     from timm_memwrap.hub import from_pretrained
@@ -250,7 +250,7 @@ def explain(
     found = find_images(images)
     model = from_pretrained(source).eval()
     memory = None if memory_data is None else open_remembered(memory_data)
-    explanations = explain_files(model, found, top_k, memory, heatmaps, out, progress)
+    explanations = explain_files(model, found, top_k, memory, heatmaps, out, _shown(progress))
     named = [(name, explanation) for (_, name), explanation in zip(found, explanations, strict=True)]
     text = to_json([{"image": name, **explanation.to_dict()} for name, explanation in named], json) if json else ""
     if json == "-":
@@ -261,7 +261,9 @@ def explain(
         print(f"\nWritten: {path}")
 
 
-def evaluate(source: str, data: str = "", split: str = "test", json: str | None = None, progress: bool = True) -> None:
+def evaluate(
+    source: str, data: str = "", split: str = "test", json: str | None = None, progress: bool | None = None
+) -> None:
     """Evaluates a model and its explanations over labelled images.
 
     Labels are matched to the model's classes by name, where the data and the model both name them.
@@ -271,7 +273,7 @@ def evaluate(source: str, data: str = "", split: str = "test", json: str | None 
         data: The images: an image folder or tar file, digits, or torch/NAME or hfds/OWNER/NAME as timm reads them.
         split: The split; of an image folder the folder in it, or '' if the classes are in the folder itself.
         json: File to write the numbers to as JSON, or - to print that instead of a table.
-        progress: Whether to show progress bars.
+        progress: Whether to show progress bars; null for if there is a terminal.
     """
     from timm_memwrap.explaining import evaluate_explanations
     from timm_memwrap.explaining.commands import to_json
@@ -281,7 +283,7 @@ def evaluate(source: str, data: str = "", split: str = "test", json: str | None 
 
     dataset = open_source(data, split)
     model = from_pretrained(source).eval()
-    metrics = evaluate_explanations(model, match_labels(model, dataset), progress=progress)
+    metrics = evaluate_explanations(model, match_labels(model, dataset), progress=_shown(progress))
     text = to_json({"source": source, "data": data, "split": split, **metrics.to_dict()}, json) if json else ""
     print(text if json == "-" else metrics)
 
@@ -293,7 +295,7 @@ def report(
     out: str | None = None,
     memory_data: str | None = None,
     json: str | None = None,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> None:
     """Finds remembered images that mislead, that are never read, or whose label the model disputes.
 
@@ -304,7 +306,7 @@ def report(
         out: File to draw the worst to, by its suffix a PNG, PDF or SVG.
         memory_data: As in explain.
         json: File to write what was counted to as JSON, or - to print that instead of a table.
-        progress: Whether to show progress bars.
+        progress: Whether to show progress bars; null for if there is a terminal.
     """
     from timm_memwrap.explaining import memory_report, plot_memory_report
     from timm_memwrap.explaining.commands import to_json
@@ -315,11 +317,16 @@ def report(
     dataset = open_source(data, split)
     memory = None if memory_data is None else open_remembered(memory_data)
     model = from_pretrained(source).eval()
-    found = memory_report(model, match_labels(model, dataset), progress=progress)
+    found = memory_report(model, match_labels(model, dataset), progress=_shown(progress))
     if out is not None:
         plot_memory_report(model, found, path=out, dataset=memory)
     text = to_json(found.to_dict(), json) if json else ""
     print(text if json == "-" else found)
+
+
+def _shown(progress: bool | None) -> bool:
+    """Returns whether to show progress bars; by default where someone can see them move."""
+    return sys.stderr.isatty() if progress is None else progress
 
 
 COMMANDS: dict[str, Any] = {

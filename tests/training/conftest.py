@@ -3,25 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from training_images import write_images
 
 from timm_memwrap.training.configuration import Recipe
 from timm_memwrap.training.recipes import find_recipe, load_recipe
-
-CLASSES = ("cat", "dog", "Zebra")
-
-
-def write_images(folder: Path, count: int, classes: tuple[str, ...] = CLASSES, size: int = 24) -> Path:
-    """Writes `count` noisy images of each class, whose brightness is the class, to a folder each."""
-    rng = np.random.default_rng(len(folder.name))
-    for label, name in enumerate(sorted(classes)):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        for i in range(count):
-            pixels = rng.normal(60 + 70 * label, 12, (size, size, 3)).clip(0, 255).astype("uint8")
-            Image.fromarray(pixels).save(folder / name / f"{i:03}.png")
-    return folder
 
 
 @pytest.fixture

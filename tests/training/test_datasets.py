@@ -4,10 +4,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import CLASSES, write_images
+from training_images import CLASSES, write_images
 
 import timm_memwrap
-from timm_memwrap.training.datasets import Images, open_dataset, open_source, split_off
+from timm_memwrap.training.datasets import Images, open_dataset, open_remembered, open_source, split_off
 
 
 def test_a_folder_gives_images_labels_names_and_files(folder: Path) -> None:
@@ -53,6 +53,11 @@ def test_classes_that_nobody_knows_are_refused_and_not_left_out(folder: Path) ->
     write_images(folder / "validation", 1, ("fish",))
     with pytest.raises(ValueError, match="'fish'"):
         open_dataset("", folder, "validation", classes=known)
+
+
+def test_what_is_remembered_is_the_training_split_or_the_folder_itself(folder: Path) -> None:
+    assert len(open_remembered(folder)) == len(open_remembered(folder / "train")) == 36
+    assert len(open_remembered("digits")) == 1442
 
 
 def test_a_split_that_is_not_there_is_never_the_whole_folder(folder: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_images
+from training_images import write_images
 
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.training.configuration import Recipe

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import write_images
 from safetensors.torch import load_file
+from training_images import write_images
 
 from timm_memwrap.explaining import evaluate_explanations
 from timm_memwrap.training import training as module

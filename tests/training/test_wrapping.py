@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import write_images
 from safetensors.torch import save_file
 from timm.models import save_for_hf
+from training_images import write_images
 
 import timm_memwrap
 from timm_memwrap.cli import main

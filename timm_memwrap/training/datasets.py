@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 from timm.data import ImageDataset, create_dataset
+from timm.data.dataset_factory import _search_split
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -212,7 +213,7 @@ def open_source(
 
 
 def open_remembered(source: str | os.PathLike) -> Images:
-    """Opens the data that a memory was built from: an image folder as it is, and the training split of other data.
+    """Opens the data that a memory was built from: the training split, or an image folder that has none as it is.
 
     Args:
         source: As in `open_source`.
@@ -220,7 +221,9 @@ def open_remembered(source: str | os.PathLike) -> Images:
     Raises:
         ValueError: As in `open_source`.
     """
-    return open_source(source, "" if os.path.exists(source) else "train")
+    root = Path(source)
+    whole = root.is_file() or (root.is_dir() and _search_split(str(root), "train") == str(root))
+    return open_source(source, "" if whole else "train")
 
 
 def split_off(images: Images, fraction: float, seed: int = 0) -> tuple[Images, Images]:
@@ -280,8 +283,6 @@ def _open_folder(
 
 def _split_folder(root: Path, split: str) -> Path:
     """Finds the folder of a split as timm does, but never takes the whole folder for a split that is not there."""
-    from timm.data.dataset_factory import _search_split
-
     folder = Path(_search_split(str(root), split))
     if folder == root:
         inside = sorted(path.name for path in root.iterdir() if path.is_dir())
