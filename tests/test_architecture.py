@@ -15,6 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # other, as long as there is no cycle.
 ORDER = {
     "constants": 0,
+    "text": 0,
     "attention": 1,
     "fingerprint": 1,
     "selection": 1,

@@ -41,7 +41,7 @@ PUBLISHED_MEMORY = 100
 # Beyond this, the published layer's scores and their sort take all there is of time and memory.
 PUBLISHED_LIMIT = 10_000
 
-PARTS = ("inference", "read", "training", "import", "save", "push")
+PARTS = ("inference", "read", "training", "explain", "import", "save", "push")
 
 Call = Callable[[], Any]
 
@@ -93,8 +93,8 @@ def benchmark(
         img_sizes: Sides of the images; 224 if none are given.
         batch_sizes: Images at a time; 1 and 32 if none are given. Training takes 128 for each image size.
         bank_sizes: Samples in the memory; 1000 and 100000 if none are given.
-        parts: What to measure: inference, read, training, import, save, push; all but push if none are given. A push
-            goes to the Hub on loopback that HF_ENDPOINT names.
+        parts: What to measure: inference, read, training, explain, import, save, push; all but push if none are given.
+            A push goes to the Hub on loopback that HF_ENDPOINT names.
         device: A torch device.
         dtype: Type of weights and images in inference: float32, bfloat16 or float16.
         rounds: How often each thing is measured.
@@ -118,6 +118,8 @@ def benchmark(
                 for batch_size in batch_sizes or [1, 32]:
                     for bank_size in bank_sizes or [1000, 100_000]:
                         rows += _inference(name, img_size, batch_size, bank_size, device, getattr(torch, dtype), rounds)
+            if "explain" in parts:
+                rows += _explaining(name, img_size, device, rounds)
             if "training" in parts:
                 rows += _training(name, img_size, device, rounds)
         if "save" in parts:
@@ -328,6 +330,29 @@ def _training(name: str, img_size: int, device: str, rounds: int) -> list[Row]:
     )
 
 
+def _explaining(name: str, img_size: int, device: str, rounds: int) -> list[Row]:
+    """Times an explanation, influence of each shown sample included, beside the prediction that it explains."""
+    batch_size, bank_size = 32, 1000
+    wrapped = _fill(timm_memwrap.wrap(timm.create_model(name, num_classes=CLASSES).to(device)), bank_size)
+    images = torch.randn(batch_size, wrapped.in_chans, img_size, img_size, device=device)
+    calls: dict[str, Call] = {
+        "prediction": lambda: wrapped.read_memory(images),
+        "explanation": lambda: timm_memwrap.explain(wrapped, images),
+    }
+    with torch.inference_mode():
+        times = measure(calls, rounds, device)
+    return _rows(
+        times,
+        "explain",
+        "prediction",
+        {"explanation": 1.5},
+        model=name,
+        img_size=img_size,
+        batch_size=batch_size,
+        bank_size=bank_size,
+    )
+
+
 def _saving(name: str, rounds: int) -> list[Row]:
     """Times saving and loading beside timm's own of the backbone, plus a raw write and read of the bank."""
     size = 10_000
@@ -491,7 +516,7 @@ def run(
         img_sizes: Sides of the images; 224 if none are given.
         batch_sizes: Images at a time; 1 and 32 if none are given. Training takes 128.
         bank_sizes: Samples in the memory; 1000 and 100000 if none are given.
-        parts: inference, read, training, import, save, push; all but push if none are given.
+        parts: inference, read, training, explain, import, save, push; all but push if none are given.
         device: A torch device.
         dtype: Type of weights and images in inference: float32, bfloat16 or float16.
         rounds: How often each thing is measured.

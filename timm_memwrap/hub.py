@@ -44,6 +44,7 @@ from timm_memwrap.loading import (
 )
 from timm_memwrap.memory_bank import MemoryBank, SampleId
 from timm_memwrap.model import MemoryWrapModel
+from timm_memwrap.text import printable
 
 __all__ = [
     "FileError",
@@ -388,12 +389,12 @@ class Summary:
         seed = f", seed {memory['seed']}" if memory["seed"] is not None else ""
         lines += [
             f"  memory        {memory['size']:,} samples, {_size(self.memory_bytes)}",
-            f"  from          {_printable(source)}{population}{seed}",
+            f"  from          {printable(source)}{population}{seed}",
             f"  images        {_size(self.image_bytes) if memory['images'] else 'not inside'}",
             f"  fingerprint   {fits[self.stale]}",
             "  by class",
         ]
-        counts = {_printable(name): count for name, count in self.class_counts.items()}
+        counts = {printable(name): count for name, count in self.class_counts.items()}
         width = max(map(len, counts))
         return "\n".join([*lines, *(f"    {name:{width}}  {count:,}" for name, count in counts.items())])
 
@@ -423,11 +424,6 @@ def summarize(model_id: str | os.PathLike) -> Summary:
         image_bytes=bank.images.nbytes if bank.images is not None else 0,
         stale=model.memory_is_stale() if bank.provenance.encoder else None,
     )
-
-
-def _printable(text: str) -> str:
-    """Leaves out what would steer a terminal: a file from outside may say anything."""
-    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _size(size: float) -> str:

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from timm_memwrap.explaining.explanation import Explanation, class_names, explain, printable
+from timm_memwrap.explaining.explanation import Explanation, class_names, explain
 from timm_memwrap.explaining.files import write_text
 from timm_memwrap.explaining.heatmaps import attribute
 from timm_memwrap.explaining.html import write_html
 from timm_memwrap.model import MemoryWrapModel
+from timm_memwrap.text import printable
 
 __all__ = ["describe", "explain_files", "find_images", "to_json"]
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from timm_memwrap.explaining.inputs import batches_of, check_model, evaluating, one_by_one
 from timm_memwrap.memory_bank import SampleId
 from timm_memwrap.model import MemoryReadout, MemoryWrapModel
+from timm_memwrap.text import printable
 
 __all__ = ["Explanation", "MemorySample", "explain"]
 
@@ -162,11 +163,6 @@ def known_class_names(model: MemoryWrapModel) -> list[str]:
     """Names the model's classes as the bank does, else as its pretrained cfg does; empty if neither names them."""
     known = model.memory_bank.class_names or model.pretrained_cfg.get("label_names") or []
     return [str(name) for name in (known.values() if isinstance(known, dict) else known)]
-
-
-def printable(text: str) -> str:
-    """Replaces what would steer a terminal: a name from outside may hold anything."""
-    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def aligned(

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from timm_memwrap.explaining.explanation import class_names, printable
+from timm_memwrap.explaining.explanation import class_names
 from timm_memwrap.explaining.inputs import check_model, encoded_batches, evaluating, size_of
 from timm_memwrap.memory_bank import SampleId
 from timm_memwrap.model import MemoryWrapModel
+from timm_memwrap.text import printable
 
 __all__ = ["MemoryReport", "SampleUse", "memory_report"]
 
