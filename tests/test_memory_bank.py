@@ -343,7 +343,7 @@ def _damage(state: dict[str, Tensor], how: str) -> dict[str, Tensor]:
         "class names of numbers": {**state, "meaning": text(json.dumps({**meaning, "class_names": [1]}))},
         "meaning of floats": {**state, "meaning": torch.zeros(3)},
         "labels of floats": {**state, "labels": state["labels"].float()},
-        "encodings in half": {**state, "encodings": state["encodings"].half()},
+        "encodings in double": {**state, "encodings": state["encodings"].double()},
         "NaN": {**state, "encodings": state["encodings"] * float("nan")},
         "lengths differ": {**state, "predictions": state["predictions"][1:]},
     }[how]
@@ -353,7 +353,7 @@ def _damage(state: dict[str, Tensor], how: str) -> dict[str, Tensor]:
     "how",
     [
         *("lacks labels", "foreign", "not JSON", "not UTF-8", "a list", "other version", "no ids", "ids of lists"),
-        *("ids too few", "class names of numbers", "meaning of floats", "labels of floats", "encodings in half"),
+        *("ids too few", "class names of numbers", "meaning of floats", "labels of floats", "encodings in double"),
         *("NaN", "lengths differ"),
     ],
 )
@@ -476,3 +476,40 @@ def test_ids_of_numpy_and_torch_are_whole_numbers_too() -> None:
     bank.replace(**{**_GOOD, "ids": [*np.arange(2), torch.tensor(7)]})
     assert bank.ids == [0, 1, 7]
     assert all(type(sample_id) is int for sample_id in bank.ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_precision_of_storage_stays_through_all_that_happens_to_a_bank(tmp_path: Path, dtype: torch.dtype) -> None:
+    bank, exact = _bank().store_as(dtype), _bank().encodings
+    assert torch.equal(bank.encodings, exact.to(dtype))
+    more = _bank(3, start=10)
+    bank.append(more.encodings, more.labels, more.predictions, more.ids)
+    bank.remove(["0.png"])
+    bank.set_class_names(["a", "b", "c"])
+    bank.double()
+    assert bank.encodings.dtype == dtype
+    expected = torch.cat([exact[1:], more.encodings]).to(dtype)
+    assert torch.equal(bank.encodings, expected)
+    loaded = MemoryBank().load(bank.save(tmp_path / "bank.safetensors"))
+    _assert_same(loaded, bank)
+    other = _bank()
+    other.load_state_dict(bank.state_dict())
+    _assert_same(other, bank)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, "float16"])
+def test_a_precision_that_is_none_of_ours_is_refused(dtype: Any) -> None:
+    bank = _bank()
+    before = _snapshot(bank)
+    with pytest.raises(ValueError, match=r"torch\.bfloat16"):
+        bank.store_as(dtype)
+    _assert_same(bank, before)
+
+
+def test_an_encoding_beyond_half_precision_is_refused() -> None:
+    bank = _bank()
+    bank.encodings[2, 1] = 1e6
+    before = _snapshot(bank)
+    with pytest.raises(ValueError, match="2.png"):
+        bank.store_as(torch.float16)
+    _assert_same(bank, before)

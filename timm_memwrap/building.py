@@ -42,6 +42,7 @@ def build_memory_bank(
     class_names: Sequence[str] | None = None,
     dataset_name: str | None = None,
     distributed: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> MemoryBank:
     """Chooses samples of `data`, encodes them in one pass, and makes them the memory bank of `model`.
 
@@ -64,6 +65,7 @@ def build_memory_bank(
         dataset_name: Name of the data set, for the bank's provenance; `None` for the name of its class.
         distributed: Whether all processes of `torch.distributed`'s default group make this call together. Each then
             encodes its share of the samples, and all get the same bank.
+        dtype: What the encodings are stored in, as in `MemoryBank.store_as`.
 
     Returns:
         The bank, which is `model.memory_bank`.
@@ -129,6 +131,7 @@ def build_memory_bank(
                     population=population,
                     encoder=model.encoder_fingerprint(),
                 ),
+                dtype,
             )
             device = next(model.parameters()).device
             old, model.memory_bank = model.memory_bank, bank.to(device)

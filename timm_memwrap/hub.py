@@ -471,6 +471,7 @@ def public_bank(bank: MemoryBank, include_images: bool = False) -> MemoryBank:
         bank.images if include_images else None,
         bank.class_names,
         dataclasses.replace(bank.provenance, dataset=_name(bank.provenance.dataset)),
+        bank.encodings.dtype,
     )
     return public
 

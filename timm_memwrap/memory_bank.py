@@ -35,6 +35,8 @@ _BUFFERS = {
     "images": (torch.uint8, 4),
     "meaning": (torch.uint8, 1),
 }
+# What encodings may be stored in. All but the first lose digits; a read is in float32 whatever they are stored in.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _REQUIRED = ("encodings", "labels", "predictions", "meaning")
 
 SampleId = int | str
@@ -198,6 +200,7 @@ class MemoryBank(nn.Module):
         images: Tensor | None = None,
         class_names: Sequence[str] = (),
         provenance: Provenance | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """Forgets everything and remembers these samples.
 
@@ -209,13 +212,14 @@ class MemoryBank(nn.Module):
             images: Small images for people to look at, uint8 `[M, 3 or 1, H, W]`.
             class_names: Names of the classes by label.
             provenance: Where the samples come from.
+            dtype: What the encodings are stored in, one of `DTYPES`.
 
         Raises:
             ValueError: If lengths, shapes, types or values do not fit. The bank is then unchanged.
         """
         meaning = _Meaning(_plain_ids(ids), _plain_names(class_names), provenance or Provenance())
         state: dict[str, Tensor | None] = {
-            "encodings": encodings.detach().float(),
+            "encodings": encodings.detach().to(dtype),
             "labels": labels.detach().long(),
             "predictions": predictions.detach().long(),
             "images": images,
@@ -254,13 +258,14 @@ class MemoryBank(nn.Module):
             )
         device = self.encodings.device
         return self.replace(
-            torch.cat([self.encodings, encodings.detach().float().to(device)]),
+            torch.cat([self.encodings, encodings.detach().to(device, self.encodings.dtype)]),
             torch.cat([self.labels, labels.detach().long().to(device)]),
             torch.cat([self.predictions, predictions.detach().long().to(device)]),
             [*self.ids, *ids],
             None if images is None or self.images is None else torch.cat([self.images, images.to(device)]),
             self.class_names,
             self.provenance,
+            self.encodings.dtype,
         )
 
     def remove(self, ids: Iterable[SampleId]) -> "MemoryBank":
@@ -297,7 +302,29 @@ class MemoryBank(nn.Module):
             None if self.images is None else self.images[index],
             self.class_names,
             self.provenance,
+            self.encodings.dtype,
         )
+        return self
+
+    def store_as(self, dtype: torch.dtype) -> "MemoryBank":
+        """Stores the encodings in another precision, and returns itself.
+
+        float16 and bfloat16 take half the space on disk and in memory, and lose digits that do not come back. A read
+        computes in float32 from what is stored.
+
+        Args:
+            dtype: One of `DTYPES`: `torch.float32`, `torch.float16` or `torch.bfloat16`.
+
+        Raises:
+            ValueError: If it is another, or an encoding is beyond what it can hold. The bank is then unchanged.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"Unknown dtype={dtype!r}. Pass one of {', '.join(map(str, DTYPES))}.")
+        if self.encodings is None:
+            raise ValueError("The memory bank is empty, so there is nothing to store. Call build_memory_bank.")
+        state = {**self._state(), "encodings": self.encodings.to(dtype)}
+        _check(state, self._read_meaning())
+        self._set(state)
         return self
 
     def clear(self) -> None:
@@ -390,7 +417,7 @@ class MemoryBank(nn.Module):
         self._set(
             {
                 name: tensor
-                if tensor is None or tensor.dtype == _BUFFERS[name][0]
+                if tensor is None or tensor.dtype == self._buffers[name].dtype  # type: ignore[union-attr]
                 else _moved(self._buffers[name], tensor)
                 for name, tensor in moved.items()
             }
@@ -504,7 +531,8 @@ def _check(state: dict[str, Tensor | None], meaning: _Meaning) -> None:
         tensor = state.get(name)
         if tensor is None or name == "meaning":
             continue
-        if tensor.dtype != dtype or tensor.ndim != ndim or len(tensor) != size:
+        allowed = DTYPES if name == "encodings" else (dtype,)
+        if tensor.dtype not in allowed or tensor.ndim != ndim or len(tensor) != size:
             raise ValueError(
                 f"The memory bank's {name} are {tensor.dtype} of shape {list(tensor.shape)}; expected {dtype} with "
                 f"{ndim} dimensions, the first of length {size} as the labels have."
