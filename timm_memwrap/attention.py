@@ -18,8 +18,10 @@ __all__ = [
     "float32_island",
     "prepare_keys",
     "read",
+    "ready_queries",
     "scores",
     "search",
+    "threshold",
     "top_weights",
 ]
 
@@ -85,7 +87,7 @@ def prepare_keys(encodings: Tensor, distance: str) -> Keys:
     return Keys(2 * encodings, -squares.sum(dim=-1), centre)
 
 
-def _ready(queries: Tensor, keys: Keys, distance: str) -> Tensor:
+def ready_queries(queries: Tensor, keys: Keys, distance: str) -> Tensor:
     """Makes queries `[B, D]` ready for the inner product with `keys`."""
     if distance == "cosine":
         queries = _unit(queries)
@@ -107,7 +109,7 @@ def scores(queries: Tensor, keys: Keys, distance: str, scale: float | Tensor = 1
     Returns:
         Scores `[B, M]`.
     """
-    similarity = _ready(queries, keys, distance) @ keys.vectors.T
+    similarity = ready_queries(queries, keys, distance) @ keys.vectors.T
     if keys.offsets is not None:
         similarity = similarity + keys.offsets
     return similarity if isinstance(scale, float) and scale == 1.0 else similarity * scale
@@ -136,8 +138,7 @@ def _sparsemax(similarity: Tensor) -> Tensor:
     rank = torch.arange(1, ordered.shape[-1] + 1, device=ordered.device, dtype=ordered.dtype)
     # At least 1, which only rows that are not numbers fall short of.
     support = (rank * ordered > excess).sum(dim=-1, keepdim=True).clamp(min=1)
-    threshold = excess.gather(-1, support - 1) / support
-    return (similarity - threshold).clamp(min=0)
+    return (similarity - excess.gather(-1, support - 1) / support).clamp(min=0)
 
 
 def top_weights(similarity: Tensor, at_least: int = 64) -> tuple[Tensor, Tensor]:
@@ -204,7 +205,7 @@ def search(
         if hidden is not None:
             _hide(similarity, hidden, 0)
         return top_weights(similarity, at_least)
-    queries = _ready(queries, keys, distance)
+    queries = ready_queries(queries, keys, distance)
     best = queries.new_empty(rows, 0)
     positions = torch.empty(rows, 0, dtype=torch.long, device=queries.device)
     bound = queries.new_full((rows, 1), -torch.inf)
@@ -223,7 +224,7 @@ def search(
             continue
         best, order = torch.cat([best, found], dim=1).sort(dim=-1, descending=True, stable=True)
         positions = torch.cat([positions, where + start], dim=1).gather(1, order)
-        bound = _threshold(best)
+        bound = threshold(best)
         # One at least, so that a query that is not a number gives weights that are none.
         support = max(1, int((best > bound).sum(dim=-1).amax())) if rows else 0
         best, positions = best[:, :support], positions[:, :support]
@@ -238,7 +239,7 @@ def _best_of_block(block: Tensor, bound: Tensor, at_least: int) -> tuple[Tensor,
     k = min(at_least, size)
     best, where = block.topk(k, dim=-1)
     while k < size:
-        needed = (best[:, -1:] > torch.maximum(bound, _threshold(best))).flatten()
+        needed = (best[:, -1:] > torch.maximum(bound, threshold(best))).flatten()
         if not bool(needed.any()):
             break
         k = min(4 * k, size)
@@ -248,7 +249,7 @@ def _best_of_block(block: Tensor, bound: Tensor, at_least: int) -> tuple[Tensor,
     return best, where
 
 
-def _threshold(ordered: Tensor) -> Tensor:
+def threshold(ordered: Tensor) -> Tensor:
     """Computes the sparsemax threshold `[B, 1]` of scores `[B, K]` in descending order (Martins and Astudillo 2016)."""
     largest = ordered[:, :1]
     shifted = ordered - largest

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_memwrap.attention import DISTANCES, Keys, content_weights, float32_island, prepare_keys, scores, search
+from timm_memwrap.memory_index import MemoryIndex
 
 __all__ = ["MLP", "BaselineMemory", "CentreClasses", "LabelVote", "MeanOfHalves", "MemoryLayer", "MemoryWrapLayer"]
 
@@ -124,16 +125,21 @@ class MemoryLayer(nn.Module, ABC):
         with float32_island(queries):
             return scores(queries, keys, self.distance, self.scale)
 
-    def search(self, input_encoding: Tensor, keys: Keys, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def search(
+        self, input_encoding: Tensor, keys: Keys, hidden: Tensor | None = None, index: MemoryIndex | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Finds the weights `[B, K]` and positions `[B, K]` of the samples that inputs `[B, D]` read, without gradient.
 
         Args:
             input_encoding: Encodings of the inputs.
             keys: What `keys` made of the memory encodings.
             hidden: Samples that a row must not see: a mask `[B, M]`, or positions `[B, H]`.
+            index: An index of the keys to search with; positions only may then be hidden.
         """
         queries = self.project(input_encoding)
         with float32_island(queries):
+            if index is not None:
+                return index.search(queries.detach(), self.scale, hidden)
             return search(queries, keys, self.distance, self.scale, hidden)
 
     def values(self, memory_encoding: Tensor, labels: Tensor | None = None) -> Tensor:

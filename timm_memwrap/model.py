@@ -4,6 +4,7 @@ Shapes: B inputs, M memory samples, D width of an encoding, C classes, K samples
 """
 
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from timm_memwrap.attention import DISTANCES, MASKED, Keys, content_weights, flo
 from timm_memwrap.fingerprint import Watch, fingerprint
 from timm_memwrap.layers import BaselineMemory, CentreClasses, LabelVote, MeanOfHalves, MemoryLayer, MemoryWrapLayer
 from timm_memwrap.memory_bank import MemoryBank
+from timm_memwrap.memory_index import MemoryIndex, check_index
 from timm_memwrap.timm_interface import TimmInterface, add_prefix
 
 __all__ = ["CLASSIFIERS", "READ_HEADS", "MemoryReadout", "MemoryWrapModel"]
@@ -46,6 +48,7 @@ class MemoryReadout(NamedTuple):
 class _Prepared(NamedTuple):
     keys: Keys
     values: Tensor
+    key_index: MemoryIndex | None = None
 
 
 class MemoryWrapModel(TimmInterface):
@@ -107,6 +110,7 @@ class MemoryWrapModel(TimmInterface):
         self._queue_used = False
         self._warned = False
         self._prepared: tuple[Watch, _Prepared] | None = None
+        self._index_args: dict[str, Any] | None = None
         self._fingerprint: tuple[Watch, str] | None = None
 
         traits = dict(getattr(backbone, "_traits", {}))
@@ -289,6 +293,28 @@ class MemoryWrapModel(TimmInterface):
         encoder = self.memory_bank.provenance.encoder
         return bool(encoder) and encoder != self.encoder_fingerprint()
 
+    def use_index(
+        self, kind: str | None, effort: int | None = None, path: str | os.PathLike | None = None
+    ) -> "MemoryWrapModel":
+        """Searches the memory bank through a faiss index from now on, and returns itself.
+
+        It is built at the next read without gradient, and anew whenever the weights or the bank change. It is no part
+        of the saved model: whoever loads it says so again, with `path` to find it built.
+
+        Args:
+            kind: `"flat"`, exact; `"ivf"` or `"hnsw"`, approximate; `None` for the exact search without faiss.
+            effort: How much an approximate index looks at, as in `MemoryIndex`; `None` for its default.
+            path: A file to keep the index in, e.g. beside the model. One of other keys is replaced.
+
+        Raises:
+            ValueError: If the kind or the effort is unknown.
+        """
+        if kind is not None:
+            check_index(kind, effort)
+        self._index_args = None if kind is None else {"kind": kind, "effort": effort, "path": path}
+        self._prepared = None
+        return self
+
     # -- timm's interface, as far as it concerns the head -------------------------------------------------------------
 
     def classifier_name(self) -> str | tuple[str, ...] | None:
@@ -377,7 +403,8 @@ class MemoryWrapModel(TimmInterface):
         mask = hidden is not None and hidden.dtype == torch.bool
         hides_all = hidden is not None and not mask and hidden.shape[-1] >= size
         if not (self.training or torch.compiler.is_compiling() or hides_all or _needs_gradient(encoding, prepared)):
-            weights, indices = head.search(encoding, prepared.keys, hidden)
+            # A mask over all of the memory is work for all of the memory, so the index is no help with it.
+            weights, indices = head.search(encoding, prepared.keys, hidden, None if mask else prepared.key_index)
             if mask:
                 assert hidden is not None
                 weights = weights.masked_fill(hidden.gather(1, indices), 0.0)
@@ -456,7 +483,12 @@ class MemoryWrapModel(TimmInterface):
         if known is None or known[1].values.dtype != dtype or not known[0].unchanged(watched):
             # Not in inference mode, whose tensors a later backward could not use.
             with torch.inference_mode(False), torch.no_grad():
-                known = self._prepared = (Watch(watched), self._prepare(bank.encodings.to(dtype), bank.labels))
+                prepared = self._prepare(bank.encodings.to(dtype), bank.labels)
+                if self._index_args is not None:
+                    prepared = prepared._replace(
+                        key_index=MemoryIndex(prepared.keys, self.memory_args["distance"], **self._index_args)
+                    )
+                known = self._prepared = (Watch(watched), prepared)
         return known[1]
 
     def _make_queue(self) -> None:
