@@ -14,7 +14,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 import timm_memwrap
 from timm_memwrap import MemoryBank, MemoryWrapModel
 from timm_memwrap.memory_bank import Provenance
+from timm_memwrap.memory_index import MemoryIndex
 from timm_memwrap.training.task import MemoryWrapTask
 
 __all__ = ["Row", "benchmark", "main", "plot_rows", "table"]
@@ -61,6 +63,8 @@ class Row:
         ratio: Median over rounds of the time divided by the anchor's in the same round.
         anchor: What it is divided by.
         budget: Largest ratio that the project allows itself, if there is one.
+        recall: Of an approximate read, the share of the exact weights that it finds.
+        agreement: Of an approximate read, the share of queries for which the same class has most weight.
     """
 
     part: str
@@ -73,6 +77,8 @@ class Row:
     ratio: float
     anchor: str
     budget: float | None = None
+    recall: float | None = None
+    agreement: float | None = None
 
 
 def benchmark(
@@ -85,6 +91,7 @@ def benchmark(
     dtype: str = "float32",
     rounds: int = 9,
     width: int = 512,
+    indexes: list[str] | None = None,
 ) -> list[Row]:
     """Measures what a memory costs.
 
@@ -99,6 +106,8 @@ def benchmark(
         dtype: Type of weights and images in inference: float32, bfloat16 or float16.
         rounds: How often each thing is measured.
         width: Width of the encodings in the measurement of the read alone.
+        indexes: faiss indexes to read through as well: flat, ivf, hnsw; none if none are given. Building one of a
+            million keys takes minutes.
 
     Raises:
         ValueError: If an argument is unknown.
@@ -128,7 +137,7 @@ def benchmark(
             rows += _pushing(name, rounds)
     if "read" in parts:
         for bank_size in bank_sizes or [1000, 100_000]:
-            rows += _reading(bank_size, width, 32, device, rounds)
+            rows += _reading(bank_size, width, 32, device, rounds, indexes or [])
         rows += _against_published(width, device, rounds)
     if "import" in parts:
         rows += _importing(rounds)
@@ -235,19 +244,30 @@ def _published(width: int, distance: str) -> nn.Module | None:
     return MemoryWrapLayer(width, CLASSES, distance=distance).eval()
 
 
-def _reading(bank_size: int, width: int, batch_size: int, device: str, rounds: int) -> list[Row]:
+def _reading(bank_size: int, width: int, batch_size: int, device: str, rounds: int, indexes: list[str]) -> list[Row]:
     """Times the read alone beside its matrix product, the least that an exact read takes."""
     layer = timm_memwrap.MemoryWrapLayer(width, CLASSES, head=nn.Identity(), scale=10.0).eval().to(device)
-    memory = _clustered(bank_size, width, 1)[0].to(device)
+    memory, labels = _clustered(bank_size, width, 1)
+    memory = memory.to(device)
     queries = _clustered(batch_size, width, 2)[0].to(device)
-    with torch.inference_mode():
+    with torch.no_grad():
         keys = layer.keys(memory)
         calls: dict[str, Call] = {
             "matrix product": lambda: queries @ keys.vectors.T,
             "exact read": lambda: layer.search(queries, keys),
         }
+        built = {f"faiss {kind}": MemoryIndex(keys, "cosine", kind) for kind in indexes}
+        for what, index in built.items():
+            calls[what] = partial(layer.search, queries, keys, None, index)
         times = measure(calls, rounds, device)
-    return _rows(
+        exact = _dense(*layer.search(queries, keys), bank_size)
+        quality = {}
+        for what, index in built.items():
+            found = _dense(*layer.search(queries, keys, None, index), bank_size)
+            classes = [torch.stack([w[:, labels == c].sum(dim=1) for c in range(CLASSES)]) for w in (exact, found)]
+            agreement = (classes[0].argmax(dim=0) == classes[1].argmax(dim=0)).float().mean().item()
+            quality[what] = (float((exact * (found > 0)).sum() / batch_size), agreement)
+    rows = _rows(
         times,
         "read",
         "matrix product",
@@ -257,6 +277,14 @@ def _reading(bank_size: int, width: int, batch_size: int, device: str, rounds: i
         batch_size=batch_size,
         bank_size=bank_size,
     )
+    return [
+        replace(row, recall=quality[row.what][0], agreement=quality[row.what][1]) if row.what in quality else row
+        for row in rows
+    ]
+
+
+def _dense(weights: Tensor, positions: Tensor, size: int) -> Tensor:
+    return torch.zeros(len(weights), size).scatter_add(1, positions.cpu(), weights.cpu())
 
 
 def _against_published(width: int, device: str, rounds: int) -> list[Row]:
@@ -441,7 +469,7 @@ def _importing(rounds: int) -> list[Row]:
 
 def table(rows: list[Row]) -> str:
     """Returns the measurements as a Markdown table."""
-    header = ("part", "model", "images", "batch", "memory", "what", "ms", "ratio", "budget")
+    header = ("part", "model", "images", "batch", "memory", "what", "ms", "ratio", "budget or recall")
     lines = [
         (
             row.part,
@@ -452,7 +480,7 @@ def table(rows: list[Row]) -> str:
             row.what,
             f"{row.milliseconds:.2f}",
             f"{row.ratio:.3f}" if row.what != row.anchor and not row.what.endswith(row.anchor) else "1",
-            "" if row.budget is None else f"{row.budget:.3g} {'met' if row.ratio <= row.budget else 'MISSED'}",
+            _remark(row),
         )
         for row in rows
     ]
@@ -460,6 +488,14 @@ def table(rows: list[Row]) -> str:
     shown = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
              for line in (header, tuple("-" * width for width in widths), *lines)]  # fmt: skip
     return "\n".join(shown)
+
+
+def _remark(row: Row) -> str:
+    if row.budget is not None:
+        return f"{row.budget:.3g} {'met' if row.ratio <= row.budget else 'MISSED'}"
+    if row.recall is not None:
+        return f"recall {row.recall:.1%}, same class {row.agreement:.0%}"
+    return ""
 
 
 def plot_rows(rows: list[Row], path: str | os.PathLike) -> Path:
@@ -506,6 +542,7 @@ def run(
     dtype: str = "float32",
     rounds: int = 9,
     width: int = 512,
+    indexes: list[str] | None = None,
     json_file: str | None = None,
     plot: str | None = None,
 ) -> None:
@@ -521,10 +558,11 @@ def run(
         dtype: Type of weights and images in inference: float32, bfloat16 or float16.
         rounds: How often each thing is measured.
         width: Width of the encodings in the measurement of the read alone.
+        indexes: faiss indexes to read through as well: flat, ivf, hnsw.
         json_file: Where to write the measurements as JSON.
         plot: Where to draw the time of a read against the size of the memory.
     """
-    rows = benchmark(models, img_sizes, batch_sizes, bank_sizes, parts, device, dtype, rounds, width)
+    rows = benchmark(models, img_sizes, batch_sizes, bank_sizes, parts, device, dtype, rounds, width, indexes)
     sys.stdout.write(table(rows) + "\n")
     if json_file is not None:
         Path(json_file).write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
