@@ -266,3 +266,13 @@ def test_saving_over_an_older_save_replaces_it(tmp_path: Path) -> None:
     assert (tmp_path / "notes.txt").read_text() == "mine"
     with torch.no_grad():
         assert torch.equal(from_pretrained(tmp_path).eval()(_images()), model(_images()))
+
+
+def test_a_bank_given_one_tensor_as_labels_and_predictions_is_saved(tmp_path: Path) -> None:
+    model = _model("baseline")
+    labels = torch.arange(6) % CLASSES
+    model.memory_bank.replace(torch.randn(6, model.encoding_size), labels, labels, range(6))
+    labels += 1
+    save_pretrained(model, tmp_path)
+    loaded = from_pretrained(tmp_path).memory_bank
+    assert loaded.labels.tolist() == loaded.predictions.tolist() == [0, 1, 2, 0, 1, 2]

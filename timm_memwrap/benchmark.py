@@ -385,7 +385,10 @@ def _saving(name: str, rounds: int) -> list[Row]:
     """Times saving and loading beside timm's own of the backbone, plus a raw write and read of the bank."""
     size = 10_000
     plain = timm.create_model(name, num_classes=CLASSES).eval()
-    headed = timm.create_model(f"memwrap_{name}", num_classes=CLASSES)
+    # With the backbone's features as encodings and no head of its own, it holds what the two files beside it hold.
+    headed = timm.create_model(
+        f"memwrap_baseline_{name}", num_classes=CLASSES, read_head="identity", classifier="linear"
+    )
     assert isinstance(headed, MemoryWrapModel)
     _fill(headed, size)
     from safetensors.torch import load_file, save_file

@@ -506,8 +506,10 @@ def _name(path: str) -> str:
 def write_files(model: MemoryWrapModel, folder: Path, bank: MemoryBank) -> list[Path]:
     """Writes a model with this bank into an empty folder, and returns the files, the weights first."""
     weights, config = folder / WEIGHTS_FILE, folder / CONFIG_FILE
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(_BANK_PREFIX)}
-    tensors |= {_BANK_PREFIX + name: tensor for name, tensor in bank.state_dict().items()}
+    # Kept as they are: a state dict otherwise holds copies of a bank, which may be large.
+    state, remembered = model.state_dict(keep_vars=True), bank.state_dict(keep_vars=True)
+    tensors = {name: tensor for name, tensor in state.items() if not name.startswith(_BANK_PREFIX)}
+    tensors |= {_BANK_PREFIX + name: tensor for name, tensor in remembered.items()}
     try:
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},

@@ -220,8 +220,9 @@ class MemoryBank(nn.Module):
         meaning = _Meaning(_plain_ids(ids), _plain_names(class_names), provenance or Provenance())
         state: dict[str, Tensor | None] = {
             "encodings": encodings.detach().to(dtype),
-            "labels": labels.detach().long(),
-            "predictions": predictions.detach().long(),
+            # Copies: the same tensor may be given as both, which a file cannot hold.
+            "labels": labels.detach().to(torch.long, copy=True),
+            "predictions": predictions.detach().to(torch.long, copy=True),
             "images": images,
         }
         _check(state, meaning)
