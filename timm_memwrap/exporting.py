@@ -87,7 +87,11 @@ class _Exported(nn.Module):
         self.top_k = None if top_k is None else min(top_k, len(bank))
         keys = self.head.keys(bank.encodings)
         for name, tensor in (*keys._asdict().items(), ("values", self.head.values(bank.encodings, bank.labels))):
-            self.register_buffer(name, tensor)
+            if tensor is None:
+                # As a buffer that is None it would shift torch.export's names of those behind it.
+                setattr(self, name, None)
+            else:
+                self.register_buffer(name, tensor)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Classifies images `[B, C, H, W]`: logits `[B, C]`, and on request weights and indices `[B, K]`."""
@@ -215,7 +219,9 @@ def _check_arguments(
 ) -> None:
     _check_format(format)
     if path.suffix != FORMATS[format]:
-        raise ValueError(f"path={str(path)!r} does not end in {FORMATS[format]!r}, as a file of format={format!r} must.")
+        raise ValueError(
+            f"path={str(path)!r} does not end in {FORMATS[format]!r}, as a file of format={format!r} must."
+        )
     if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
         raise ValueError(f"top_k={top_k!r} is not a number of samples. Pass an integer of at least 1.")
     if input_size is not None and (len(input_size) != 3 or not all(isinstance(n, int) and n > 0 for n in input_size)):
@@ -307,6 +313,7 @@ def _write_onnx(
         program,
         (),
         dynamo=True,
+        dynamic_shapes=({0: "batch"},),
         input_names=[INPUT],
         output_names=list(outputs),
         opset_version=opset,
