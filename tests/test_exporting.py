@@ -454,6 +454,20 @@ def test_a_model_that_does_not_trace_is_refused(format: str, tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
+class _NotInOnnx(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.special.bessel_j1(x)
+
+
+def test_an_operation_that_onnx_does_not_have_is_refused(tmp_path: Path) -> None:
+    model = remember(create())
+    model.head.classifier.relu = _NotInOnnx()
+    with pytest.raises(ExportError, match=r"cannot be converted to ONNX.*bessel_j1.*format='export'"):
+        export(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert_computes_the_same(export(model, tmp_path, "export").path, model)
+
+
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])
 def test_a_missing_package_names_the_extra(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = remember(create())

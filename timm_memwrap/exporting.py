@@ -309,16 +309,21 @@ def _write_onnx(
 ) -> None:
     import onnx
 
-    converted = torch.onnx.export(
-        program,
-        (),
-        dynamo=True,
-        dynamic_shapes=({0: "batch"},),
-        input_names=[INPUT],
-        output_names=list(outputs),
-        opset_version=opset,
-        verbose=False,
-    )
+    try:
+        converted = torch.onnx.export(
+            program,
+            (),
+            dynamo=True,
+            dynamic_shapes=({0: "batch"},),
+            input_names=[INPUT],
+            output_names=list(outputs),
+            opset_version=opset,
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        # The first line advises those who work on the exporter; the cause says which operation it is.
+        cause = str(error.__cause__ or error).strip().split("\n")[0]
+        raise ExportError(f"The model cannot be converted to ONNX: {cause} Pass format='export' instead.") from error
     assert converted is not None
     converted.model.metadata_props[METADATA_KEY] = metadata
     weights = sum(tensor.nbytes for tensor in program.state_dict.values())
