@@ -30,6 +30,7 @@ ORDER = {
     "model_card": 6,
     "explaining": 6,
     "hub": 7,
+    "exporting": 8,
     "training": 8,
     "benchmark": 12,
     "arguments": 9,
@@ -102,7 +103,7 @@ def test_only_the_hub_imports_huggingface_hub(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=_module)
 def test_heavy_and_optional_packages_are_imported_where_they_are_used(path: Path) -> None:
-    heavy = {"matplotlib", "captum", "sklearn", "faiss", "onnx", "torchvision", "scipy"}
+    heavy = {"matplotlib", "captum", "sklearn", "faiss", "onnx", "onnxruntime", "onnxscript", "torchvision", "scipy"}
     if _room(_module(path)) == "cli":
         heavy |= {"torch", "timm"}
     top = ast.parse(path.read_text()).body

@@ -316,3 +316,75 @@ def test_compiled_model_sees_a_new_bank(compiled: Callable[[Any], Any]) -> None:
         fast(images)
         fill(model, size=20, seed=9)
         torch.testing.assert_close(fast(images), model(images))
+
+
+@pytest.mark.parametrize("variant", ["memwrap", "classifier"])
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("given", ["nothing", "images", "encodings", "images, some hidden"])
+def test_compile_with_each_argument(variant: str, given: str, training: bool) -> None:
+    """The same outputs and gradients from one graph, through the compiler's own backward pass."""
+    torch._dynamo.reset()
+    model = fill(create(variant)).train(training)
+    other = copy.deepcopy(model)
+    arguments: dict[str, Any] = {}
+    if given.startswith("images"):
+        arguments["memory"] = random_images(5, seed=3)
+    if given == "encodings":
+        arguments["memory_encoding"] = torch.randn(5, model.encoding_size)
+    if given.endswith("hidden"):
+        hidden = torch.zeros(6, 5, dtype=torch.bool)
+        hidden[0, :2] = hidden[3] = True
+        arguments["hidden"] = hidden
+    results = []
+    for one in (torch.compile(model, fullgraph=True, backend="aot_eager"), other):
+        readout = one(random_images(), return_readout=True, **arguments)
+        (readout.logits.square().sum() + readout.weights.square().sum()).backward()
+        results.append(readout)
+    ours, theirs = results
+    # Eager evaluation leaves out the columns in which no input reads a sample.
+    support = theirs.weights.shape[1]
+    torch.testing.assert_close(ours.weights[:, :support], theirs.weights)
+    assert not ours.weights[:, support:].any()
+    torch.testing.assert_close(ours.logits, theirs.logits)
+    for mine, parameter in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, parameter.grad)
+
+
+def test_compile_a_vote(compiled: Callable[[Any], Any]) -> None:
+    torch.manual_seed(0)
+    model: Any = timm.create_model("memwrap_baseline_test_resnet", num_classes=CLASSES, classifier="vote")
+    fill(model.eval())
+    images = random_images()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(model)(images), model(images))
+
+
+@each_variant
+def test_compile_with_an_empty_memory(
+    variant: str, compiled: Callable[[Any], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not even the warning breaks the graph."""
+    model = create(variant)
+    images = random_images()
+    with torch.no_grad():
+        expected = copy.deepcopy(model)(images)
+        caplog.clear()
+        torch.testing.assert_close(compiled(model)(images), expected)
+    assert "The memory is empty" in caplog.text
+
+
+# -- torch.export -----------------------------------------------------------------------------------------------------
+
+
+@each_variant
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_the_model_itself(variant: str, strict: bool, tmp_path: Path) -> None:
+    """Without timm_memwrap.exporting: the model traces as it is, for a batch of any size."""
+    model = fill(create(variant))
+    batch = {0: torch.export.Dim("batch")}
+    with torch.no_grad():
+        program = torch.export.export(model, (random_images(2),), dynamic_shapes=(batch,), strict=strict)
+        torch.export.save(program, tmp_path / "model.pt2")
+        exported = torch.export.load(tmp_path / "model.pt2").module()
+        for size in (1, 5):
+            torch.testing.assert_close(exported(random_images(size)), model(random_images(size)))

@@ -49,6 +49,9 @@ def float32_island(tensor: Tensor) -> AbstractContextManager:
     # torch.amp.is_autocast_available would say so too, but torch.compile cannot trace it before torch 2.14.
     if device_type == "meta":
         return nullcontext()
+    # In an exported graph the context is a node, which torch.export.load cannot always read back.
+    if torch.compiler.is_exporting() and not torch.is_autocast_enabled(device_type):
+        return nullcontext()
     return torch.autocast(device_type=device_type, enabled=False)
 
 

@@ -462,11 +462,7 @@ class MemoryWrapModel(TimmInterface):
             filled = min(int(self.queue_position), len(self.queue))
             return self._read_set(encoding, self.queue[:filled].to(_wide(encoding.dtype)))
         if not self._warned:
-            self._warned = True
-            _logger.warning(
-                "The memory is empty, so the model reads nothing from it. Call timm_memwrap.build_memory_bank(model, "
-                "data) before evaluation."
-            )
+            self._warned = _warn_of_empty_memory()
         nothing = encoding.new_zeros(0, self.encoding_size)
         return self._read(encoding, self._prepare(nothing, torch.zeros(0, dtype=torch.long, device=encoding.device)))
 
@@ -624,6 +620,16 @@ def _needs_gradient(encoding: Tensor, prepared: _Prepared) -> bool:
     return torch.is_grad_enabled() and (
         encoding.requires_grad or prepared.keys.vectors.requires_grad or prepared.values.requires_grad
     )
+
+
+@torch.compiler.assume_constant_result
+def _warn_of_empty_memory() -> bool:
+    """Warns, and returns that it has. The compiler calls it while it traces, where a call of the logger would break."""
+    _logger.warning(
+        "The memory is empty, so the model reads nothing from it. Call timm_memwrap.build_memory_bank(model, data) "
+        "before evaluation."
+    )
+    return True
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

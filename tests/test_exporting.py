@@ -1,0 +1,561 @@
+"""Exported files compute what the model computes, hold its memory, and are whole or absent.
+
+The oracle is the eager model; files are run here by onnxruntime and torch.export themselves, beside the check that the
+export does on its own.
+"""
+
+import copy
+import json
+import logging
+import pickletools
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+from torch import Tensor
+
+from timm_memwrap import MemoryWrapModel, exporting, save_pretrained
+from timm_memwrap.cli import main
+from timm_memwrap.exporting import FORMATS, METADATA_KEY, ExportError, ExportReport, default_path, export_model
+from timm_memwrap.memory_bank import Provenance
+
+CLASSES = 4
+SIZE = (3, 32, 32)
+CLASS_NAMES = ["cat", "dog", "bird", "ölfisch"]
+
+each_format = pytest.mark.parametrize("format", FORMATS)
+
+HEADS = [
+    {"read_head": read_head, "classifier": classifier, "memory_only": memory_only}
+    for read_head in ("linear", "identity", "classifier")
+    for classifier in ("mlp", "linear", "vote")
+    for memory_only in (False, True)
+    if not (read_head == "classifier" and classifier == "mlp") and (memory_only or classifier != "vote")
+]
+
+
+def create(name: str = "test_resnet", memory_only: bool = False, **kwargs: Any) -> MemoryWrapModel:
+    torch.manual_seed(0)
+    kind = "memwrap_baseline" if memory_only else "memwrap"
+    model: Any = timm.create_model(f"{kind}_{name}", num_classes=CLASSES, **kwargs)
+    return model.eval()
+
+
+def random_images(count: int, size: tuple[int, ...] = SIZE, seed: int = 5) -> Tensor:
+    return torch.randn(count, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def remember(model: MemoryWrapModel, size: int = 12, ties: bool = False) -> MemoryWrapModel:
+    """Fills the bank with encodings like those of images; with `ties`, each is there three times."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        seen = model.encode(random_images(4, model.pretrained_cfg["input_size"] if not_any_size(model) else SIZE))
+    spread = seen.std() + 0.1 * seen.abs().mean()
+    encodings = seen.mean(dim=0) + spread * torch.randn(size, model.encoding_size, generator=generator)
+    if ties:
+        encodings = encodings[torch.arange(size) // 3]
+    model.memory_bank.replace(
+        encodings,
+        torch.arange(size) % CLASSES,
+        torch.arange(size).flip(0) % CLASSES,
+        [f"{i}.png" for i in range(size)],
+        class_names=CLASS_NAMES,
+        provenance=Provenance("pets", "balanced", 3, 100, model.encoder_fingerprint()),
+    )
+    return model
+
+
+def not_any_size(model: MemoryWrapModel) -> bool:
+    return bool(model.pretrained_cfg.get("fixed_input_size"))
+
+
+def load(path: Path) -> Callable[[Tensor], list[Tensor]]:
+    """Runs a file as people do who have no timm-memwrap."""
+    if path.suffix == ".onnx":
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        return lambda images: [torch.from_numpy(array) for array in session.run(None, {"image": images.numpy()})]
+    module = torch.export.load(path).module()
+    return lambda images: list(module(images))
+
+
+def metadata_of(path: Path) -> dict[str, Any]:
+    if path.suffix == ".onnx":
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        return json.loads(session.get_modelmeta().custom_metadata_map[METADATA_KEY])
+    files = {f"{METADATA_KEY}.json": ""}
+    torch.export.load(path, extra_files=files)
+    return json.loads(files[f"{METADATA_KEY}.json"])
+
+
+def dense_weights(model: MemoryWrapModel, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        readout = model.read_memory(images)
+    return torch.zeros(len(images), len(model.memory_bank)).scatter(1, readout.indices, readout.weights)
+
+
+def assert_computes_the_same(path: Path, model: MemoryWrapModel, size: tuple[int, ...] = SIZE) -> None:
+    run = load(path)
+    for batch in (1, 2, 5):
+        images = random_images(batch, size, seed=20 + batch)
+        with torch.no_grad():
+            expected = model(images)
+        logits, *evidence = run(images)
+        if model.memory_args["classifier"] == "vote":
+            logits, expected = logits.exp(), expected.exp()
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+        if evidence:
+            weights, indices = evidence
+            dense = dense_weights(model, images)
+            strongest = dense.sort(dim=1, descending=True).values[:, : weights.shape[1]]
+            torch.testing.assert_close(weights, strongest, rtol=0, atol=1e-4)
+            torch.testing.assert_close(weights, dense.gather(1, indices), rtol=0, atol=1e-4)
+            assert all(len(set(row)) == len(row) for row in indices.tolist())
+
+
+def export(model: Any, folder: Path, format: str = "onnx", size: tuple[int, ...] = SIZE, **kwargs: Any) -> ExportReport:
+    return export_model(model, folder / f"model{FORMATS[format]}", format, input_size=size, **kwargs)
+
+
+# -- all heads, distances, sizes and several backbones ----------------------------------------------------------------
+
+
+def _every_head() -> list[Any]:
+    """All heads with cosine, and the other distances with each read head; the rest of the product is slow."""
+    return [
+        pytest.param(
+            {**head, "distance": distance},
+            id="-".join(map(str, [*head.values(), distance])),
+            marks=[] if distance == "cosine" or head["classifier"] == "linear" else pytest.mark.slow,
+        )
+        for distance in ("cosine", "l2", "dot")
+        for head in HEADS
+    ]
+
+
+@pytest.mark.parametrize("head", _every_head())
+def test_onnx_of_every_head(head: dict[str, Any], tmp_path: Path) -> None:
+    model = remember(create(**head))
+    report = export(model, tmp_path, with_evidence=True)
+    assert report.difference is not None
+    assert report.difference <= 1e-4
+    assert_computes_the_same(report.path, model)
+
+
+@pytest.mark.parametrize("head", HEADS, ids=lambda head: "-".join(map(str, head.values())))
+def test_program_of_every_head(head: dict[str, Any], tmp_path: Path) -> None:
+    model = remember(create(**head))
+    assert_computes_the_same(export(model, tmp_path, "export", with_evidence=True).path, model)
+
+
+@each_format
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_efficientnet"])
+def test_backbones(name: str, format: str, tmp_path: Path) -> None:
+    model = remember(create(name))
+    size = (3, 160, 160)
+    report = export_model(model, tmp_path / f"m{FORMATS[format]}", format)
+    assert report.input_size == size == model.pretrained_cfg["input_size"]
+    assert report.outputs == ("logits",)
+    assert_computes_the_same(report.path, model, size)
+
+
+@each_format
+@pytest.mark.parametrize(("samples", "ties"), [(1, False), (1000, False), (12, True), (999, True)])
+def test_sizes_of_the_memory(samples: int, ties: bool, format: str, tmp_path: Path) -> None:
+    model = remember(create(memory_only=True, scale=30.0), samples, ties)
+    # Four of three that tie: the cut goes through a tie.
+    report = export(model, tmp_path, format, with_evidence=True, top_k=4)
+    assert load(report.path)(random_images(2))[1].shape == (2, min(4, samples))
+    assert_computes_the_same(report.path, model)
+
+
+@each_format
+def test_other_channels(format: str, tmp_path: Path) -> None:
+    model = create(in_chans=1)
+    labels = torch.arange(5) % CLASSES
+    model.memory_bank.replace(torch.randn(5, model.encoding_size), labels, labels, range(5))
+    report = export_model(model, tmp_path / f"model{FORMATS[format]}", format)
+    assert report.input_size == (1, 160, 160)
+    assert len(metadata_of(report.path)["input"]["mean"]) == 1
+    assert_computes_the_same(report.path, model, report.input_size)
+
+
+# -- what is in the file ----------------------------------------------------------------------------------------------
+
+
+@each_format
+def test_the_memory_is_named_and_the_input_described(format: str, tmp_path: Path) -> None:
+    model = remember(create())
+    bank = model.memory_bank
+    path = export(model, tmp_path, format, with_evidence=True).path
+    metadata = metadata_of(path)
+    assert metadata["class_names"] == CLASS_NAMES
+    assert metadata["architecture"] == "memwrap_test_resnet"
+    memory = metadata["memory"]
+    assert memory["ids"] == bank.ids
+    assert memory["labels"] == bank.labels.tolist()
+    assert memory["predictions"] == bank.predictions.tolist()
+    assert memory["encoder"] == model.encoder_fingerprint()
+    assert (memory["dataset"], memory["selection"], memory["seed"], memory["population"]) == (
+        "pets",
+        "balanced",
+        3,
+        100,
+    )
+    assert metadata["input"]["input_size"] == list(SIZE)
+    assert metadata["input"]["mean"] == list(model.pretrained_cfg["mean"])
+
+
+def test_ids_that_are_no_unicode_survive(tmp_path: Path) -> None:
+    model = remember(create(), 2)
+    ids = ["\udcff.png", '"\\\n']
+    bank = model.memory_bank
+    bank.replace(bank.encodings, bank.labels, bank.predictions, ids, provenance=bank.provenance)
+    for format in FORMATS:
+        assert metadata_of(export(model, tmp_path, format).path)["memory"]["ids"] == ids
+
+
+def test_names_and_dimensions_of_onnx(tmp_path: Path) -> None:
+    session = onnxruntime.InferenceSession(export(remember(create()), tmp_path, with_evidence=True, top_k=3).path)
+    described = {value.name: value.shape for value in [*session.get_inputs(), *session.get_outputs()]}
+    assert described == {
+        "image": ["batch", *SIZE],
+        "logits": ["batch", CLASSES],
+        "weights": ["batch", 3],
+        "indices": ["batch", 3],
+    }
+
+
+def test_opset(tmp_path: Path) -> None:
+    path = export(remember(create()), tmp_path, opset=21).path
+    assert [imported.version for imported in onnx.load(path).opset_import if not imported.domain] == [21]
+
+
+@each_format
+def test_no_images_and_no_paths_of_this_machine(format: str, tmp_path: Path) -> None:
+    model = remember(create(), 3)
+    bank = model.memory_bank
+    images = torch.randint(0, 255, (3, 3, 8, 8), dtype=torch.uint8)
+    bank.replace(bank.encodings, bank.labels, bank.predictions, bank.ids, images=images, provenance=bank.provenance)
+    data = export(model, tmp_path, format).path.read_bytes()
+    assert images.numpy().tobytes() not in data
+    assert bank.encodings.numpy().tobytes() in data
+    for module in (exporting, timm, torch):
+        assert str(Path(module.__file__).parent).encode() not in data
+
+
+def test_there_is_no_pickle_in_a_program(tmp_path: Path) -> None:
+    with zipfile.ZipFile(export(remember(create()), tmp_path, "export").path) as file:
+        names = file.namelist()
+        contents = {name: file.read(name) for name in names}
+    assert any("/weights/" in name for name in names)
+    for name, data in contents.items():
+        assert not data.startswith(b"PK"), name
+        with pytest.raises((ValueError, IndexError, UnicodeDecodeError, KeyError)):
+            list(pickletools.genops(data))
+
+
+def test_a_program_with_a_pickle_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PyTorch writes one by default: with the inputs that the graph was traced with."""
+    save = torch.export.save
+
+    def save_with_inputs(program: Any, *args: Any, **kwargs: Any) -> None:
+        program._example_inputs = ((random_images(2),), {})
+        save(program, *args, **kwargs)
+
+    monkeypatch.setattr(torch.export, "save", save_with_inputs)
+    with pytest.raises(ExportError, match="pickle"):
+        export(remember(create()), tmp_path, "export")
+    assert not list(tmp_path.iterdir())
+
+
+# -- whole or absent --------------------------------------------------------------------------------------------------
+
+
+@each_format
+def test_what_computes_something_else_is_refused(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / f"model{FORMATS[format]}"
+    path.write_text("as before")
+    monkeypatch.setattr(exporting, "content_weights", lambda similarity: similarity.softmax(dim=-1))
+    with pytest.raises(ExportError, match="differs from the model by"):
+        export(remember(create(scale=30.0)), tmp_path, format)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert path.read_text() == "as before"
+
+
+@each_format
+@pytest.mark.parametrize("wrong", ["weights", "indices"])
+def test_wrong_evidence_is_refused(wrong: str, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = exporting._Exported.forward
+
+    def other_evidence(self: Any, image: Tensor) -> tuple[Tensor, ...]:
+        logits, weights, indices = forward(self, image)
+        return (logits, weights / 2, indices) if wrong == "weights" else (logits, weights, indices.flip(1))
+
+    monkeypatch.setattr(exporting._Exported, "forward", other_evidence)
+    with pytest.raises(ExportError, match="differs from the model by"):
+        export(remember(create(scale=30.0)), tmp_path, format, with_evidence=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nan_is_refused(tmp_path: Path) -> None:
+    model = remember(create())
+    with torch.no_grad():
+        model.head.classifier.fc2.bias.fill_(float("nan"))
+    with pytest.raises(ExportError, match="differs from the model by nan"):
+        export(model, tmp_path, "export")
+    assert not list(tmp_path.iterdir())
+
+
+@each_format
+def test_a_broken_write_leaves_what_was_there(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = remember(create())
+    path = export(model, tmp_path, format).path
+    before = path.read_bytes()
+
+    def full_disk(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch.export, "save", full_disk)
+    monkeypatch.setattr(onnx.checker, "check_model", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        export(model, tmp_path, format)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert path.read_bytes() == before
+
+
+@each_format
+def test_export_makes_the_folder_and_replaces_the_file(format: str, tmp_path: Path) -> None:
+    model = remember(create())
+    first = export(model, tmp_path / "new" / "folder", format, with_evidence=True).path
+    assert len(load(first)(random_images(2))) == 3
+    again = export(model, first.parent, format).path
+    assert again == first
+    assert len(load(first)(random_images(2))) == 1
+
+
+def test_weights_too_large_for_protobuf_go_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = remember(create())
+    monkeypatch.setattr(exporting, "_MOST_BYTES", 1000)
+    path = export(model, tmp_path).path
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    assert path.stat().st_size < (tmp_path / "model.onnx.data").stat().st_size
+    assert_computes_the_same(path, model)
+
+
+# -- the model in hand ------------------------------------------------------------------------------------------------
+
+
+@each_format
+def test_a_model_in_training_is_exported_in_evaluation_and_stays_in_training(format: str, tmp_path: Path) -> None:
+    model = remember(create())
+    with torch.no_grad():
+        for name, buffer in model.backbone.named_buffers():
+            if name.endswith("running_var"):
+                buffer.mul_(1.5)
+    remember(model)
+    expected = copy.deepcopy(model)
+    model.train()
+    model.backbone.layer1.eval()
+    modes = [module.training for module in model.modules()]
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    path = export(model, tmp_path, format).path
+    assert [module.training for module in model.modules()] == modes
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert_computes_the_same(path, expected)
+
+
+@each_format
+def test_a_saved_model_is_exported_from_its_folder(format: str, tmp_path: Path) -> None:
+    model = remember(create(read_head="classifier", memory_only=True))
+    folder = save_pretrained(model, tmp_path / "saved")
+    assert_computes_the_same(export(folder, tmp_path, format, with_evidence=True).path, model)
+
+
+def test_half_precision_is_exported_once_it_is_float(tmp_path: Path) -> None:
+    model = remember(create()).half()
+    with pytest.raises(ValueError, match=r"float16.*model\.float\(\)"):
+        export(model, tmp_path)
+    model.float()
+    assert_computes_the_same(export(model, tmp_path).path, model)
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@each_format
+def test_an_empty_memory_is_refused(format: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"The memory bank is empty.*build_memory_bank"):
+        export(create(), tmp_path, format)
+    assert not list(tmp_path.iterdir())
+
+
+@each_format
+def test_a_stale_memory_is_refused(format: str, tmp_path: Path) -> None:
+    model = remember(create())
+    with torch.no_grad():
+        next(model.backbone.parameters()).add_(0.1)
+    with pytest.raises(ValueError, match=r"stale.*build_memory_bank"):
+        export(model, tmp_path, format)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_head_and_no_memory_wrap_model_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="num_classes=0"):
+        export(timm.create_model("memwrap_test_resnet", num_classes=0), tmp_path)
+    with pytest.raises(ValueError, match=r"ResNet is not a Memory Wrap model.*wrap\(model\)"):
+        export(timm.create_model("test_resnet"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "message"),
+    [
+        ("m.onnx", {"format": "tflite"}, "Unknown format='tflite'.*'onnx', 'export'"),
+        ("m.pt2", {}, r"m\.pt2' does not end in '\.onnx'"),
+        ("m", {"format": "export"}, r"m' does not end in '\.pt2'"),
+        ("m.onnx", {"top_k": 0}, "top_k=0"),
+        ("m.onnx", {"top_k": True}, "top_k=True"),
+        ("m.onnx", {"input_size": (3, 32)}, r"input_size=\(3, 32\)"),
+        ("m.onnx", {"input_size": (3, 32, 0)}, r"input_size=\(3, 32, 0\)"),
+        ("m.pt2", {"format": "export", "opset": 18}, "opset=18"),
+    ],
+)
+def test_wrong_arguments_are_refused(name: str, kwargs: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        export_model(remember(create()), tmp_path / name, **kwargs)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_input_size_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"input_size=\(1, 32, 32\) does not fit.*Pass"):
+        export(remember(create()), tmp_path, size=(1, 32, 32))
+    assert not list(tmp_path.iterdir())
+
+
+class _Branching(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if bool(x.sum() > 0) else -x
+
+
+@each_format
+def test_a_model_that_does_not_trace_is_refused(format: str, tmp_path: Path) -> None:
+    model = remember(create())
+    model.head.classifier.relu = _Branching()
+    with pytest.raises(ExportError, match="cannot trace"):
+        export(model, tmp_path, format)
+    assert not list(tmp_path.iterdir())
+
+
+class _NotInOnnx(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.special.bessel_j1(x)
+
+
+def test_an_operation_that_onnx_does_not_have_is_refused(tmp_path: Path) -> None:
+    model = remember(create())
+    model.head.classifier.relu = _NotInOnnx()
+    with pytest.raises(ExportError, match=r"cannot be converted to ONNX.*bessel_j1.*format='export'"):
+        export(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert_computes_the_same(export(model, tmp_path, "export").path, model)
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
+def test_a_missing_package_names_the_extra(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = remember(create())
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"{package}.*timm-memwrap\[onnx\]"):
+        export(model, tmp_path)
+    export(model, tmp_path, "export")
+
+
+def test_without_onnxruntime_the_file_is_written_and_not_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = remember(create())
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "onnxruntime", None)
+        with caplog.at_level(logging.WARNING, "timm_memwrap"):
+            report = export(model, tmp_path)
+    assert report.difference is None
+    assert "model.onnx is not checked" in caplog.text
+    assert_computes_the_same(report.path, model)
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return save_pretrained(remember(create()), tmp_path / "pets")
+
+
+def test_command(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "pets"]) == 0
+    said = capsys.readouterr().out
+    assert "Exported pets to pets.onnx" in said
+    assert "image [batch, 3, 160, 160], of any batch size -> logits\n" in said
+    assert len(load(saved.parent / "pets.onnx")(random_images(1, (3, 160, 160)))) == 1
+
+
+def test_command_with_options(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "pets", "--out", "a.pt2", "--format", "export", "--with-evidence", "--top-k", "2"]) == 0
+    assert "logits, weights, indices" in capsys.readouterr().out
+    logits, weights, indices = load(saved.parent / "a.pt2")(random_images(1, (3, 160, 160)))
+    assert logits.shape == (1, CLASSES)
+    assert weights.shape == indices.shape == (1, 2)
+
+
+def test_command_says_what_is_wrong_in_one_line(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "pets", "--format", "tflite"]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "timm-memwrap: Unknown format='tflite'. Pass one of 'onnx', 'export'."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "format", "expected"),
+    [
+        ("me/pets", "onnx", "pets.onnx"),
+        ("me/pets@v1.0", "export", "pets.pt2"),
+        ("hf-hub:me/pets-v1.2", "onnx", "pets-v1.2.onnx"),
+        ("local-dir:some/where/", "export", "where.pt2"),
+    ],
+)
+def test_default_path(source: str, format: str, expected: str) -> None:
+    assert default_path(source, format) == Path(expected)
+
+
+def test_default_path_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pets@home").mkdir()
+    assert default_path(tmp_path / "pets@home") == Path("pets@home.onnx")
+    monkeypatch.chdir(tmp_path / "pets@home")
+    assert default_path(".", "export") == Path("pets@home.pt2")
+
+
+def test_indices_point_at_the_samples_that_explain_names(tmp_path: Path) -> None:
+    """What an application shows, from the file alone, is what `explain` shows."""
+    from timm_memwrap import explain
+
+    model = remember(create(read_head="classifier", memory_only=True))
+    path = export(model, tmp_path, with_evidence=True, top_k=3).path
+    images = random_images(3)
+    logits, weights, indices = load(path)(images)
+    metadata = metadata_of(path)
+    for row, explanation in enumerate(explain(model, images, top_k=3)):
+        assert metadata["class_names"][int(logits[row].argmax())] == explanation.class_name
+        used = int((weights[row] > 0).sum())
+        shown = [metadata["memory"]["ids"][i] for i in indices[row, :used].tolist()]
+        assert shown == [sample.id for sample in explanation.samples]
+        np.testing.assert_allclose(
+            weights[row, :used].numpy(), [sample.weight for sample in explanation.samples], atol=1e-4
+        )

@@ -1,0 +1,384 @@
+"""Exports a model with its memory to ONNX or `torch.export`, for places without timm and without this package.
+
+Shapes: B inputs, M memory samples, C classes, K samples shown per input.
+
+What is in a `.pt2` file of `torch.export.save` (PyTorch 2.14): a zip of the graph as JSON, of each tensor as raw bytes,
+of extra files, and of the inputs that the graph was traced with. Only these inputs are a pickle, and they are left out
+here, so what this module writes holds none; a file in which one is found all the same is refused. `torch.export.load`,
+however, unpickles what a file asks it to, so the library loads no such file but the one that it has just written, to
+check it. ONNX is protobuf and runs no code when it is loaded.
+"""
+
+import copy
+import json
+import logging
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from timm_memwrap.attention import Keys, content_weights, float32_island
+from timm_memwrap.explaining.inputs import check_model, data_config
+from timm_memwrap.hub import check_memory, from_pretrained
+from timm_memwrap.model import MemoryReadout, MemoryWrapModel
+
+__all__ = ["FORMATS", "METADATA_KEY", "ExportError", "ExportReport", "default_path", "export_model"]
+
+_logger = logging.getLogger(__name__)
+
+# Format: the suffix of its files.
+FORMATS = {"onnx": ".onnx", "export": ".pt2"}
+
+# Where the JSON about the memory is: in ONNX's metadata_props, and with ".json" among the extra files of a ".pt2".
+METADATA_KEY = "timm_memwrap"
+_METADATA_VERSION = 1
+
+INPUT, LOGITS, WEIGHTS, INDICES = "image", "logits", "weights", "indices"
+
+# A size of 1 may be taken for a constant when a graph is traced, so it is traced with another and checked with it.
+_TRACED_BATCH = 2
+_CHECKED_BATCHES = (1, 3)
+# Protobuf holds 2 GB. Above, the weights go to a file beside; some room is left for the graph, as timm does.
+_MOST_BYTES = 2**31 - 2**27
+
+
+class ExportError(ValueError):
+    """The model cannot be exported, or the file would not compute what the model does."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was exported.
+
+    Args:
+        path: The file.
+        input_size: Size `(C, H, W)` of the images that it takes.
+        outputs: Names of its outputs, in order.
+        difference: Largest difference between its outputs and the model's; `None` if it could not be run.
+    """
+
+    path: Path
+    input_size: tuple[int, ...]
+    outputs: tuple[str, ...]
+    difference: float | None
+
+
+class _Exported(nn.Module):
+    """What of a model is exported: its evaluation, with a bank whose keys are projected and normalised already."""
+
+    vectors: Tensor
+    offsets: Tensor | None
+    centre: Tensor | None
+    values: Tensor
+
+    def __init__(self, model: MemoryWrapModel, top_k: int | None) -> None:
+        super().__init__()
+        bank = model.memory_bank
+        assert bank.encodings is not None
+        self.backbone = model.backbone
+        self.head: Any = model.head
+        self.top_k = None if top_k is None else min(top_k, len(bank))
+        keys = self.head.keys(bank.encodings)
+        for name, tensor in (*keys._asdict().items(), ("values", self.head.values(bank.encodings, bank.labels))):
+            if tensor is None:
+                # As a buffer that is None it would shift torch.export's names of those behind it.
+                setattr(self, name, None)
+            else:
+                self.register_buffer(name, tensor)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Classifies images `[B, C, H, W]`: logits `[B, C]`, and on request weights and indices `[B, K]`."""
+        encoding = self.backbone(image)
+        similarity = self.head.similarity(encoding, Keys(self.vectors, self.offsets, self.centre))
+        with float32_island(similarity):
+            weights = content_weights(similarity)
+            logits = self.head.classify(encoding, weights @ self.values)
+        return (logits,) if self.top_k is None else (logits, *weights.topk(self.top_k, dim=-1))
+
+
+def export_model(
+    model_or_dir: MemoryWrapModel | str | os.PathLike,
+    path: str | os.PathLike,
+    format: str = "onnx",
+    *,
+    with_evidence: bool = False,
+    top_k: int = 5,
+    input_size: tuple[int, int, int] | None = None,
+    opset: int | None = None,
+    tolerance: float = 1e-4,
+) -> ExportReport:
+    """Exports a model in evaluation mode, with its memory bank inside, and checks the file against the model.
+
+    The file takes a batch `image` of any size `[B, C, H, W]` and gives `logits` `[B, C]`. What the memory means is in
+    it as JSON: ids, labels and predictions of the samples, names of the classes, the encoder's fingerprint, and how
+    images are prepared; the bank's images are not. It is written whole or not at all. The model in hand keeps its mode
+    and device.
+
+    Args:
+        model_or_dir: A model with a memory bank, or what `from_pretrained` takes.
+        path: The file to write: `.onnx`, or `.pt2` for `torch.export`.
+        format: `"onnx"` or `"export"`.
+        with_evidence: Whether the file also gives the content `weights` `[B, K]` of the `top_k` strongest samples, and
+            their `indices` `[B, K]` in the memory. All weights sum to 1, so these say how much is not shown.
+        top_k: How many samples K; all, if the bank holds fewer.
+        input_size: Size `(C, H, W)` of an image; `None` for the one in the model's `pretrained_cfg`.
+        opset: ONNX opset version; `None` for the exporter's default.
+        tolerance: How far the file's outputs may be from the model's.
+
+    Raises:
+        ExportError: If PyTorch cannot trace the model, or the file computes something else; it is a `ValueError`.
+        ImportError: If a package for ONNX is absent.
+        ValueError: If the bank is empty or stale, or an argument does not fit.
+
+    Example:
+        ```python
+        >>> from timm_memwrap.exporting import export_model
+        >>> report = export_model("my-model", "my-model.onnx", with_evidence=True)  # doctest: +SKIP
+
+        ```
+    """
+    path = Path(path)
+    _check_arguments(path, format, top_k, input_size, opset)
+    if format == "onnx":
+        _require_onnx()
+    model = model_or_dir if isinstance(model_or_dir, nn.Module) else from_pretrained(model_or_dir)
+    check_model(model)
+    check_memory(model)
+    config = data_config(model)
+    size = tuple(config["input_size"] if input_size is None else input_size)
+    # A copy: neither mode, device nor gradients of the model in hand are touched.
+    model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    _check_precision(model)
+    with torch.no_grad():
+        expected = {batch: _expected(model, batch, size) for batch in _CHECKED_BATCHES}
+        exported = _Exported(model, top_k if with_evidence else None).eval()
+        program = _trace(exported, size)
+    outputs = (LOGITS, WEIGHTS, INDICES) if with_evidence else (LOGITS,)
+    metadata = json.dumps(_describe(model, {**config, "input_size": size}))
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".exporting-") as folder:
+        temporary = Path(folder) / path.name
+        if format == "onnx":
+            _write_onnx(program, temporary, outputs, metadata, opset)
+            run = _onnx_runner(temporary, outputs)
+        else:
+            _write_program(program, temporary, metadata)
+            run = _program_runner(temporary)
+        difference = None
+        if run is not None:
+            votes = model.memory_args["classifier"] == "vote"
+            difference = max(_difference(run, images, readout, votes) for images, readout in expected.values())
+            # Written so that NaN is refused too.
+            if not difference <= tolerance:
+                raise ExportError(
+                    f"What was exported differs from the model by {difference:.1e}, more than tolerance={tolerance:g}. "
+                    f"If its scores are large (distance='dot' or 'l2', or a large scale), rounding alone may do that: "
+                    f"pass a larger tolerance. Nothing was written to {str(path)!r}."
+                )
+        # Weights in a file of their own come first: the model that names them must not stand there without.
+        for file in sorted(Path(folder).iterdir(), key=lambda file: file == temporary):
+            os.replace(file, path.parent / file.name)
+    return ExportReport(path, size, outputs, difference)
+
+
+def default_path(source: str | os.PathLike, format: str = "onnx") -> Path:
+    """Returns where a model is exported to if nothing else is said: its name, here, with the suffix of the format.
+
+    Args:
+        source: What `from_pretrained` takes: a folder or a repository.
+        format: As in `export_model`.
+
+    Raises:
+        ValueError: If the format is unknown.
+    """
+    _check_format(format)
+    text = os.fspath(source)
+    # A folder may have an "@" in its name; after that of a repository comes the revision.
+    name = Path(text).resolve().name if Path(text).is_dir() else Path(text.partition(":")[2] or text).name.split("@")[0]
+    return Path(f"{name}{FORMATS[format]}")
+
+
+# -- what cannot be right ---------------------------------------------------------------------------------------------
+
+
+def _check_format(format: str) -> None:
+    if format not in FORMATS:
+        raise ValueError(f"Unknown format={format!r}. Pass one of {', '.join(map(repr, FORMATS))}.")
+
+
+def _check_arguments(
+    path: Path, format: str, top_k: int, input_size: tuple[int, int, int] | None, opset: int | None
+) -> None:
+    _check_format(format)
+    if path.suffix != FORMATS[format]:
+        raise ValueError(
+            f"path={str(path)!r} does not end in {FORMATS[format]!r}, as a file of format={format!r} must."
+        )
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+        raise ValueError(f"top_k={top_k!r} is not a number of samples. Pass an integer of at least 1.")
+    if input_size is not None and (len(input_size) != 3 or not all(isinstance(n, int) and n > 0 for n in input_size)):
+        raise ValueError(f"input_size={input_size!r} is not the size of an image. Pass (channels, height, width).")
+    if opset is not None and format != "onnx":
+        raise ValueError(f"opset={opset!r} is a version of ONNX, but format={format!r}. Leave it out.")
+
+
+def _check_precision(model: MemoryWrapModel) -> None:
+    dtypes = {tensor.dtype for tensor in model.parameters()}
+    if dtypes != {torch.float32}:
+        names = ", ".join(sorted(str(dtype) for dtype in dtypes))
+        raise ValueError(f"The model's weights are {names}; what is exported takes float32. Call model.float() first.")
+
+
+def _require_onnx() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"{error.name} is needed for ONNX: pip install 'timm-memwrap[onnx]'.") from error
+
+
+# -- what is written --------------------------------------------------------------------------------------------------
+
+
+def _trace(exported: nn.Module, size: tuple[int, ...]) -> ExportedProgram:
+    try:
+        program = torch.export.export(
+            exported, (torch.zeros(_TRACED_BATCH, *size),), dynamic_shapes=({0: Dim("batch")},), strict=False
+        )
+    except (RuntimeError, ValueError, AssertionError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise ExportError(f"torch.export cannot trace the model with a batch of any size: {first}") from error
+    # They name the files of this machine.
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                node.meta.pop("stack_trace", None)
+    # It would be the only pickle in the file.
+    program.example_inputs = None
+    return program
+
+
+def _describe(model: MemoryWrapModel, config: dict[str, Any]) -> dict[str, Any]:
+    bank = model.memory_bank
+    assert bank.labels is not None and bank.predictions is not None
+    return {
+        "format_version": _METADATA_VERSION,
+        "architecture": model.pretrained_cfg["architecture"],
+        "class_names": bank.class_names or list(model.pretrained_cfg.get("label_names") or []),
+        "input": {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in config.items()
+            if key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+        },
+        "memory": {
+            "ids": bank.ids,
+            "labels": bank.labels.tolist(),
+            "predictions": bank.predictions.tolist(),
+            **asdict(bank.provenance),
+        },
+    }
+
+
+def _write_program(program: ExportedProgram, path: Path, metadata: str) -> None:
+    torch.export.save(program, path, extra_files={f"{METADATA_KEY}.json": metadata})
+    with zipfile.ZipFile(path) as file:
+        for name in file.namelist():
+            data = file.read(name)
+            if name.endswith("_config.json"):
+                pickled = any(entry.get("use_pickle", True) for entry in json.loads(data)["config"].values())
+            else:
+                # What torch.save writes is a zip; inputs of the trace may be written in no other way.
+                pickled = data.startswith(b"PK\x03\x04") or ("/sample_inputs/" in name and len(data) > 0)
+            if pickled:
+                raise ExportError(
+                    f"torch.export.save of PyTorch {torch.__version__} would write a pickle ({name}), which runs code "
+                    f"when it is loaded. Upgrade PyTorch, or pass format='onnx'."
+                )
+
+
+def _write_onnx(
+    program: ExportedProgram, path: Path, outputs: tuple[str, ...], metadata: str, opset: int | None
+) -> None:
+    import onnx
+
+    try:
+        converted = torch.onnx.export(
+            program,
+            (),
+            dynamo=True,
+            dynamic_shapes=({0: "batch"},),
+            input_names=[INPUT],
+            output_names=list(outputs),
+            opset_version=opset,
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        # The first line advises those who work on the exporter; the cause says which operation it is.
+        cause = str(error.__cause__ or error).strip().split("\n")[0]
+        raise ExportError(f"The model cannot be converted to ONNX: {cause} Pass format='export' instead.") from error
+    assert converted is not None
+    converted.model.metadata_props[METADATA_KEY] = metadata
+    weights = sum(tensor.nbytes for tensor in program.state_dict.values())
+    converted.save(path, external_data=weights > _MOST_BYTES)
+    onnx.checker.check_model(path, full_check=True)
+
+
+# -- whether it is right ----------------------------------------------------------------------------------------------
+
+_Runner = Callable[[Tensor], list[Tensor]]
+
+
+def _expected(model: MemoryWrapModel, batch: int, size: tuple[int, ...]) -> tuple[Tensor, MemoryReadout]:
+    images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(batch))
+    try:
+        return images, model.read_memory(images)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"input_size={size} does not fit the model: {error}. Pass the (channels, height, width) of its images."
+        ) from error
+
+
+def _onnx_runner(path: Path, outputs: tuple[str, ...]) -> _Runner | None:
+    try:
+        import onnxruntime
+    except ImportError:
+        _logger.warning("%s is not checked: pip install 'timm-memwrap[onnx]' to have it run once.", path.name)
+        return None
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: [torch.from_numpy(array) for array in session.run(list(outputs), {INPUT: images.numpy()})]
+
+
+def _program_runner(path: Path) -> _Runner:
+    # The file was written just now, and looked through for pickles.
+    module = torch.export.load(path).module()
+
+    def run(images: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            return list(module(images))
+
+    return run
+
+
+def _difference(run: _Runner, images: Tensor, readout: MemoryReadout, votes: bool) -> float:
+    """Returns the largest difference between what a file computes and what the model read."""
+    logits, *evidence = run(images)
+    expected = readout.logits
+    if votes:
+        # The logarithm of a share near zero says nothing but its rounding.
+        logits, expected = logits.exp(), expected.exp()
+    differences = [logits - expected]
+    if evidence:
+        weights, indices = evidence
+        size = max(int(indices.max()) + 1, int(readout.indices.max()) + 1, weights.shape[1], readout.weights.shape[1])
+        dense = readout.weights.new_zeros(len(images), size).scatter(1, readout.indices, readout.weights)
+        # Samples that tie may come in any order: each must have its weight, and the weights be the largest.
+        differences += [weights - dense.gather(1, indices), weights - dense.topk(weights.shape[1], dim=1).values]
+    return max(float(difference.abs().max()) for difference in differences)
