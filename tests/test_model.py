@@ -661,3 +661,21 @@ def test_samples_encoded_anew_are_read_as_by_a_bank_that_holds_them(distance: st
     model.memory_bank.clear()
     with pytest.raises(ValueError, match="bank is empty"):
         model.read_encoded_anew(encoding, positions, anew)
+
+
+@pytest.mark.parametrize("distance", ["cosine", "l2", "dot"])
+def test_a_read_of_the_bank_has_the_gradient_of_all_scores(distance: str) -> None:
+    model = timm.create_model("memwrap_test_resnet", num_classes=3, distance=distance, read_head="identity").double()
+    model.eval()
+    bank = timm_memwrap.MemoryBank()
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(300) % 3
+    bank.replace(torch.randn(300, model.encoding_size, generator=generator), labels, labels, range(300))
+    model.memory_bank = bank
+    encoding = torch.randn(2, model.encoding_size, generator=generator, dtype=torch.float64) * 0.3
+    assert torch.autograd.gradcheck(
+        lambda x: model.read_encoding(x).logits, encoding.requires_grad_(), atol=1e-6, fast_mode=True
+    )
+    readout = model.read_encoding(encoding)
+    with torch.no_grad():
+        torch.testing.assert_close(model.read_encoding(encoding).logits, readout.logits)
