@@ -535,37 +535,15 @@ def plot_rows(rows: list[Row], path: str | os.PathLike) -> Path:
     return Path(path)
 
 
-def run(
-    models: list[str] | None = None,
-    img_sizes: list[int] | None = None,
-    batch_sizes: list[int] | None = None,
-    bank_sizes: list[int] | None = None,
-    parts: list[str] | None = None,
-    device: str = "cpu",
-    dtype: str = "float32",
-    rounds: int = 9,
-    width: int = 512,
-    indexes: list[str] | None = None,
-    json_file: str | None = None,
-    plot: str | None = None,
-) -> None:
+def run(json_file: str | None = None, plot: str | None = None, **kwargs: Any) -> None:
     """Measures what a memory costs, and prints a table.
 
     Args:
-        models: Backbones; resnet18 if none are given.
-        img_sizes: Sides of the images; 224 if none are given.
-        batch_sizes: Images at a time; 1 and 32 if none are given. Training takes 128.
-        bank_sizes: Samples in the memory; 1000 and 100000 if none are given.
-        parts: inference, read, training, explain, import, save, push; all but push if none are given.
-        device: A torch device.
-        dtype: Type of weights and images in inference: float32, bfloat16 or float16.
-        rounds: How often each thing is measured.
-        width: Width of the encodings in the measurement of the read alone.
-        indexes: faiss indexes to read through as well: flat, ivf, hnsw.
         json_file: Where to write the measurements as JSON.
         plot: Where to draw the time of a read against the size of the memory.
+        **kwargs: As of `benchmark`.
     """
-    rows = benchmark(models, img_sizes, batch_sizes, bank_sizes, parts, device, dtype, rounds, width, indexes)
+    rows = benchmark(**kwargs)
     sys.stdout.write(table(rows) + "\n")
     if json_file is not None:
         Path(json_file).write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
