@@ -375,7 +375,14 @@ def main(args: list[str] | None = None) -> int:
     logging.getLogger("timm_memwrap").setLevel(logging.INFO)
     try:
         arguments = expand(sys.argv[1:] if args is None else args)
-        auto_cli(COMMANDS, args=arguments, prog="timm-memwrap", as_positional=True, parser_class=Parser)
+        auto_cli(
+            COMMANDS,
+            args=arguments,
+            prog="timm-memwrap",
+            as_positional=True,
+            parser_class=Parser,
+            config_help="Options from a YAML file, or a recipe that comes with the package, by its name.",
+        )
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError, ImportError) as error:
