@@ -317,7 +317,7 @@ def test_a_flipped_bit(hub: Hub, folder: Path, where: float) -> None:
 
 BANK = {
     "width": ({"encodings": torch.randn(12, 5)}, r"encodings have shape \[12, 5\]; this model reads \[M, 3\]"),
-    "type": ({"encodings": torch.randn(12, 3).half()}, r"encodings are torch\.float16 .*expected torch\.float32"),
+    "type": ({"encodings": torch.randn(12, 3).double()}, r"encodings are torch\.float64 .*expected torch\.float32"),
     "type of labels": ({"labels": torch.zeros(12)}, r"labels are torch\.float32"),
     "nan": ({"encodings": torch.full((12, 3), torch.nan)}, "12 of 12 encodings have NaN"),
     "infinite": ({"encodings": torch.full((12, 3), torch.inf)}, "12 of 12 encodings have NaN or infinite"),
