@@ -10,6 +10,7 @@ from torch import Tensor
 
 import timm_memwrap
 from timm_memwrap import MemoryWrapModel
+from timm_memwrap.benchmark import benchmark
 from timm_memwrap.cli import main
 
 
@@ -103,3 +104,10 @@ def test_a_training_is_pushed_with_its_accuracy(hub: Hub, token: str, tmp_path: 
     assert torch.equal(loaded(x), local(x))
     assert loaded.memory_bank.images is None
     assert local.memory_bank.images is not None
+
+
+def test_the_benchmark_pushes_to_a_hub_on_loopback_only(hub: Hub, token: str) -> None:
+    rows = benchmark(["test_resnet"], parts=["push"], rounds=1)
+    assert [row.what for row in rows] == ["save", "push"]
+    assert len(hub.repos) == 2
+    assert all("model.safetensors" in repo.files() for repo in hub.repos.values())
