@@ -92,6 +92,7 @@ def benchmark(
     rounds: int = 9,
     width: int = 512,
     indexes: list[str] | None = None,
+    namespace: str = "me",
 ) -> list[Row]:
     """Measures what a memory costs.
 
@@ -108,6 +109,7 @@ def benchmark(
         width: Width of the encodings in the measurement of the read alone.
         indexes: faiss indexes to read through as well: flat, ivf, hnsw; none if none are given. Building one of a
             million keys takes minutes.
+        namespace: Whose repositories a push makes.
 
     Raises:
         ValueError: If an argument is unknown.
@@ -134,7 +136,7 @@ def benchmark(
         if "save" in parts:
             rows += _saving(name, rounds)
         if "push" in parts:
-            rows += _pushing(name, rounds)
+            rows += _pushing(name, rounds, namespace)
     if "read" in parts:
         for bank_size in bank_sizes or [1000, 100_000]:
             rows += _reading(bank_size, width, 32, device, rounds, indexes or [])
@@ -430,7 +432,7 @@ def _saving(name: str, rounds: int) -> list[Row]:
     return rows
 
 
-def _pushing(name: str, rounds: int) -> list[Row]:
+def _pushing(name: str, rounds: int, namespace: str) -> list[Row]:
     """Times a push beside saving the same to the disk."""
     endpoint = os.environ.get("HF_ENDPOINT", "")
     if not endpoint.startswith(("http://127.", "http://localhost")):
@@ -444,7 +446,7 @@ def _pushing(name: str, rounds: int) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         calls: dict[str, Call] = {
             "save": lambda: timm_memwrap.save_pretrained(model, folder),
-            "push": lambda: timm_memwrap.push_to_hub(model, f"benchmark/model-{next(count)}"),
+            "push": lambda: timm_memwrap.push_to_hub(model, f"{namespace}/benchmark-{next(count)}"),
         }
         times = measure(calls, rounds)
     return _rows(times, "push", "save", None, model=name, img_size=None, batch_size=None, bank_size=10_000)
