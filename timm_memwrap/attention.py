@@ -23,6 +23,7 @@ __all__ = [
     "search",
     "threshold",
     "top_weights",
+    "trim",
 ]
 
 DISTANCES = ("cosine", "l2", "dot")
@@ -136,12 +137,7 @@ def content_weights(similarity: Tensor) -> Tensor:
 def _sparsemax(similarity: Tensor) -> Tensor:
     """Computes entmax's sparsemax over the last dimension by operations that have a gradient of their own."""
     similarity = similarity - similarity.detach().amax(dim=-1, keepdim=True)
-    ordered = similarity.sort(dim=-1, descending=True).values
-    excess = ordered.cumsum(dim=-1) - 1
-    rank = torch.arange(1, ordered.shape[-1] + 1, device=ordered.device, dtype=ordered.dtype)
-    # At least 1, which only rows that are not numbers fall short of.
-    support = (rank * ordered > excess).sum(dim=-1, keepdim=True).clamp(min=1)
-    return (similarity - excess.gather(-1, support - 1) / support).clamp(min=0)
+    return (similarity - _threshold_below_zero(similarity.sort(dim=-1, descending=True).values)).clamp(min=0)
 
 
 def top_weights(similarity: Tensor, at_least: int = 64) -> tuple[Tensor, Tensor]:
@@ -166,9 +162,14 @@ def top_weights(similarity: Tensor, at_least: int = 64) -> tuple[Tensor, Tensor]
         if k == size or not bool((weights[:, -1] > 0).any()):
             break
         k = min(4 * k, size)
+    return trim(weights, indices)
+
+
+def trim(weights: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Leaves out the columns behind the largest support of sorted weights `[B, K]`, and of their positions."""
     # Other than zero, not above it: what is no number must not pass as nothing.
     support = int((weights != 0).sum(dim=-1).amax()) if weights.numel() else 0
-    return weights[:, :support], indices[:, :support]
+    return weights[:, :support], positions[:, :support]
 
 
 @torch.no_grad()
@@ -231,9 +232,7 @@ def search(
         # One at least, so that a query that is not a number gives weights that are none.
         support = max(1, int((best > bound).sum(dim=-1).amax())) if rows else 0
         best, positions = best[:, :support], positions[:, :support]
-    weights = content_weights(best)
-    support = max(1, int((weights != 0).sum(dim=-1).amax())) if weights.numel() else 0
-    return weights[:, :support], positions[:, :support]
+    return trim(content_weights(best), positions)
 
 
 def _best_of_block(block: Tensor, bound: Tensor, at_least: int) -> tuple[Tensor, Tensor]:
@@ -245,9 +244,8 @@ def _best_of_block(block: Tensor, bound: Tensor, at_least: int) -> tuple[Tensor,
         needed = (best[:, -1:] > torch.maximum(bound, threshold(best))).flatten()
         if not bool(needed.any()):
             break
-        k = min(4 * k, size)
-        more = (k - best.shape[-1],)
-        best, where = F.pad(best, (0, *more), value=MASKED), F.pad(where, (0, *more))
+        before, k = k, min(4 * k, size)
+        best, where = F.pad(best, (0, k - before), value=MASKED), F.pad(where, (0, k - before))
         best[needed], where[needed] = block[needed].topk(k, dim=-1)
     return best, where
 
@@ -255,11 +253,16 @@ def _best_of_block(block: Tensor, bound: Tensor, at_least: int) -> tuple[Tensor,
 def threshold(ordered: Tensor) -> Tensor:
     """Computes the sparsemax threshold `[B, 1]` of scores `[B, K]` in descending order (Martins and Astudillo 2016)."""
     largest = ordered[:, :1]
-    shifted = ordered - largest
-    excess = shifted.cumsum(dim=-1) - 1
-    rank = torch.arange(1, shifted.shape[-1] + 1, device=shifted.device, dtype=shifted.dtype)
-    support = (rank * shifted > excess).sum(dim=-1, keepdim=True).clamp(min=1)
-    return largest + excess.gather(-1, support - 1) / support
+    return largest + _threshold_below_zero(ordered - largest)
+
+
+def _threshold_below_zero(ordered: Tensor) -> Tensor:
+    """Computes the threshold of scores in descending order of which the largest is 0, where rounding is least."""
+    excess = ordered.cumsum(dim=-1) - 1
+    rank = torch.arange(1, ordered.shape[-1] + 1, device=ordered.device, dtype=ordered.dtype)
+    # At least 1, which only rows that are not numbers fall short of.
+    support = (rank * ordered > excess).sum(dim=-1, keepdim=True).clamp(min=1)
+    return excess.gather(-1, support - 1) / support
 
 
 def _hide(block: Tensor, hidden: Tensor, start: int) -> None:

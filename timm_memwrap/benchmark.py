@@ -161,17 +161,27 @@ def measure(calls: dict[str, Call], rounds: int, device: str = "cpu") -> dict[st
 
 
 def _rows(
-    times: dict[str, list[float]], part: str, anchor: str, budgets: dict[str, float] | None = None, **common: Any
+    times: dict[str, list[float]],
+    part: str,
+    anchor: str,
+    budgets: dict[str, float] | None = None,
+    model: str = "",
+    img_size: int | None = None,
+    batch_size: int | None = None,
+    bank_size: int | None = None,
 ) -> list[Row]:
     return [
         Row(
             part=part,
             what=what,
+            model=model,
+            img_size=img_size,
+            batch_size=batch_size,
+            bank_size=bank_size,
             milliseconds=statistics.median(values),
             ratio=statistics.median(a / b for a, b in zip(values, times[anchor], strict=True)),
             anchor=anchor,
             budget=(budgets or {}).get(what),
-            **common,
         )
         for what, values in times.items()
     ]
@@ -274,8 +284,6 @@ def _reading(bank_size: int, width: int, batch_size: int, device: str, rounds: i
         "read",
         "matrix product",
         {"exact read": 1.5} if bank_size >= 1_000_000 else None,
-        model="",
-        img_size=None,
         batch_size=batch_size,
         bank_size=bank_size,
     )
@@ -314,8 +322,6 @@ def _against_published(width: int, device: str, rounds: int) -> list[Row]:
         "read",
         "memorywrap, l2",
         {"exact read, l2": 1 / 50},
-        model="",
-        img_size=None,
         batch_size=128,
         bank_size=PUBLISHED_LIMIT,
     )
@@ -356,7 +362,6 @@ def _training(name: str, img_size: int, device: str, rounds: int) -> list[Row]:
         model=name,
         img_size=img_size,
         batch_size=batch_size,
-        bank_size=None,
     )
 
 
@@ -424,11 +429,9 @@ def _saving(name: str, rounds: int) -> list[Row]:
                 "timm, and the bank raw",
                 {"model with its memory": 1.3},
                 model=name,
-                img_size=None,
-                batch_size=None,
                 bank_size=size,
             )
-            rows += [Row(**{**asdict(row), "what": f"{verb}: {row.what}"}) for row in found]
+            rows += [replace(row, what=f"{verb}: {row.what}") for row in found]
     return rows
 
 
@@ -449,7 +452,7 @@ def _pushing(name: str, rounds: int, namespace: str) -> list[Row]:
             "push": lambda: timm_memwrap.push_to_hub(model, f"{namespace}/benchmark-{next(count)}"),
         }
         times = measure(calls, rounds)
-    return _rows(times, "push", "save", None, model=name, img_size=None, batch_size=None, bank_size=10_000)
+    return _rows(times, "push", "save", None, model=name, bank_size=10_000)
 
 
 def _importing(rounds: int) -> list[Row]:
@@ -469,7 +472,7 @@ def _importing(rounds: int) -> list[Row]:
             found = run(text)
             if i:
                 times[name].append(found)
-    return _rows(times, "import", "import timm", None, model="", img_size=None, batch_size=None, bank_size=None)
+    return _rows(times, "import", "import timm")
 
 
 def table(rows: list[Row]) -> str:

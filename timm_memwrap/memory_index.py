@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_memwrap.attention import MASKED, Keys, content_weights, ready_queries, threshold
+from timm_memwrap.attention import MASKED, Keys, content_weights, ready_queries, threshold, trim
 
 __all__ = ["INDEXES", "MemoryIndex", "check_index"]
 
@@ -99,9 +99,7 @@ class MemoryIndex:
             best[needed], positions[needed], last[needed] = self._ask(
                 queries[needed], k, scale, None if hidden is None else hidden[needed]
             )
-        weights = content_weights(best)
-        support = max(1, int((weights != 0).sum(dim=-1).amax())) if weights.numel() else 0
-        return weights[:, :support], positions[:, :support]
+        return trim(content_weights(best), positions)
 
     def _ask(
         self, queries: Tensor, k: int, scale: float | Tensor, hidden: Tensor | None

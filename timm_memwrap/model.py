@@ -400,44 +400,42 @@ class MemoryWrapModel(TimmInterface):
         """Reads `prepared`; `ranked=False` spares training the order of the weights, and leaves them out."""
         head: MemoryLayer = self.head
         size = len(prepared.values)
-        mask = hidden is not None and hidden.dtype == torch.bool
-        hides_all = hidden is not None and not mask and hidden.shape[-1] >= size
-        if not (self.training or torch.compiler.is_compiling() or hides_all or _needs_gradient(encoding, prepared)):
+        mask = hidden if hidden is not None and hidden.dtype == torch.bool else None
+        hides_all = hidden is not None and mask is None and hidden.shape[-1] >= size
+        # No shape that depends on data, and a gradient that is one matrix product.
+        dense = self.training or torch.compiler.is_compiling()
+        if not (dense or hides_all or _needs_gradient(encoding, prepared)):
             # A mask over all of the memory is work for all of the memory, so the index is no help with it.
-            weights, indices = head.search(encoding, prepared.keys, hidden, None if mask else prepared.key_index)
-            if mask:
-                assert hidden is not None
-                weights = weights.masked_fill(hidden.gather(1, indices), 0.0)
-            with float32_island(weights):
-                vector = read(weights, indices, prepared.values)
-            return MemoryReadout(head.classify(encoding, vector), weights, indices, encoding)
-
-        similarity = head.similarity(encoding, prepared.keys)
-        with float32_island(similarity):
-            if hidden is not None and mask:
-                similarity = similarity.masked_fill(hidden, MASKED)
-            elif hides_all:
-                similarity = similarity[:, :0]
-            elif hidden is not None:
-                similarity = similarity.scatter(1, hidden.to(similarity.device), MASKED)
-            if self.training or torch.compiler.is_compiling():
-                # No shape that depends on data, and a gradient that is one matrix product.
-                dense = content_weights(similarity)
-                if hidden is not None and mask:
-                    # Where all is hidden, all are alike, and none must be read.
-                    dense = dense.masked_fill(hidden, 0.0)
-                # With nothing to read this is zero, and still has a gradient: the last batch of an epoch may be of one.
-                vector = dense @ prepared.values[: dense.shape[-1]]
-                if ranked:
-                    weights, indices = dense.sort(dim=-1, descending=True)
+            weights, indices = head.search(
+                encoding, prepared.keys, hidden, prepared.key_index if mask is None else None
+            )
+        else:
+            similarity = head.similarity(encoding, prepared.keys)
+            with float32_island(similarity):
+                if mask is not None:
+                    similarity = similarity.masked_fill(mask, MASKED)
+                elif hides_all:
+                    similarity = similarity[:, :0]
+                elif hidden is not None:
+                    similarity = similarity.scatter(1, hidden.to(similarity.device), MASKED)
+                if not dense:
+                    weights, indices = top_weights(similarity)
                 else:
-                    weights = dense[:, :0]
-                    indices = torch.zeros_like(weights, dtype=torch.long)
-            else:
-                weights, indices = top_weights(similarity)
-                if hidden is not None and mask:
-                    weights = weights.masked_fill(hidden.gather(1, indices), 0.0)
+                    weights = content_weights(similarity)
+                    indices = torch.arange(weights.shape[-1], device=weights.device).expand_as(weights)
+        with float32_island(weights):
+            if mask is not None:
+                # Where all is hidden, all are alike, and none must be read.
+                weights = weights.masked_fill(mask.gather(1, indices), 0.0)
+            if not dense:
                 vector = read(weights, indices, prepared.values)
+            else:
+                # With nothing to read this is zero, and still has a gradient: the last batch of an epoch may be of one.
+                vector = weights @ prepared.values[: weights.shape[-1]]
+                if ranked:
+                    weights, indices = weights.sort(dim=-1, descending=True)
+                else:
+                    weights, indices = weights[:, :0], indices[:, :0]
         return MemoryReadout(head.classify(encoding, vector), weights, indices, encoding)
 
     def _prepare(self, memory_encoding: Tensor, labels: Tensor | None = None) -> _Prepared:

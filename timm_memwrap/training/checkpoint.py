@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from timm.utils import CheckpointSaver
 from torch import Tensor, nn
 
-__all__ = ["SafetensorsSaver", "read_state", "write_state"]
+__all__ = ["SafetensorsSaver", "read_state", "restore", "write_state"]
 
 EXTENSION = ".safetensors"
 _STATE = "state"
@@ -101,13 +101,12 @@ class SafetensorsSaver(CheckpointSaver):
         os.replace(temporary, dst)
 
 
-def restore(state: dict[str, Any], task: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+def restore(state: dict[str, Any], task: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Puts a checkpoint's weights into a task, and its moments into the optimizer."""
     task.load_checkpoint_state(state["state_dict"], state.get("task_state"))  # type: ignore[operator]
     if "state_dict_ema" in state:
         task.load_checkpoint_state(state["state_dict_ema"], ema=True)  # type: ignore[operator]
-    if optimizer is not None:
-        optimizer.load_state_dict(state["optimizer"])
+    optimizer.load_state_dict(state["optimizer"])
 
 
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

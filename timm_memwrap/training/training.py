@@ -317,9 +317,9 @@ class _Run:
         if isinstance(head, FrozenMemory):
             labels = torch.tensor(self.images.targets)
             chosen = select(
-                "balanced" if memory.selection == "kmeans" else memory.selection,
+                memory.selection,
                 labels,
-                None,
+                known.tensors[0],
                 None if memory.selection == "all" else memory.size,
                 recipe.training.seed,
             )

@@ -1,6 +1,5 @@
 """Evidence for a classifier that is trained already: a memory in one pass over its data, and no training."""
 
-import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,6 @@ from timm_memwrap.training.evaluation import evaluate
 from timm_memwrap.training.processes import Processes
 
 __all__ = ["WrapReport", "wrap_classifier"]
-
-_logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 64
 
@@ -89,7 +86,6 @@ def wrap_classifier(
         HubError: If the Hub does not give the model; it is an `OSError`.
     """
     found = _load(model_id, checkpoint, data, split)
-    plain = found if not isinstance(found, MemoryWrapModel) else None
     in_chans = getattr(found, "in_chans", 3)
     if in_chans not in (1, 3):
         raise ValueError(f"{model_id} takes {in_chans} channels; images are read in grey (1) or colour (3).")
@@ -102,8 +98,8 @@ def wrap_classifier(
     transform = create_transform(**resolve_model_data_config(found))
     batches = held_out and DataLoader(held_out.with_transform(transform), BATCH_SIZE, num_workers=workers)
     plain_accuracy = None
-    if plain is not None and batches:
-        plain_accuracy = evaluate(plain, batches, Processes(torch.device(device)))["accuracy"]
+    if batches and not isinstance(found, MemoryWrapModel):
+        plain_accuracy = evaluate(found, batches, Processes(torch.device(device)))["accuracy"]
     model = found if isinstance(found, MemoryWrapModel) else wrap(found)
     build_memory_bank(
         model,
