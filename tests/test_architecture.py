@@ -16,6 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = {
     "constants": 0,
     "text": 0,
+    "files": 0,
     "attention": 1,
     "fingerprint": 1,
     "selection": 1,

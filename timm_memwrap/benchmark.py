@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 import timm_memwrap
 from timm_memwrap import MemoryBank, MemoryWrapModel
+from timm_memwrap.files import write_text
 from timm_memwrap.memory_bank import Provenance
 from timm_memwrap.memory_index import MemoryIndex
 from timm_memwrap.training.task import MemoryWrapTask
@@ -551,7 +552,7 @@ def run(json_file: str | None = None, plot: str | None = None, **kwargs: Any) ->
     rows = benchmark(**kwargs)
     sys.stdout.write(table(rows) + "\n")
     if json_file is not None:
-        Path(json_file).write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
+        write_text(json_file, json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     if plot is not None:
         plot_rows(rows, plot)
 

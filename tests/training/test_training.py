@@ -17,6 +17,10 @@ from training_images import write_images
 from timm_memwrap.explaining import evaluate_explanations
 from timm_memwrap.training import training as module
 from timm_memwrap.training.configuration import DataConfig, MemoryConfig, ModelConfig, Recipe, TrainingConfig
+from timm_memwrap.training.creation import image_config
+from timm_memwrap.training.evaluation import evaluate
+from timm_memwrap.training.loaders import eval_loader
+from timm_memwrap.training.processes import Processes
 from timm_memwrap.training.recipes import load_recipe, write_recipe
 from timm_memwrap.training.training import check_recipe, open_data, train
 
@@ -76,10 +80,20 @@ def test_the_accuracy_on_the_card_is_what_the_saved_model_has(tmp_path: Path, di
     assert evaluate_explanations(model, held_out, progress=False).accuracy == pytest.approx(report.accuracy)
 
 
-def test_evaluation_in_training_reads_a_bank_of_these_weights(tmp_path: Path, digits: Make) -> None:
-    report = train(digits(memory={"mode": "batch"}), tmp_path / "out", progress=False)
+@pytest.mark.parametrize("frozen", [False, True], ids=["whole", "frozen"])
+@pytest.mark.parametrize("selection", ["balanced", "kmeans", "random"])
+def test_evaluation_in_training_reads_a_bank_of_these_weights(
+    tmp_path: Path, digits: Make, selection: str, frozen: bool
+) -> None:
+    memory = {"mode": "batch", "selection": selection, "size": 20}
+    recipe = digits(memory=memory, model={"memory_only": True}, training={"freeze_backbone": frozen})
+    report = train(recipe, tmp_path / "out", progress=False)
     # The last epoch was evaluated with the weights and the bank that are saved.
     assert report.history[-1]["val_accuracy"] == pytest.approx(report.accuracy)
+    _, held_out = open_data(recipe, progress=False)
+    loader = eval_loader(held_out, recipe.data, image_config(report.model))
+    found = evaluate(report.model, loader, Processes(torch.device("cpu")))
+    assert report.history[-1]["val_loss"] == pytest.approx(found["loss"], rel=1e-4)
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(tmp_path: Path, digits: Make) -> None:

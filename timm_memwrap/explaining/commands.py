@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from timm_memwrap.explaining.explanation import Explanation, class_names, explain
-from timm_memwrap.explaining.files import write_text
 from timm_memwrap.explaining.heatmaps import attribute
 from timm_memwrap.explaining.html import write_html
+from timm_memwrap.files import write_text
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.text import printable
 

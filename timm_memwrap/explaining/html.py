@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from timm_memwrap.explaining.explanation import Explanation, MemorySample, aligned, class_names
-from timm_memwrap.explaining.files import write_text
 from timm_memwrap.explaining.heatmaps import Attribution, overlays
 from timm_memwrap.explaining.inputs import SampleImages, picture_of, to_picture
+from timm_memwrap.files import write_text
 from timm_memwrap.model import MemoryWrapModel
 
 __all__ = ["write_html"]

@@ -1,13 +1,15 @@
 """What a training leaves for people and programs beside the model: metrics, learning curves, a summary."""
 
 import csv
+import io
 import json
 import logging
-import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from timm_memwrap.files import write_text
 
 __all__ = [
     "CURVES_FILE",
@@ -29,23 +31,16 @@ Row = dict[str, Any]
 def write_metrics(rows: list[Row], folder: Path) -> Path:
     """Writes a row for each epoch as CSV, whole or not at all."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    path = folder / METRICS_FILE
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, path)
-    return path
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    return write_text(folder / METRICS_FILE, text.getvalue())
 
 
 def write_summary(summary: dict[str, Any], folder: Path) -> Path:
     """Writes what a training came to as JSON, whole or not at all."""
-    path = folder / SUMMARY_FILE
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-    return path
+    return write_text(folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
 
 
 def plot_curves(rows: list[Row], folder: Path, memory_accuracy: float | None = None) -> Path | None:

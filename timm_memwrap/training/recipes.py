@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentParser
 
+from timm_memwrap.files import write_text
 from timm_memwrap.training.configuration import Recipe
 
 __all__ = ["find_recipe", "list_recipes", "load_recipe", "read_recipe", "write_recipe"]
@@ -80,7 +81,7 @@ def write_recipe(recipe: Recipe, path: str | os.PathLike) -> None:
         section: {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
         for section, values in asdict(recipe).items()
     }
-    Path(path).write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+    write_text(path, yaml.safe_dump(plain, sort_keys=False))
 
 
 def _folders() -> list[Path]:
