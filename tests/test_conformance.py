@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from timm_memwrap import MemoryWrapModel
 from timm_memwrap.loading import shapes_only
+from timm_memwrap.model import KEPT_CLASSIFIER
 
 NUM_CLASSES = 42
 TARGET_SIZE = 96
@@ -163,6 +164,8 @@ TEST_CASES = [
     Case("memwrap_baseline_", "test_resnet", memory_args={"read_head": "classifier"}),
     Case("memwrap_baseline_", "test_vit", memory_args={"read_head": "classifier"}),
     Case("memwrap_baseline_", "test_efficientnet", memory_args={"read_head": "classifier"}),
+    Case("memwrap_baseline_", "test_resnet", memory_args={"read_head": "probabilities"}),
+    Case("memwrap_baseline_", "test_vit", memory_args={"read_head": "pre_logits"}),
 ]
 FAMILY_CASES = [Case("memwrap_", *entry) for entry in SMALLEST.values() if not entry[0].startswith("test_")]
 CASES = [*TEST_CASES, *FAMILY_CASES]
@@ -276,7 +279,7 @@ class TestEveryModuleFile:
         for names in (cfg["classifier"], cfg["first_conv"]):
             for name in (names,) if isinstance(names, str) else names:
                 assert f"{name}.weight" in state_dict
-        if case.memory_args.get("read_head") == "classifier":
+        if case.memory_args.get("read_head") in KEPT_CLASSIFIER:
             assert shared.get_classifier() is shared.backbone.get_classifier()
         else:
             assert shared.get_classifier() is shared.get_submodule(cfg["classifier"])

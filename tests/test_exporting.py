@@ -26,6 +26,7 @@ from timm_memwrap import MemoryWrapModel, exporting, save_pretrained
 from timm_memwrap.cli import main
 from timm_memwrap.exporting import FORMATS, METADATA_KEY, ExportError, ExportReport, default_path, export_model
 from timm_memwrap.memory_bank import Provenance
+from timm_memwrap.model import KEPT_CLASSIFIER, READ_HEADS
 
 CLASSES = 4
 SIZE = (3, 32, 32)
@@ -35,10 +36,12 @@ each_format = pytest.mark.parametrize("format", FORMATS)
 
 HEADS = [
     {"read_head": read_head, "classifier": classifier, "memory_only": memory_only}
-    for read_head in ("linear", "identity", "classifier")
+    for read_head in READ_HEADS
     for classifier in ("mlp", "linear", "vote")
     for memory_only in (False, True)
-    if not (read_head == "classifier" and classifier == "mlp") and (memory_only or classifier != "vote")
+    if not (read_head in KEPT_CLASSIFIER and classifier == "mlp")
+    and (memory_only or classifier != "vote")
+    and (read_head, classifier) != ("pre_logits", "vote")
 ]
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 import timm_memwrap
 from timm_memwrap import BaselineMemory, MemoryReadout, MemoryWrapModel, build_memory_bank
-from timm_memwrap.layers import CentreClasses
+from timm_memwrap.layers import CentreClasses, Columns, Probabilities
 
 CLASSES = 4
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -24,6 +25,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "baseline": {"memory_only": True},
     "classifier": {"read_head": "classifier", "memory_only": True},
     "classifier and input": {"read_head": "classifier"},
+    "pre_logits": {"read_head": "pre_logits", "memory_only": True},
+    # With the default scale of 100, rounding is ten times that of the others.
+    "probabilities": {"read_head": "probabilities", "memory_only": True, "scale": 10.0},
+    "probabilities and input": {"read_head": "probabilities", "scale": 10.0},
     "vote": {"classifier": "vote", "read_head": "identity", "memory_only": True, "scale": 5.0},
     "classifier vote": {"classifier": "vote", "read_head": "classifier", "memory_only": True},
 }
@@ -71,10 +76,11 @@ def _naive(model: MemoryWrapModel, encoding: Tensor, memory: Tensor, labels: Ten
         votes = torch.zeros(model.num_classes)
         for weight, label in zip(weights, labels, strict=True):
             votes[label] += weight
-        return votes.clamp_min(1e-6).log()
+        return votes.clamp_min(1e-6).log() / args["temperature"]
     vector = sum(weight * sample for weight, sample in zip(weights, memory, strict=True))
     if model.keeps_classifier:
-        return vector if model.memory_only else (encoding + vector) / 2
+        both = vector if model.memory_only else (encoding + vector) / 2
+        return both[-model.num_classes :] / args["temperature"]
     return head.classifier((vector if model.memory_only else torch.cat([encoding, vector]))[None])[0]
 
 
@@ -297,21 +303,50 @@ def test_gradient_flows_into_given_memory_images() -> None:
 # -- the classifier as read head --------------------------------------------------------------------------------------
 
 
-def test_classifier_read_head_is_the_weighted_sum_of_the_memorys_logits() -> None:
-    plain = timm.create_model("test_resnet", num_classes=CLASSES).eval()
-    model = _fill(timm_memwrap.wrap(plain))
-    data, images = _images(20, 2), _images()
+def _plain_parts(plain: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Pre-logits and logits of a plain timm model, as any user of timm gets them."""
+    return plain.forward_head(plain.forward_features(images), pre_logits=True), plain(images)  # type: ignore[operator]
+
+
+def _naive_similarity(read_head: str, inputs: tuple[Tensor, Tensor], memory: tuple[Tensor, Tensor]) -> Tensor:
+    """Similarities as the documentation says them, each by itself."""
+
+    def cosine(a: Tensor, b: Tensor) -> Tensor:
+        return F.cosine_similarity(a[:, None], b[None], dim=-1)
+
+    (features, logits), (memory_features, memory_logits) = inputs, memory
+    if read_head == "classifier":
+        return cosine(logits - logits.mean(1, keepdim=True), memory_logits - memory_logits.mean(1, keepdim=True))
+    if read_head == "pre_logits":
+        return cosine(features, memory_features)
+    probabilities = cosine(logits.softmax(dim=1), memory_logits.softmax(dim=1))
+    return (probabilities + 0.1 * cosine(features, memory_features)) / 1.1
+
+
+@pytest.mark.parametrize("memory_only", [True, False])
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+@pytest.mark.parametrize(
+    ("read_head", "scale", "temperature"), [("classifier", 10, 1), ("pre_logits", 10, 2), ("probabilities", 100, 2)]
+)
+def test_a_kept_classifier_gives_the_weighted_sum_of_the_memorys_logits(
+    read_head: str, scale: float, temperature: float, name: str, memory_only: bool
+) -> None:
+    plain = timm.create_model(name, num_classes=CLASSES).eval()
+    model = _fill(timm_memwrap.wrap(plain, read_head=read_head, memory_only=memory_only))
     with torch.no_grad():
-        own, theirs = plain(images), plain(data)
-        centred, keys = own - own.mean(dim=1, keepdim=True), theirs - theirs.mean(dim=1, keepdim=True)
-        similarity = F.cosine_similarity(centred[:, None], keys[None], dim=-1)
-        expected = sparsemax(10 * similarity, dim=1) @ theirs
-        torch.testing.assert_close(model(images), expected, atol=1e-4, rtol=1e-4)
+        inputs, memory = _plain_parts(plain, _images()), _plain_parts(plain, _images(20, 2))
+        weights = sparsemax(scale * _naive_similarity(read_head, inputs, memory), dim=1)
+        expected = weights @ memory[1]
+        if not memory_only:
+            expected = (inputs[1] + expected) / 2
+        readout = model.read_memory(_images())
+    torch.testing.assert_close(readout.logits, expected / temperature, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(_dense(readout, 20), weights, atol=1e-4, rtol=0)
 
 
 def test_classifier_read_head_is_the_baseline_layer_on_penultimate_features() -> None:
     plain = timm.create_model("test_resnet", num_classes=CLASSES).eval()
-    model = _fill(timm_memwrap.wrap(plain))
+    model = _fill(timm_memwrap.wrap(plain, read_head="classifier"))
     classifier = plain.get_classifier()
     layer = BaselineMemory(
         plain.head_hidden_size,
@@ -320,20 +355,55 @@ def test_classifier_read_head_is_the_baseline_layer_on_penultimate_features() ->
         classifier=classifier,
         scale=10,
     )
-
-    def features(images: Tensor) -> Tensor:
-        return plain.forward_head(plain.forward_features(images), pre_logits=True)
-
     with torch.no_grad():
-        expected, weights = layer(features(_images()), features(_images(20, 2)), return_weights=True)
+        (features, _), (memory_features, _) = _plain_parts(plain, _images()), _plain_parts(plain, _images(20, 2))
+        expected, weights = layer(features, memory_features, return_weights=True)
         readout = model.read_memory(_images())
     torch.testing.assert_close(readout.logits, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(_dense(readout, 20), weights, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("variant", ["mlp", "baseline", "classifier and input", "vote", "probabilities"])
+def test_temperature_divides_logits_and_changes_nothing_else(variant: str) -> None:
+    model = _fill(_model(variant))
+    model.temperature = 1.0
+    with torch.no_grad():
+        before = model.read_memory(_images())
+        model.temperature = 2.5
+        after = model.read_memory(_images())
+    torch.testing.assert_close(after.logits * 2.5, before.logits)
+    assert torch.equal(after.weights, before.weights)
+    assert torch.equal(after.indices, before.indices)
+    model.reset_classifier(CLASSES + 1)
+    assert model.head.temperature == 2.5
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0, float("nan"), float("inf"), "hot", True])
+def test_a_temperature_that_is_none_is_refused(temperature: Any) -> None:
+    model = _model("probabilities")
+    with pytest.raises(ValueError, match=re.escape(f"temperature={temperature!r}")):
+        model.temperature = temperature
+    assert model.temperature == model.head.temperature == 2.0
+    with pytest.raises(ValueError, match=re.escape(f"temperature={temperature!r}")):
+        timm.create_model("memwrap_test_resnet", num_classes=2, temperature=temperature)
+    with pytest.raises(ValueError, match="num_classes=0"):
+        timm.create_model("memwrap_test_resnet", num_classes=0).temperature = 2.0  # type: ignore[assignment]
+
+
+def test_probabilities_without_confidence_or_features_have_a_finite_gradient() -> None:
+    """Zero pre-logits (after a ReLU) and saturated or level logits."""
+    encoding = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 2.0, 200.0, -200.0], [0.0, 1.0, 5.0, 5.0]], requires_grad=True)
+    head = BaselineMemory(4, 2, head=Probabilities(2), classifier=Columns(2, 4), scale=100)
+    output = head(encoding, encoding.detach().clone())
+    assert output.isfinite().all()
+    output.square().sum().backward()
+    assert encoding.grad is not None
+    assert encoding.grad.isfinite().all()
+
+
 def test_take_the_memory_away_and_nothing_is_left() -> None:
     """A memory-only prediction of a memory without content is the same for every input."""
-    for variant in ("baseline", "classifier", "vote", "classifier vote"):
+    for variant in ("baseline", "classifier", "pre_logits", "probabilities", "vote", "classifier vote"):
         model = _fill(_model(variant))
         bank = model.memory_bank
         with torch.no_grad():

@@ -414,9 +414,10 @@ def test_wrap_keeps_weights_and_classifier(resnet: Any) -> None:
     assert model.memory_only
     assert model.memory_args == {
         "distance": "cosine",
-        "scale": 10.0,
-        "read_head": "classifier",
+        "scale": 100.0,
+        "read_head": "probabilities",
         "classifier": "linear",
+        "temperature": 2.0,
     }
     assert model.pretrained_cfg["architecture"] == "memwrap_baseline_test_resnet"
     assert model.training == resnet.training

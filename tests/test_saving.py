@@ -30,6 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "grey": {"model_name": "memwrap_test_efficientnet", "in_chans": 1},
     "baseline": {"model_name": BASELINE},
     "classifier": {"model_name": BASELINE, "read_head": "classifier"},
+    "probabilities": {"model_name": BASELINE, "read_head": "probabilities", "temperature": 3.5},
     "classifier and input": {"model_name": "memwrap_test_resnet", "read_head": "classifier"},
     "vote": {"model_name": BASELINE, "classifier": "vote"},
     "wrapped": {},

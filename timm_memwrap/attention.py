@@ -24,6 +24,7 @@ __all__ = [
     "threshold",
     "top_weights",
     "trim",
+    "unit",
 ]
 
 DISTANCES = ("cosine", "l2", "dot")
@@ -56,8 +57,8 @@ def float32_island(tensor: Tensor) -> AbstractContextManager:
     return torch.autocast(device_type=device_type, enabled=False)
 
 
-def _unit(x: Tensor) -> Tensor:
-    """Scales rows to length 1, and leaves zero rows at zero with a finite gradient.
+def unit(x: Tensor) -> Tensor:
+    """Scales rows `[N, D]` to length 1, and leaves zero rows at zero with a finite gradient.
 
     The row is divided by its largest entry first: the square of a tiny entry underflows.
     """
@@ -75,7 +76,7 @@ def prepare_keys(encodings: Tensor, distance: str) -> Keys:
         distance: One of `DISTANCES`.
     """
     if distance == "cosine":
-        return Keys(_unit(encodings), None, None)
+        return Keys(unit(encodings), None, None)
     if distance == "dot":
         return Keys(encodings, None, None)
     assert distance == "l2", distance
@@ -94,7 +95,7 @@ def prepare_keys(encodings: Tensor, distance: str) -> Keys:
 def ready_queries(queries: Tensor, keys: Keys, distance: str) -> Tensor:
     """Makes queries `[B, D]` ready for the inner product with `keys`."""
     if distance == "cosine":
-        queries = _unit(queries)
+        queries = unit(queries)
     return queries if keys.centre is None else queries - keys.centre
 
 

@@ -27,7 +27,7 @@ from torch.export import Dim, ExportedProgram
 from timm_memwrap.attention import Keys, content_weights, float32_island
 from timm_memwrap.explaining.inputs import check_model, data_config
 from timm_memwrap.hub import check_memory, from_pretrained
-from timm_memwrap.model import MemoryReadout, MemoryWrapModel
+from timm_memwrap.model import MemoryReadout, MemoryWrapModel, encode
 
 __all__ = ["FORMATS", "METADATA_KEY", "ExportError", "ExportReport", "default_path", "export_model"]
 
@@ -83,6 +83,7 @@ class _Exported(nn.Module):
         bank = model.memory_bank
         assert bank.encodings is not None
         self.backbone = model.backbone
+        self.with_pre_logits = model.encodes_pre_logits
         self.head: Any = model.head
         self.top_k = None if top_k is None else min(top_k, len(bank))
         keys = self.head.keys(bank.encodings)
@@ -95,7 +96,7 @@ class _Exported(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Classifies images `[B, C, H, W]`: logits `[B, C]`, and on request weights and indices `[B, K]`."""
-        encoding = self.backbone(image)
+        encoding = encode(self.backbone, image, self.with_pre_logits)
         similarity = self.head.similarity(encoding, Keys(self.vectors, self.offsets, self.centre))
         with float32_island(similarity):
             weights = content_weights(similarity)

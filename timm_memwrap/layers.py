@@ -9,10 +9,19 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from timm_memwrap.attention import DISTANCES, Keys, content_weights, float32_island, prepare_keys, scores, search
+from timm_memwrap.attention import DISTANCES, Keys, content_weights, float32_island, prepare_keys, scores, search, unit
 from timm_memwrap.memory_index import MemoryIndex
 
-__all__ = ["MLP", "BaselineMemory", "CentreClasses", "LabelVote", "MeanOfHalves", "MemoryLayer", "MemoryWrapLayer"]
+__all__ = [
+    "MLP",
+    "BaselineMemory",
+    "CentreClasses",
+    "Columns",
+    "LabelVote",
+    "MeanOfHalves",
+    "MemoryLayer",
+    "MemoryWrapLayer",
+]
 
 # The scale as a parameter, and where it starts: at 1 the support grows with the memory, and explains nothing.
 LEARNED = "learned"
@@ -35,6 +44,46 @@ class CentreClasses(nn.Module):
     def forward(self, logits: Tensor) -> Tensor:
         """Centres logits `[N, C]`."""
         return logits - logits.mean(dim=-1, keepdim=True)
+
+
+class Columns(nn.Module):
+    """Takes columns `start` to `stop` of its input, without a copy."""
+
+    def __init__(self, start: int, stop: int) -> None:
+        super().__init__()
+        self.start, self.stop = start, stop
+
+    def extra_repr(self) -> str:
+        """Returns what `print(module)` shows of it."""
+        return f"{self.start}, {self.stop}"
+
+    def forward(self, encoding: Tensor) -> Tensor:
+        """Takes of encodings `[N, W]` a part `[N, stop - start]`."""
+        return encoding[..., self.start : self.stop]
+
+
+class Probabilities(nn.Module):
+    """Makes of pre-logits and logits, side by side, a key for comparing what is predicted.
+
+    The cosine similarity of two keys is that of the predicted probabilities, and to a small share that of the
+    pre-logits. A confident classifier gives many samples the same probabilities; the share tells these apart, and so
+    keeps the support small.
+
+    Args:
+        features: Width D of the pre-logits.
+    """
+
+    # Weight of the pre-logits beside the 1 of the probabilities.
+    FEATURE_SHARE = 0.1
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.features = features
+
+    def forward(self, encoding: Tensor) -> Tensor:
+        """Projects encodings `[N, D + C]` to keys `[N, D + C]`."""
+        pre_logits, logits = encoding[..., : self.features], encoding[..., self.features :]
+        return torch.cat([math.sqrt(self.FEATURE_SHARE) * unit(pre_logits), unit(logits.softmax(dim=-1))], dim=-1)
 
 
 class MeanOfHalves(nn.Module):
@@ -60,6 +109,7 @@ class MemoryLayer(nn.Module, ABC):
         head: nn.Module | None,
         distance: str,
         scale: float | str,
+        temperature: float,
     ) -> None:
         super().__init__()
         for name, value in (("encoder_output_dim", encoder_output_dim), ("output_dim", output_dim)):
@@ -68,14 +118,14 @@ class MemoryLayer(nn.Module, ABC):
         if distance not in DISTANCES:
             raise ValueError(f"Unknown distance={distance!r}. Pass one of {', '.join(map(repr, DISTANCES))}.")
         learned = isinstance(scale, str) and scale == LEARNED
-        number = isinstance(scale, int | float) and not isinstance(scale, bool) and math.isfinite(scale) and scale > 0
-        if not (learned or number):
+        if not (learned or _is_factor(scale)):
             raise ValueError(
                 f"scale={scale!r} is not a factor. Pass a finite number above 0, or {LEARNED!r}; 1.0 is as published."
             )
         self.encoder_output_dim = encoder_output_dim
         self.output_dim = output_dim
         self.distance = distance
+        self.temperature = temperature
         # By its logarithm it stays above 0, whatever the step.
         self.log_scale = nn.Parameter(torch.tensor(math.log(LEARNED_START))) if learned else None
         self._scale = None if learned else float(scale)
@@ -100,10 +150,25 @@ class MemoryLayer(nn.Module, ABC):
         else:
             self.log_scale.data.fill_(math.log(scale))
 
+    @property
+    def temperature(self) -> float:
+        """What outputs are divided by: above 1 predictions are less sure, and the same classes win."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, temperature: float) -> None:
+        if not _is_factor(temperature):
+            raise ValueError(
+                f"temperature={temperature!r} is not a divisor. Pass a finite number above 0; 1.0 leaves outputs as "
+                f"they are."
+            )
+        self._temperature = float(temperature)
+
     def extra_repr(self) -> str:
         """Returns what `print(layer)` shows of it."""
         scale = LEARNED if self._scale is None else self._scale
-        return f"{self.encoder_output_dim}, {self.output_dim}, distance={self.distance!r}, scale={scale}"
+        sizes = f"{self.encoder_output_dim}, {self.output_dim}"
+        return f"{sizes}, distance={self.distance!r}, scale={scale}, temperature={self.temperature}"
 
     def project(self, encoding: Tensor) -> Tensor:
         """Applies the read head to encodings `[N, D]`, in float32 at least."""
@@ -151,9 +216,14 @@ class MemoryLayer(nn.Module, ABC):
         """
         return _at_least_float32(memory_encoding)
 
-    @abstractmethod
     def classify(self, input_encoding: Tensor, memory_vector: Tensor) -> Tensor:
         """Computes outputs `[B, C]` from input encodings `[B, D]` and memory vectors `[B, V]`."""
+        output = self._classify(input_encoding, memory_vector)
+        return output if self.temperature == 1.0 else output / self.temperature
+
+    @abstractmethod
+    def _classify(self, input_encoding: Tensor, memory_vector: Tensor) -> Tensor:
+        """Computes outputs at temperature 1."""
 
     def forward(
         self, input_encoding: Tensor, memory_encoding: Tensor, return_weights: bool = False
@@ -199,6 +269,8 @@ class MemoryWrapLayer(MemoryLayer):
         distance: `"cosine"`, `"l2"` (squared, as published) or `"dot"`.
         scale: Factor on the similarities: larger reads fewer samples. 1.0 is as published; `"learned"` makes it a
             parameter, from 10.0.
+        temperature: What the outputs are divided by (Guo et al. 2017, https://arxiv.org/abs/1706.04599). 1.0 is as
+            published.
 
     Raises:
         ValueError: If an argument does not fit.
@@ -221,11 +293,12 @@ class MemoryWrapLayer(MemoryLayer):
         classifier: nn.Module | None = None,
         distance: str = "cosine",
         scale: float | str = 1.0,
+        temperature: float = 1.0,
     ) -> None:
-        super().__init__(encoder_output_dim, output_dim, head, distance, scale)
+        super().__init__(encoder_output_dim, output_dim, head, distance, scale, temperature)
         self.classifier = _classifier(classifier, 2 * encoder_output_dim, output_dim)
 
-    def classify(self, input_encoding: Tensor, memory_vector: Tensor) -> Tensor:
+    def _classify(self, input_encoding: Tensor, memory_vector: Tensor) -> Tensor:
         """Classifies input encoding and memory vector, joined in this order."""
         dtype = _parameter_dtype(self.classifier, memory_vector)
         return self.classifier(torch.cat([input_encoding.to(dtype), memory_vector.to(dtype)], dim=-1))
@@ -241,6 +314,7 @@ class BaselineMemory(MemoryLayer):
         classifier: Maps `[B, D]` to `[B, C]`. `None` is the paper's MLP, `D -> 2D -> C`.
         distance: As in `MemoryWrapLayer`.
         scale: As in `MemoryWrapLayer`.
+        temperature: As in `MemoryWrapLayer`.
 
     Raises:
         ValueError: If an argument does not fit.
@@ -254,11 +328,12 @@ class BaselineMemory(MemoryLayer):
         classifier: nn.Module | None = None,
         distance: str = "cosine",
         scale: float | str = 1.0,
+        temperature: float = 1.0,
     ) -> None:
-        super().__init__(encoder_output_dim, output_dim, head, distance, scale)
+        super().__init__(encoder_output_dim, output_dim, head, distance, scale, temperature)
         self.classifier = _classifier(classifier, encoder_output_dim, output_dim)
 
-    def classify(self, input_encoding: Tensor, memory_vector: Tensor) -> Tensor:
+    def _classify(self, input_encoding: Tensor, memory_vector: Tensor) -> Tensor:
         """Classifies the memory vector; the input encoding has chosen it and plays no other part."""
         return self.classifier(memory_vector.to(_parameter_dtype(self.classifier, memory_vector)))
 
@@ -274,6 +349,7 @@ class LabelVote(MemoryLayer):
         head: As in `MemoryWrapLayer`.
         distance: As in `MemoryWrapLayer`.
         scale: As in `MemoryWrapLayer`.
+        temperature: As in `MemoryWrapLayer`.
 
     Raises:
         ValueError: If an argument does not fit.
@@ -289,8 +365,9 @@ class LabelVote(MemoryLayer):
         head: nn.Module | None = None,
         distance: str = "cosine",
         scale: float | str = 1.0,
+        temperature: float = 1.0,
     ) -> None:
-        super().__init__(encoder_output_dim, output_dim, head, distance, scale)
+        super().__init__(encoder_output_dim, output_dim, head, distance, scale, temperature)
 
     def values(self, memory_encoding: Tensor, labels: Tensor | None = None) -> Tensor:
         """Returns one-hot labels `[M, C]`."""
@@ -302,9 +379,13 @@ class LabelVote(MemoryLayer):
         one_hot = _at_least_float32(memory_encoding).new_zeros(len(labels), self.output_dim)
         return one_hot.scatter_(1, labels.unsqueeze(1), 1.0)
 
-    def classify(self, input_encoding: Tensor, memory_vector: Tensor) -> Tensor:
+    def _classify(self, input_encoding: Tensor, memory_vector: Tensor) -> Tensor:
         """Returns the log-probability of each class."""
         return memory_vector.clamp_min(self.LEAST_PROBABILITY).log().to(input_encoding.dtype)
+
+
+def _is_factor(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

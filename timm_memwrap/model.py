@@ -5,7 +5,7 @@ Shapes: B inputs, M memory samples, D width of an encoding, C classes, K samples
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from timm_memwrap import constants
 from timm_memwrap.attention import DISTANCES, MASKED, Keys, content_weights, float32_island, read, top_weights
 from timm_memwrap.fingerprint import Watch, fingerprint
-from timm_memwrap.layers import BaselineMemory, CentreClasses, LabelVote, MeanOfHalves, MemoryLayer, MemoryWrapLayer
+from timm_memwrap.layers import (
+    BaselineMemory,
+    CentreClasses,
+    Columns,
+    LabelVote,
+    MeanOfHalves,
+    MemoryLayer,
+    MemoryWrapLayer,
+    Probabilities,
+)
 from timm_memwrap.memory_bank import MemoryBank
 from timm_memwrap.memory_index import MemoryIndex, check_index
 from timm_memwrap.timm_interface import TimmInterface, add_prefix
@@ -23,7 +32,15 @@ __all__ = ["CLASSIFIERS", "READ_HEADS", "MemoryReadout", "MemoryWrapModel"]
 
 _logger = logging.getLogger(__name__)
 
-READ_HEADS = ("linear", "identity", "classifier")
+READ_HEADS = ("linear", "identity", "classifier", "pre_logits", "probabilities")
+# Those that read with the backbone's own classifier, and of these, those that compare what goes into it too.
+KEPT_CLASSIFIER = ("classifier", "pre_logits", "probabilities")
+WITH_PRE_LOGITS = ("pre_logits", "probabilities")
+
+# Scale and temperature by read head, chosen on held-out training images (README, "Evidence, measured").
+_SCALES = {"classifier": 10.0, "pre_logits": 10.0, "probabilities": 100.0}
+# A memory of training images is surer than it should be of new ones.
+_TEMPERATURES = {"pre_logits": 2.0, "probabilities": 2.0}
 CLASSIFIERS = ("mlp", "linear", "vote")
 
 QUEUE_SIZE = 1024
@@ -62,19 +79,23 @@ class MemoryWrapModel(TimmInterface):
     Made by `timm.create_model("memwrap_<name>")` or `wrap`; seldom by hand.
 
     Args:
-        backbone: A timm model. Its own classifier must be gone (`num_classes=0`), except with
-            `read_head="classifier"`, where it stays and is the model's.
+        backbone: A timm model. Its own classifier must be gone (`num_classes=0`), except with the read heads that
+            keep it.
         num_classes: Number of classes C; 0 for none, as in timm: the model then returns the backbone's features.
         memory_only: Whether the prediction is made from the memory alone (`BaselineMemory`) or from the input and the
             memory (`MemoryWrapLayer`).
         distance: `"cosine"`, `"l2"` or `"dot"`.
-        scale: Factor on the similarities; `"learned"` makes it a parameter. `None` is 10.0 with
-            `read_head="classifier"`, else 1.0 as published.
+        scale: Factor on the similarities; `"learned"` makes it a parameter. `None` is 100.0 with
+            `read_head="probabilities"`, 10.0 with the others that keep the classifier, else 1.0 as published.
         read_head: What projects query and key: `"linear"`, a layer of its own; `"identity"`, nothing, as in the
-            published code; `"classifier"`, the backbone's classifier: similarity of centred logits.
-        classifier: What makes logits of what was read: `"mlp"`, as published; `"linear"`, one layer, which with
-            `read_head="classifier"` is the backbone's; `"vote"`, the weights summed over the samples' labels, with
-            `memory_only`. `None` is `"linear"` with `read_head="classifier"`, else `"mlp"`.
+            published code. Three keep the backbone's classifier: `"probabilities"` compares what it predicts and, to a
+            small share, the pre-logits; `"classifier"` compares its centred logits; `"pre_logits"` what goes into it,
+            for a backbone that was fine-tuned.
+        classifier: What makes logits of what was read: `"mlp"`, as published; `"linear"`, one layer, which is the
+            backbone's own where it keeps its classifier; `"vote"`, the weights summed over the samples' labels, with
+            `memory_only`. `None` is `"linear"` where the backbone keeps its classifier, else `"mlp"`.
+        temperature: What the logits are divided by; `calibrate` finds it. `None` is 2.0 with `"probabilities"` and
+            `"pre_logits"`, else 1.0 as published.
 
     Raises:
         ValueError: If an argument is unknown, or two do not fit each other.
@@ -94,9 +115,10 @@ class MemoryWrapModel(TimmInterface):
         scale: float | str | None = None,
         read_head: str = "linear",
         classifier: str | None = None,
+        temperature: float | None = None,
     ) -> None:
         super().__init__()
-        memory_args = resolve_memory_args(memory_only, distance, scale, read_head, classifier)
+        memory_args = resolve_memory_args(memory_only, distance, scale, read_head, classifier, temperature)
         # Order is format: the bank comes last, so that two state dicts of which one has no bank agree up to there.
         self.backbone = backbone
         self.num_classes = num_classes
@@ -123,13 +145,31 @@ class MemoryWrapModel(TimmInterface):
 
     @property
     def keeps_classifier(self) -> bool:
-        """Whether the backbone's own classifier is the read head."""
-        return self.memory_args["read_head"] == "classifier"
+        """Whether the backbone keeps its own classifier, and the memory is read with it."""
+        return self.memory_args["read_head"] in KEPT_CLASSIFIER
 
     @property
     def encoding_size(self) -> int:
-        """Width D of an encoding: the backbone's `head_hidden_size`, or C if its classifier is the read head."""
-        return self.num_classes if self.keeps_classifier else self.head_hidden_size
+        """Width D of an encoding: the backbone's `head_hidden_size`, C, or both, by what is compared and read."""
+        logits = self.num_classes if self.keeps_classifier else 0
+        return logits + (0 if self.memory_args["read_head"] == "classifier" else self.head_hidden_size)
+
+    @property
+    def encodes_pre_logits(self) -> bool:
+        """Whether an encoding is pre-logits and logits side by side."""
+        return self.num_classes > 0 and self.memory_args["read_head"] in WITH_PRE_LOGITS
+
+    @property
+    def temperature(self) -> float:
+        """What the logits are divided by. What is set is saved with the model."""
+        return self.memory_args["temperature"]
+
+    @temperature.setter
+    def temperature(self, temperature: float) -> None:
+        if self.num_classes == 0:
+            raise ValueError("num_classes=0: the model has no head to set a temperature of. Call reset_classifier(n).")
+        self.head.temperature = temperature
+        self.memory_args["temperature"] = self._model_args["temperature"] = float(temperature)
 
     # -- forward ----------------------------------------------------------------------------------------------------
 
@@ -209,7 +249,7 @@ class MemoryWrapModel(TimmInterface):
         """Computes logits, or with `pre_logits` pooled features, from the backbone's unpooled features."""
         if pre_logits:
             return self.backbone.forward_head(x, pre_logits=True)
-        encoding = self.backbone.forward_head(x)
+        encoding = encode_features(self.backbone, x, self.encodes_pre_logits)
         if self.num_classes == 0:
             return encoding
         readout = self._read_batch(encoding, ranked=False) if self.training else self._read_remembered(encoding)
@@ -217,7 +257,7 @@ class MemoryWrapModel(TimmInterface):
 
     def encode(self, x: Tensor) -> Tensor:
         """Encodes images `[N, C, H, W]` to `[N, D]`."""
-        return self.backbone(x)
+        return encode(self.backbone, x, self.encodes_pre_logits)
 
     def read_memory(self, x: Tensor) -> MemoryReadout:
         """Classifies images in evaluation and returns what was read: the bank's samples and their weights.
@@ -381,15 +421,29 @@ class MemoryWrapModel(TimmInterface):
             return nn.Identity()
         args = self.memory_args
         width = self.encoding_size
-        read_heads = {"linear": None, "identity": nn.Identity(), "classifier": CentreClasses()}
-        common = {"head": read_heads[args["read_head"]], "distance": args["distance"], "scale": args["scale"]}
+        features = width - self.num_classes
+        read_heads: dict[str, Callable[[], nn.Module | None]] = {
+            "linear": lambda: None,
+            "identity": nn.Identity,
+            "classifier": CentreClasses,
+            "pre_logits": lambda: Columns(0, features),
+            "probabilities": lambda: Probabilities(features),
+        }
+        common = {
+            "head": read_heads[args["read_head"]](),
+            "distance": args["distance"],
+            "scale": args["scale"],
+            "temperature": args["temperature"],
+        }
         if args["classifier"] == "vote":
             return LabelVote(width, self.num_classes, **common)
         layer: type[MemoryWrapLayer] | type[BaselineMemory] = BaselineMemory if self.memory_only else MemoryWrapLayer
         classifier: nn.Module | None = None
         if self.keeps_classifier:
-            # Encodings are logits already. C(sum w m) = sum w C(m), since the weights sum to 1.
+            # Encodings hold the logits already. C(sum w m) = sum w C(m), since the weights sum to 1.
             classifier = nn.Identity() if self.memory_only else MeanOfHalves()
+            if features:
+                classifier = nn.Sequential(classifier, Columns(features, width))
         elif args["classifier"] == "linear":
             classifier = nn.Linear(width if self.memory_only else 2 * width, self.num_classes)
         return layer(width, self.num_classes, classifier=classifier, **common)
@@ -559,6 +613,25 @@ class MemoryWrapModel(TimmInterface):
         return {**self.__dict__, "_prepared": None, "_fingerprint": None}
 
 
+def encode(backbone: Any, x: Tensor, with_pre_logits: bool) -> Tensor:
+    """Encodes images `[N, C, H, W]` by what the backbone returns, `[N, C]` or `[N, D]`.
+
+    Args:
+        backbone: A timm model.
+        x: The images.
+        with_pre_logits: Whether its pre-logits come before that: `[N, D + C]`.
+    """
+    return encode_features(backbone, backbone.forward_features(x), True) if with_pre_logits else backbone(x)
+
+
+def encode_features(backbone: Any, features: Any, with_pre_logits: bool) -> Tensor:
+    """Encodes as `encode` does, from the backbone's unpooled features."""
+    logits = backbone.forward_head(features)
+    if not with_pre_logits:
+        return logits
+    return torch.cat([backbone.forward_head(features, pre_logits=True), logits], dim=-1)
+
+
 # Names of the last layer in the state dict by `classifier`, where it is not the backbone's.
 HEAD_CLASSIFIER_NAMES = {
     "mlp": f"{constants.HEAD}.classifier.fc2",
@@ -567,8 +640,18 @@ HEAD_CLASSIFIER_NAMES = {
 }
 
 
+def default_read_head(classifier: str | None) -> str:
+    """Returns the read head for a backbone that keeps its classifier, by what makes logits of what was read."""
+    return "classifier" if classifier == "vote" else "probabilities"
+
+
 def resolve_memory_args(
-    memory_only: bool, distance: str, scale: float | str | None, read_head: str, classifier: str | None
+    memory_only: bool,
+    distance: str = "cosine",
+    scale: float | str | None = None,
+    read_head: str = "linear",
+    classifier: str | None = None,
+    temperature: float | None = None,
 ) -> dict[str, Any]:
     """Checks the arguments that shape the memory, and fills in what is `None`.
 
@@ -576,9 +659,11 @@ def resolve_memory_args(
         ValueError: If one is unknown, or two do not fit each other.
     """
     if classifier is None:
-        classifier = "linear" if read_head == "classifier" else "mlp"
+        classifier = "linear" if read_head in KEPT_CLASSIFIER else "mlp"
     if scale is None:
-        scale = 10.0 if read_head == "classifier" else 1.0
+        scale = _SCALES.get(read_head, 1.0)
+    if temperature is None:
+        temperature = _TEMPERATURES.get(read_head, 1.0)
     choices = (
         ("distance", distance, DISTANCES),
         ("read_head", read_head, READ_HEADS),
@@ -587,17 +672,28 @@ def resolve_memory_args(
     for name, value, known in choices:
         if value not in known:
             raise ValueError(f"Unknown {name}={value!r}. Pass one of {', '.join(map(repr, known))}.")
-    if read_head == "classifier" and classifier == "mlp":
+    if read_head in KEPT_CLASSIFIER and classifier == "mlp":
         raise ValueError(
-            "read_head='classifier' reads in the space of the backbone's logits, which classifier='mlp' would have to "
-            "learn anew. Pass classifier='linear' (the backbone's own) or 'vote'."
+            f"read_head={read_head!r} reads in the space of the backbone's logits, which classifier='mlp' would have "
+            f"to learn anew. Pass classifier='linear' (the backbone's own) or 'vote'."
+        )
+    if classifier == "vote" and read_head == "pre_logits":
+        raise ValueError(
+            "read_head='pre_logits' keeps the backbone's classifier for the logits, of which classifier='vote' has no "
+            "use. Pass read_head='identity' to vote by the same similarity."
         )
     if classifier == "vote" and not memory_only:
         raise ValueError(
             "classifier='vote' classifies from the memory alone. Create 'memwrap_baseline_<name>', or pass "
             "memory_only=True to wrap."
         )
-    return {"distance": distance, "scale": scale, "read_head": read_head, "classifier": classifier}
+    return {
+        "distance": distance,
+        "scale": scale,
+        "read_head": read_head,
+        "classifier": classifier,
+        "temperature": temperature,
+    }
 
 
 def check_global_pool(global_pool: str | None, num_classes: int) -> None:

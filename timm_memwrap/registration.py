@@ -17,7 +17,14 @@ from torch import Tensor, nn
 
 from timm_memwrap import constants, loading
 from timm_memwrap.constants import BACKBONE, BASELINE_PREFIX, MEMORY_BANK, PREFIX, WEIGHTS_FILE
-from timm_memwrap.model import HEAD_CLASSIFIER_NAMES, MemoryWrapModel, check_global_pool, resolve_memory_args
+from timm_memwrap.model import (
+    HEAD_CLASSIFIER_NAMES,
+    KEPT_CLASSIFIER,
+    MemoryWrapModel,
+    check_global_pool,
+    default_read_head,
+    resolve_memory_args,
+)
 from timm_memwrap.timm_interface import add_prefix
 
 __all__ = ["backbone_name", "register_backbones", "wrap"]
@@ -30,7 +37,7 @@ default_cfgs: dict[str, DefaultCfg] = {}
 _WHOLE_MODEL_SOURCES = ("hf-hub", "local-dir")
 # timm's mark of an encoder that returns tokens and cannot be given a classifier.
 _ENCODER_SUFFIX = "_enc"
-_MEMORY_ARGS = ("distance", "scale", "read_head", "classifier")
+_MEMORY_ARGS = ("distance", "scale", "read_head", "classifier", "temperature")
 
 
 def backbone_name(name: str) -> str:
@@ -89,11 +96,12 @@ def wrap(
     scale: float | str | None = None,
     read_head: str | None = None,
     classifier: str | None = None,
+    temperature: float | None = None,
 ) -> MemoryWrapModel:
     """Makes a Memory Wrap model of a timm model in hand, its weights kept bit for bit.
 
-    A model with a trained classifier keeps it, and reads the memory through it: logits are the weighted logits of the
-    memory samples whose own logits are most like the input's. There is nothing to train; build the memory bank and
+    A model with a trained classifier keeps it, and reads the memory with it: logits are the weighted logits of the
+    memory samples that the classifier finds most like the input. There is nothing to train; build the memory bank and
     predict. A model without a classifier (`num_classes=0`), or with another `read_head`, gets a new head to train.
 
     Args:
@@ -102,8 +110,10 @@ def wrap(
         memory_only: Whether to predict from the memory alone. `None` means yes with the kept classifier, else no.
         distance: As in `MemoryWrapModel`.
         scale: As in `MemoryWrapModel`.
-        read_head: As in `MemoryWrapModel`. `None` is `"classifier"` for a model that has one, else `"linear"`.
+        read_head: As in `MemoryWrapModel`. `None` is `"linear"` for a model without a classifier; with one it is
+            `"probabilities"`, or `"classifier"` if it is to vote.
         classifier: As in `MemoryWrapModel`.
+        temperature: As in `MemoryWrapModel`.
 
     Raises:
         ValueError: If `model` is not a timm model in timm's registry, or the arguments do not fit.
@@ -133,15 +143,15 @@ def wrap(
     if num_classes < 1:
         raise ValueError(f"num_classes={num_classes}: the model has no classes of its own. Pass num_classes to wrap.")
     if read_head is None:
-        read_head = "classifier" if has_classifier and num_classes == model.num_classes else "linear"
+        read_head = default_read_head(classifier) if has_classifier and num_classes == model.num_classes else "linear"
     if memory_only is None:
-        memory_only = read_head == "classifier" or classifier == "vote"
+        memory_only = read_head in KEPT_CLASSIFIER or classifier == "vote"
     # Before anything is copied or registered.
-    resolve_memory_args(memory_only, distance, scale, read_head, classifier)
-    if read_head == "classifier":
+    resolve_memory_args(memory_only, distance, scale, read_head, classifier, temperature)
+    if read_head in KEPT_CLASSIFIER:
         if model.num_classes != num_classes:
             raise ValueError(
-                f"read_head='classifier' keeps the model's classifier of {model.num_classes} classes, but "
+                f"read_head={read_head!r} keeps the model's classifier of {model.num_classes} classes, but "
                 f"num_classes={num_classes}. Leave num_classes out, or pass read_head='linear' for a new head to train."
             )
         backbone = model
@@ -152,7 +162,7 @@ def wrap(
 
     architecture = cfg.get("architecture", "")
     register_backbones([architecture])
-    wrapped = MemoryWrapModel(backbone, num_classes, memory_only, distance, scale, read_head, classifier)
+    wrapped = MemoryWrapModel(backbone, num_classes, memory_only, distance, scale, read_head, classifier, temperature)
     wrapped.pretrained_cfg = wrapped.default_cfg = {
         **_memory_cfg_dict(cfg, architecture, memory_only),
         "classifier": wrapped.classifier_name(),
@@ -209,13 +219,7 @@ def _create(
     if features_only:
         return _create_features(backbone, pretrained, file, backbone_args, kwargs)
 
-    resolved = resolve_memory_args(
-        memory_only,
-        memory_args.get("distance", "cosine"),
-        memory_args.get("scale"),
-        memory_args.get("read_head", "linear"),
-        memory_args.get("classifier"),
-    )
+    resolved = resolve_memory_args(memory_only, **memory_args)
     if whole:
         assert isinstance(pretrained_cfg, dict)
         # timm then takes the file that was checked; left alone it falls back to a pickle, or takes what the cfg names.
@@ -268,7 +272,6 @@ def _check_source(
     loading.check_model_args(args, pretrained_cfg, header, file.name)
     try:
         memory_args = {name: args.pop(name) for name in _MEMORY_ARGS if name in args}
-        memory_args = {"distance": "cosine", "scale": None, "read_head": "linear", "classifier": None, **memory_args}
         resolved = resolve_memory_args(memory_only, **memory_args)
         backbone_args = {"pretrained_cfg": _backbone_cfg(pretrained_cfg, backbone)}
         with loading.shapes_only(), loading.parameter_budget(header, file.name):
@@ -307,7 +310,7 @@ def _build(
     the classes that its weights have, and its classifier is changed afterwards.
     """
     check_global_pool(kwargs.get("global_pool"), num_classes)
-    wanted = num_classes if memory_args["read_head"] == "classifier" else 0
+    wanted = num_classes if memory_args["read_head"] in KEPT_CLASSIFIER else 0
     own = timm.models.resolve_pretrained_cfg(
         backbone, backbone_args["pretrained_cfg"], backbone_args.get("pretrained_cfg_overlay")
     ).num_classes
@@ -453,6 +456,6 @@ def _remove_prefix(names: Any) -> Any:
 
 
 def _classifier_name(backbone: str, memory_args: dict[str, Any]) -> Any:
-    if memory_args["read_head"] == "classifier":
+    if memory_args["read_head"] in KEPT_CLASSIFIER:
         return add_prefix(timm.models.resolve_pretrained_cfg(backbone).classifier)
     return HEAD_CLASSIFIER_NAMES[memory_args["classifier"]]

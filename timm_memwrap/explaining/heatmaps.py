@@ -208,7 +208,8 @@ class _Joint:
         readout = self._model.read_encoded_anew(encodings[0], self._positions, encodings[1:].transpose(0, 1))
         self._bar.update(count)
         score = readout.logits[:, self._target]
-        return score.exp() if self._model.memory_args["classifier"] == "vote" else score
+        # The share of the votes, whose logarithm at temperature 1 the logit is.
+        return (score * self._model.temperature).exp() if self._model.memory_args["classifier"] == "vote" else score
 
 
 _Runner = Callable[[_Joint, tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, ...]]

@@ -20,9 +20,11 @@ class ModelConfig:
         drop_path_rate: Stochastic depth; null for the architecture's own.
         memory_only: Whether to predict from the memory alone; null for what suits the read head.
         distance: cosine, l2 or dot.
-        scale: Factor on the similarities, or learned; null for 10 with the classifier as read head, else 1.
-        read_head: linear, identity or classifier; null for classifier with memory.mode none, else linear.
+        scale: Factor on the similarities, or learned; null for what suits the read head.
+        read_head: linear, identity, classifier, pre_logits or probabilities; null for probabilities with memory.mode
+            none, else linear.
         classifier: mlp, linear or vote; null for what suits the read head.
+        temperature: What the logits are divided by; null for what suits the read head.
         kwargs: More arguments of the timm architecture.
     """
 
@@ -36,8 +38,9 @@ class ModelConfig:
     memory_only: bool | None = None
     distance: Literal["cosine", "l2", "dot"] = "cosine"
     scale: float | Literal["learned"] | None = None
-    read_head: Literal["linear", "identity", "classifier"] | None = None
+    read_head: Literal["linear", "identity", "classifier", "pre_logits", "probabilities"] | None = None
     classifier: Literal["mlp", "linear", "vote"] | None = None
+    temperature: float | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -131,6 +134,7 @@ class TrainingConfig:
         model_ema: Whether to keep, evaluate and save an average of the weights.
         model_ema_decay: Its decay.
         model_ema_warmup: Whether the decay starts lower and grows.
+        channels_last: Whether weights of convolutions lie in memory channels last. On a CPU often faster.
         torchcompile: Whether to compile the model.
         freeze_backbone: Whether to train the head alone, on encodings that are computed once, without augmentation.
         val_interval: Epochs between evaluations; the last is always evaluated.
@@ -162,6 +166,7 @@ class TrainingConfig:
     model_ema: bool = False
     model_ema_decay: float = 0.9998
     model_ema_warmup: bool = False
+    channels_last: bool = False
     torchcompile: bool = False
     freeze_backbone: bool = False
     val_interval: int = 1

@@ -8,7 +8,7 @@ from timm.models import get_pretrained_cfg, is_model
 from torch import nn
 
 from timm_memwrap.constants import BASELINE_PREFIX, PREFIX
-from timm_memwrap.model import MemoryWrapModel, resolve_memory_args
+from timm_memwrap.model import KEPT_CLASSIFIER, MemoryWrapModel, default_read_head, resolve_memory_args
 from timm_memwrap.registration import wrap
 from timm_memwrap.training.configuration import DataConfig, ModelConfig
 
@@ -40,7 +40,7 @@ def check_model_config(config: ModelConfig, memory_mode: str) -> None:
     if config.in_chans is not None and config.in_chans not in _MODES:
         raise ValueError(f"model.in_chans={config.in_chans}: images are read in grey (1) or colour (3).")
     args = memory_args(config, memory_mode)
-    resolve_memory_args(args["memory_only"], config.distance, config.scale, args["read_head"], config.classifier)
+    resolve_memory_args(**args)
     if memory_mode == "none" and config.scale == "learned":
         raise ValueError(
             "model.scale='learned' needs training with a memory, but memory.mode=none trains without. Pass a number, "
@@ -55,11 +55,11 @@ def check_model_config(config: ModelConfig, memory_mode: str) -> None:
 
 def memory_args(config: ModelConfig, memory_mode: str) -> dict[str, Any]:
     """Returns the memory's arguments, with what suits the mode where nothing is said."""
-    read_head = config.read_head or ("classifier" if memory_mode == "none" else "linear")
+    read_head = config.read_head or (default_read_head(config.classifier) if memory_mode == "none" else "linear")
     memory_only = config.memory_only
     if memory_only is None:
-        memory_only = read_head == "classifier" or config.classifier == "vote"
-    if memory_mode == "none" and read_head != "classifier":
+        memory_only = read_head in KEPT_CLASSIFIER or config.classifier == "vote"
+    if memory_mode == "none" and read_head not in KEPT_CLASSIFIER:
         raise ValueError(
             f"model.read_head={read_head!r} needs training, but memory.mode=none trains the plain classifier. Leave "
             f"read_head out, or pass memory.mode=batch, sample or queue."
@@ -70,6 +70,7 @@ def memory_args(config: ModelConfig, memory_mode: str) -> dict[str, Any]:
         "scale": config.scale,
         "read_head": read_head,
         "classifier": config.classifier,
+        "temperature": config.temperature,
     }
 
 

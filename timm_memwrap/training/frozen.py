@@ -78,8 +78,8 @@ class FrozenMemory(nn.Module):
         super().__init__()
         if model.keeps_classifier:
             raise ValueError(
-                "read_head='classifier' reads the logits of the classifier that is to be trained. Pass "
-                "memory.mode=none, which trains the classifier and wraps it afterwards."
+                f"read_head={model.memory_args['read_head']!r} reads the logits of the classifier that is to be "
+                f"trained. Pass memory.mode=none, which trains the classifier and wraps it afterwards."
             )
         self.memory_model = model
         model.backbone.requires_grad_(False)

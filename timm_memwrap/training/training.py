@@ -203,7 +203,8 @@ def _train(recipe: Recipe, out: Path, checkpoints: Checkpoints, progress: bool, 
         )
     torch.manual_seed(config.seed)
     model = create_model(recipe.model, recipe.data, memory.mode, len(images.classes), in_chans_of(recipe))
-    model.to(env.device)
+    layout = torch.channels_last if config.channels_last else torch.preserve_format
+    model.to(env.device, memory_format=layout)  # type: ignore[call-overload]
     run = _Run(recipe, env, model, images, held_out, progress)
     _logger.info(
         "%s on %d images of %d classes (%s), %d for validation, on %s.",
