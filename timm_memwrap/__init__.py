@@ -16,6 +16,7 @@ from timm_memwrap.registration import wrap as wrap
 
 if TYPE_CHECKING:
     from timm_memwrap.building import build_memory_bank as build_memory_bank
+    from timm_memwrap.explaining import calibrate as calibrate
     from timm_memwrap.explaining import explain as explain
     from timm_memwrap.hub import from_pretrained as from_pretrained
     from timm_memwrap.hub import push_memory_bank as push_memory_bank
@@ -31,6 +32,7 @@ __all__ = [
     "MemoryWrapLayer",
     "MemoryWrapModel",
     "build_memory_bank",
+    "calibrate",
     "explain",
     "from_pretrained",
     "push_memory_bank",
@@ -43,6 +45,7 @@ __all__ = [
 # Imported at first use: together they take as long as the registration, and creating a model needs none of them.
 _LAZY = {
     "build_memory_bank": "building",
+    "calibrate": "explaining",
     "explain": "explaining",
     "from_pretrained": "hub",
     "push_memory_bank": "hub",

@@ -20,7 +20,7 @@ from timm_memwrap.memory_bank import MemoryBank, Provenance, SampleId
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.selection import SELECTIONS, needs_encodings, select
 
-__all__ = ["build_memory_bank"]
+__all__ = ["build_memory_bank", "own_predictions"]
 
 _logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ def build_memory_bank(
             device = next(model.parameters()).device
             old, model.memory_bank = model.memory_bank, bank.to(device)
             try:
-                bank.set_predictions(_own_predictions(model))
+                bank.set_predictions(own_predictions(model))
             except BaseException:
                 model.memory_bank = old
                 raise
@@ -147,8 +147,8 @@ def build_memory_bank(
     return model.memory_bank
 
 
-def _own_predictions(model: MemoryWrapModel) -> Tensor:
-    """Classifies each sample of the bank with the sample itself hidden, `[M]`."""
+def own_predictions(model: MemoryWrapModel) -> Tensor:
+    """Classifies each sample of a model's bank with the sample itself hidden, `[M]`."""
     encodings = model.memory_bank.encodings
     assert encodings is not None
     if len(encodings) == 1:

@@ -1,5 +1,7 @@
 """Explanations: which memory samples a prediction used, how far to trust them, and figures of them."""
 
+from timm_memwrap.explaining.calibration import calibrate as calibrate
+from timm_memwrap.explaining.calibration import fit_temperature as fit_temperature
 from timm_memwrap.explaining.counterfactuals import CounterfactualMetrics as CounterfactualMetrics
 from timm_memwrap.explaining.counterfactuals import evaluate_counterfactuals as evaluate_counterfactuals
 from timm_memwrap.explaining.explanation import Explanation as Explanation
@@ -12,6 +14,7 @@ from timm_memwrap.explaining.figures import plot_memory_report as plot_memory_re
 from timm_memwrap.explaining.heatmaps import Attribution as Attribution
 from timm_memwrap.explaining.heatmaps import attribute as attribute
 from timm_memwrap.explaining.html import write_html as write_html
+from timm_memwrap.explaining.metrics import ExplanationMeter as ExplanationMeter
 from timm_memwrap.explaining.metrics import ExplanationMetrics as ExplanationMetrics
 from timm_memwrap.explaining.metrics import evaluate_explanations as evaluate_explanations
 from timm_memwrap.explaining.metrics import im1 as im1
@@ -29,6 +32,9 @@ __all__ = [
     "plot_explanations",
     "evaluate_explanations",
     "ExplanationMetrics",
+    "ExplanationMeter",
+    "calibrate",
+    "fit_temperature",
     "evaluate_counterfactuals",
     "CounterfactualMetrics",
     "im1",

@@ -19,6 +19,7 @@ from timm_memwrap.explaining.inputs import SampleImages, check_model, encoded_ba
 from timm_memwrap.model import MemoryReadout, MemoryWrapModel
 
 __all__ = [
+    "ExplanationMeter",
     "ExplanationMetrics",
     "evaluate_explanations",
     "expected_calibration_error",
@@ -139,37 +140,69 @@ def evaluate_explanations(
         ```
     """
     check_model(model)
-    if isinstance(deleted, bool) or not isinstance(deleted, int) or deleted < 1:
-        raise ValueError(f"deleted={deleted!r} is not a number of samples. Pass an integer of at least 1.")
-    rng = random.Random(seed)
-    batches: list[dict[str, Tensor]] = []
+    meter = ExplanationMeter(model, deleted, seed)
     with evaluating(model), tqdm(total=size_of(data), desc="Explanations", unit="img", disable=not progress) as bar:
         for encoding, labels in encoded_batches(model, data):
-            batches.append(_measure(model, model.read_encoding(encoding), labels, deleted, rng))
+            meter.update(encoding, labels)
             bar.update(len(labels))
-    if not batches:
-        raise ValueError("The data is empty, so there is nothing to evaluate. Check its path and split.")
-    values = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-    right, example = values["right"], values["example"]
-    return ExplanationMetrics(
-        count=len(right),
-        accuracy=_mean(right),
-        accuracy_without_memory=_mean(values["right_alone"]),
-        explanation_accuracy=_mean(example),
-        accuracy_example=_mean(right[example]) if example.any() else None,
-        accuracy_counterfactual=_mean(right[~example]) if not example.all() else None,
-        input_nonrepresentativeness=_mean(values["input_distance"]) if len(values["input_distance"]) else None,
-        prediction_nonrepresentativeness=_mean(values["cross_entropy"]) if len(values["cross_entropy"]) else None,
-        support_size=_mean(values["support"]),
-        weight_on_prediction=_mean(values["weight_on_prediction"]),
-        identical_class_rate=_mean(values["identical"]),
-        deletion_flip_rate=_mean(values["deletion_flips"]),
-        random_flip_rate=_mean(values["random_flips"]),
-        deletion_drop=_mean(values["deletion_drop"]),
-        random_drop=_mean(values["random_drop"]),
-        deleted=deleted,
-        calibration_error=expected_calibration_error(values["probability"], right),
-    )
+    return meter.compute()
+
+
+class ExplanationMeter:
+    """Gathers `ExplanationMetrics` over batches of encodings, as timm's meters and evaluators do.
+
+    Args:
+        model: A model with a memory bank, in evaluation mode. Its bank may change between two batches.
+        deleted: How many of the strongest samples the deletion test leaves out.
+        seed: Seed of the samples that it leaves out at random.
+
+    Raises:
+        ValueError: If `deleted` is not a number of samples.
+    """
+
+    def __init__(self, model: MemoryWrapModel, deleted: int = 5, seed: int = 0) -> None:
+        if isinstance(deleted, bool) or not isinstance(deleted, int) or deleted < 1:
+            raise ValueError(f"deleted={deleted!r} is not a number of samples. Pass an integer of at least 1.")
+        self.model, self.deleted = model, deleted
+        self._rng = random.Random(seed)
+        self._batches: list[dict[str, Tensor]] = []
+
+    @torch.no_grad()
+    def update(self, encoding: Tensor, labels: Tensor) -> MemoryReadout:
+        """Reads the memory for encodings `[B, D]` of images with labels `[B]`, and returns what was read."""
+        readout = self.model.read_encoding(encoding)
+        self._batches.append(_measure(self.model, readout, labels, self.deleted, self._rng))
+        return readout
+
+    def compute(self) -> ExplanationMetrics:
+        """Returns the metrics of all batches.
+
+        Raises:
+            ValueError: If there was none.
+        """
+        if not self._batches:
+            raise ValueError("The data is empty, so there is nothing to evaluate. Check its path and split.")
+        values = {name: torch.cat([batch[name] for batch in self._batches]) for name in self._batches[0]}
+        right, example = values["right"], values["example"]
+        return ExplanationMetrics(
+            count=len(right),
+            accuracy=_mean(right),
+            accuracy_without_memory=_mean(values["right_alone"]),
+            explanation_accuracy=_mean(example),
+            accuracy_example=_mean(right[example]) if example.any() else None,
+            accuracy_counterfactual=_mean(right[~example]) if not example.all() else None,
+            input_nonrepresentativeness=_mean(values["input_distance"]) if len(values["input_distance"]) else None,
+            prediction_nonrepresentativeness=_mean(values["cross_entropy"]) if len(values["cross_entropy"]) else None,
+            support_size=_mean(values["support"]),
+            weight_on_prediction=_mean(values["weight_on_prediction"]),
+            identical_class_rate=_mean(values["identical"]),
+            deletion_flip_rate=_mean(values["deletion_flips"]),
+            random_flip_rate=_mean(values["random_flips"]),
+            deletion_drop=_mean(values["deletion_drop"]),
+            random_drop=_mean(values["random_drop"]),
+            deleted=self.deleted,
+            calibration_error=expected_calibration_error(values["probability"], right),
+        )
 
 
 def expected_calibration_error(probabilities: Tensor, right: Tensor, bins: int = 15) -> float:

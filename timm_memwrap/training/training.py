@@ -27,6 +27,7 @@ from timm_memwrap.hub import check_repo_id, push_to_hub, save_pretrained
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.selection import select
 from timm_memwrap.training.configuration import Recipe
+from timm_memwrap.training.control import WithoutMemory
 from timm_memwrap.training.creation import (
     check_model_config,
     create_model,
@@ -51,7 +52,7 @@ from timm_memwrap.training.processes import Processes, processes
 from timm_memwrap.training.recipes import write_recipe
 from timm_memwrap.training.task import MemoryWrapTask
 
-__all__ = ["TrainingReport", "train"]
+__all__ = ["Fitted", "TrainingReport", "check_recipe", "fit_recipe", "open_data", "train"]
 
 _logger = logging.getLogger(__name__)
 
@@ -191,7 +192,48 @@ def _checkpoints(recipe: Recipe, out: Path, resume: bool, overwrite: bool, env: 
     return checkpoints or Checkpoints(folder, fixed, resume)
 
 
-def _train(recipe: Recipe, out: Path, checkpoints: Checkpoints, progress: bool, env: Processes) -> TrainingReport:
+@dataclass(frozen=True)
+class Fitted:
+    """What `fit_recipe` comes to.
+
+    Args:
+        model: The model, in evaluation mode, without a memory bank.
+        images: The training images.
+        held_out: The validation images.
+        history: A row of metrics for each epoch.
+    """
+
+    model: nn.Module
+    images: Images
+    held_out: Images
+    history: list[dict[str, Any]]
+
+
+def fit_recipe(recipe: Recipe, out: str | os.PathLike, progress: bool, reads_memory: bool = True) -> Fitted:
+    """Trains as `train` does, in one process, and stops there: no bank, no evaluation of it, no files but checkpoints.
+
+    Goes on with what the folder holds of the same recipe, so that a second call with the same arguments only loads.
+
+    Args:
+        recipe: What to train and how.
+        out: Folder for the checkpoints; made if absent.
+        progress: Whether to show progress bars.
+        reads_memory: Whether a head with a memory reads it. Without, it is a control: the same layers, trained and
+            evaluated with nothing to read.
+
+    Raises:
+        ValueError: If the recipe does not fit the data, itself, or what is in the folder.
+    """
+    check_recipe(recipe)
+    with processes(recipe.training.device) as env, logging_redirect_tqdm(), _terminated_as_interrupted():
+        checkpoints = _checkpoints(recipe, Path(out), True, False, env)
+        run, history = _fit(recipe, Path(out), checkpoints, progress, env, reads_memory)
+    return Fitted(run.model, run.images, run.held_out, history)
+
+
+def _fit(
+    recipe: Recipe, out: Path, checkpoints: Checkpoints, progress: bool, env: Processes, reads_memory: bool = True
+) -> tuple["_Run", list[dict[str, Any]]]:
     config, memory = recipe.training, recipe.memory
     if env.first:
         write_recipe(recipe, out / "recipe.yaml")
@@ -205,7 +247,7 @@ def _train(recipe: Recipe, out: Path, checkpoints: Checkpoints, progress: bool, 
     model = create_model(recipe.model, recipe.data, memory.mode, len(images.classes), in_chans_of(recipe))
     layout = torch.channels_last if config.channels_last else torch.preserve_format
     model.to(env.device, memory_format=layout)  # type: ignore[call-overload]
-    run = _Run(recipe, env, model, images, held_out, progress)
+    run = _Run(recipe, env, model, images, held_out, progress, reads_memory)
     _logger.info(
         "%s on %d images of %d classes (%s), %d for validation, on %s.",
         recipe.model.name,
@@ -224,31 +266,36 @@ def _train(recipe: Recipe, out: Path, checkpoints: Checkpoints, progress: bool, 
         for write in writers:
             write(rows)
 
-    start = time.perf_counter()
     task, loader, validate = run.frozen() if config.freeze_backbone else run.whole()
     mixup = create_mixup(recipe.data, config.smoothing, len(images.classes))
     history = fit(task, loader, config, env, validate, mixup, checkpoints, progress, on_epoch)
     env.wait()
     _take_weights(task, config.keep, config.model_ema, checkpoints)
-    seconds = time.perf_counter() - start
-
     model.requires_grad_(True).eval()
-    plain_accuracy = None
+    return run, history
+
+
+def _train(recipe: Recipe, out: Path, checkpoints: Checkpoints, progress: bool, env: Processes) -> TrainingReport:
+    memory = recipe.memory
+    start = time.perf_counter()
+    run, history = _fit(recipe, out, checkpoints, progress, env)
+    seconds = time.perf_counter() - start
+    model, plain_accuracy = run.model, None
     if not isinstance(model, MemoryWrapModel):
         plain_accuracy = evaluate(model, run.eval_batches, env)["accuracy"]
         model = wrap_trained(model, recipe.model)
     run.remember(model, memory.store_images, progress)
     # All processes measure the same, so that none waits for the other through a long evaluation.
-    loader = eval_loader(held_out, recipe.data, run.image_config)
+    loader = eval_loader(run.held_out, recipe.data, run.image_config)
     metrics = evaluate_explanations(model, loader, progress=progress)
     sampled = []
     if memory.sampled_evaluations:
         sampled = sampled_accuracy(
-            model, loader, run.memory_images, memory.train_size, memory.sampled_evaluations, config.seed
+            model, loader, run.memory_images, memory.train_size, memory.sampled_evaluations, recipe.training.seed
         )
     report = TrainingReport(out, model, metrics.accuracy, plain_accuracy, sampled, metrics, history, seconds, env.first)
     if env.first:
-        _write(recipe, report, images, held_out)
+        _write(recipe, report, run.images, run.held_out)
     env.wait()
     return report
 
@@ -257,10 +304,17 @@ class _Run:
     """What both ways of training need: the model, the data, and how they are evaluated."""
 
     def __init__(
-        self, recipe: Recipe, env: Processes, model: nn.Module, images: Images, held_out: Images, progress: bool
+        self,
+        recipe: Recipe,
+        env: Processes,
+        model: nn.Module,
+        images: Images,
+        held_out: Images,
+        progress: bool,
+        reads_memory: bool,
     ) -> None:
         self.recipe, self.env, self.model, self.images, self.held_out = recipe, env, model, images, held_out
-        self.progress = progress
+        self.progress, self.reads_memory = progress, reads_memory
         self.image_config = image_config(model)
         self.memory_images = images.with_transform(create_transform(**self.image_config))
         self.eval_batches = eval_loader(held_out, recipe.data, self.image_config, env.rank, env.world_size)
@@ -315,7 +369,7 @@ class _Run:
             collate_fn=MemoryCollate(numbered, memory.mode, memory.train_size, batch_size),
         )
         kwargs: dict[str, Any] = {}
-        if isinstance(head, FrozenMemory):
+        if isinstance(head, FrozenMemory) and self.reads_memory:
             labels = torch.tensor(self.images.targets)
             chosen = select(
                 memory.selection,
@@ -334,12 +388,15 @@ class _Run:
         mixed = bool(recipe.data.mixup or recipe.data.cutmix)
         criterion = {"soft_targets": True} if mixed else {"smoothing": recipe.training.smoothing}
         common: dict[str, Any] = {"criterion_kwargs": criterion, "device": device, "verbose": False}
+        if not self.reads_memory:
+            return ClassificationTask(WithoutMemory(module), **common)
         if recipe.memory.mode == "none":
             return ClassificationTask(module, **common)
         return MemoryWrapTask(module, queue_size=recipe.memory.train_size, **common)
 
     def _validate(self, model: nn.Module) -> dict[str, float]:
         """Evaluates with a bank made for these very weights, which is then dropped: training reads no bank."""
+        # A control is no MemoryWrapModel but stands around one, and needs no bank.
         if isinstance(model, MemoryWrapModel):
             self.remember(model, store_images=False, progress=False)
         found = evaluate(model, self.eval_batches, self.env)
