@@ -33,11 +33,12 @@ ORDER = {
     "hub": 7,
     "exporting": 8,
     "training": 8,
-    "benchmark": 12,
-    "arguments": 9,
-    "cli": 10,
-    "__init__": 11,
-    "run": 12,
+    "comparing": 9,
+    "arguments": 10,
+    "cli": 11,
+    "__init__": 12,
+    "benchmark": 13,
+    "run": 13,
 }
 # The only rooms that may import huggingface_hub: the two that reach the network, and the one that writes its cards.
 HUB_ROOMS = {"hub", "loading", "model_card"}

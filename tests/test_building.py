@@ -201,7 +201,7 @@ def test_an_exception_midway_leaves_the_old_bank(where: str, monkeypatch: pytest
         raise KeyboardInterrupt
 
     if where == "predictions":
-        monkeypatch.setattr("timm_memwrap.building._own_predictions", broken)
+        monkeypatch.setattr("timm_memwrap.building.own_predictions", broken)
     with pytest.raises(KeyboardInterrupt):
         build_memory_bank(model, stream() if where == "data" else _data(), size=None, progress=False)
     assert model.memory_bank is old

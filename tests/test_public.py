@@ -22,6 +22,7 @@ PUBLIC = {
     "wrap",
     # memory
     "build_memory_bank",
+    "calibrate",
     "explain",
     # disk and Hub
     "from_pretrained",

@@ -17,6 +17,8 @@ _SHORT = {
     "--push": "--hub.push",
     "--data_dir": "--data.data_dir",
 }
+# Commands that have these sections.
+_WITH_RECIPE = ("train", "compare")
 _MANY_OPTIONS = 15
 # What the parser says of a value that is of none of several types.
 _UNION = re.compile(
@@ -73,10 +75,11 @@ def expand(args: list[str]) -> list[str]:
     """
     if not args or args[0].startswith("-"):
         return args
-    return [args[0], *_expanded(args[1:], _SHORT if args[0] == "train" else {})]
+    return [args[0], *_expanded(args[1:], args[0])]
 
 
-def _expanded(args: list[str], short: dict[str, str]) -> Iterator[str]:
+def _expanded(args: list[str], command: str) -> Iterator[str]:
+    short = _SHORT if command in _WITH_RECIPE else {}
     waiting = list(args)
     while waiting:
         option = waiting.pop(0)
@@ -96,11 +99,16 @@ def _expanded(args: list[str], short: dict[str, str]) -> Iterator[str]:
         if not equals:
             # An option without a value is a switch that is turned on.
             value = waiting.pop(0) if waiting and not waiting[0].startswith("--") else "true"
-        yield f"{name}={_recipe(value) if name == '--config' else value}"
+        yield f"{name}={_recipe(value, command) if name == '--config' else value}"
 
 
-def _recipe(name: str) -> str:
+def _recipe(name: str, command: str) -> str:
     """Returns a recipe, with all that it inherits, as the text that the parser takes in a file's place."""
     from timm_memwrap.training.recipes import find_recipe, read_recipe
 
-    return json.dumps(read_recipe(find_recipe(name)))
+    if command != "compare":
+        return json.dumps(read_recipe(find_recipe(name)))
+    from timm_memwrap.comparing.configuration import Comparison
+
+    # A recipe may say where the model goes; a comparison leaves none.
+    return json.dumps({k: v for k, v in read_recipe(find_recipe(name), Comparison).items() if k != "hub"})

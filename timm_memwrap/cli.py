@@ -10,6 +10,7 @@ from typing import Any
 from jsonargparse import auto_cli
 
 from timm_memwrap.arguments import Parser, expand
+from timm_memwrap.comparing.configuration import ComparisonConfig
 from timm_memwrap.training.configuration import DataConfig, HubConfig, MemoryConfig, ModelConfig, TrainingConfig
 
 __all__ = ["main"]
@@ -355,6 +356,35 @@ def export(
     print(f"  image [batch, {size}], of any batch size -> {', '.join(report.outputs)}")
 
 
+def compare(
+    model: ModelConfig = ModelConfig(),  # noqa: B008
+    data: DataConfig = DataConfig(),  # noqa: B008
+    training: TrainingConfig = TrainingConfig(),  # noqa: B008
+    memory: MemoryConfig = MemoryConfig(),  # noqa: B008
+    comparison: ComparisonConfig = ComparisonConfig(),  # noqa: B008
+    out: str = "comparison",
+    progress: bool | None = None,
+) -> None:
+    """Trains heads side by side on the same images and seeds, and measures them and their evidence.
+
+    Started again with the same folder it goes on where it was; heads and seeds may be added.
+
+    Args:
+        model: The backbone.
+        data: The images; the validation split is what the heads are compared on.
+        training: The schedule.
+        memory: The memory of the heads that are trained with one.
+        comparison: Which heads, and how they are measured.
+        out: Folder for the trainings, the measures, the table and the figure.
+        progress: Whether to show progress bars; null for if there is a terminal.
+    """
+    from timm_memwrap.comparing.comparison import compare as run
+    from timm_memwrap.comparing.configuration import Comparison
+
+    report = run(Comparison(model, data, training, memory, comparison=comparison), out, _shown(progress))
+    print(f"{report}\n\nWritten: {report.directory}")
+
+
 COMMANDS: dict[str, Any] = {
     "quickstart": quickstart,
     "train": train,
@@ -366,6 +396,7 @@ COMMANDS: dict[str, Any] = {
     "evaluate": evaluate,
     "report": report,
     "export": export,
+    "compare": compare,
 }
 
 

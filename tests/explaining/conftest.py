@@ -16,6 +16,9 @@ KINDS = {
     "memory only": lambda: timm.create_model("memwrap_baseline_test_resnet", num_classes=CLASSES),
     "l2": lambda: timm.create_model("memwrap_test_resnet", num_classes=CLASSES, distance="l2", scale=0.5),
     "wrapped": lambda: timm_memwrap.wrap(timm.create_model("test_resnet", num_classes=CLASSES)),
+    "classifier": lambda: timm_memwrap.wrap(
+        timm.create_model("test_resnet", num_classes=CLASSES), read_head="classifier"
+    ),
     "vote": lambda: timm_memwrap.wrap(timm.create_model("test_resnet", num_classes=CLASSES), classifier="vote"),
 }
 

@@ -140,7 +140,8 @@ def test_a_linear_model_with_one_sample_has_attributions_by_its_weights(
     make_images: Callable[..., torch.Tensor], memory_only: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With one sample its weight is 1 whatever the images: `f = C m`, or `f = (C x + C m) / 2` if the input is read."""
-    model = timm_memwrap.wrap(timm.create_model("test_resnet", num_classes=4), memory_only=memory_only).eval()
+    plain = timm.create_model("test_resnet", num_classes=4)
+    model = timm_memwrap.wrap(plain, memory_only=memory_only, read_head="classifier").eval()
     matrix = torch.randn(4, 3 * 32 * 32) / 50
     monkeypatch.setattr(model.backbone, "forward", lambda x: x.flatten(1) @ matrix.T)
     memory = make_images(1, seed=1)
@@ -300,7 +301,7 @@ def test_attributions_that_miss_their_sum_are_said(
     n_steps: int,
     said: bool,
 ) -> None:
-    found = attribute(make_model("wrapped"), make_images(2), _memory(make_images), n_steps=n_steps, progress=False)
+    found = attribute(make_model("classifier"), make_images(2), _memory(make_images), n_steps=n_steps, progress=False)
     wide = [abs(a.completeness_gap) > 0.2 * abs(a.score - a.baseline_score) for a in found]
     assert any(wide) == said
     assert [record.levelname for record in caplog.records] == ["WARNING"] * said

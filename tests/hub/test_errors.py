@@ -316,7 +316,7 @@ def test_a_flipped_bit(hub: Hub, folder: Path, where: float) -> None:
 
 
 BANK = {
-    "width": ({"encodings": torch.randn(12, 5)}, r"encodings have shape \[12, 5\]; this model reads \[M, 3\]"),
+    "width": ({"encodings": torch.randn(12, 5)}, r"encodings have shape \[12, 5\]; this model reads \[M, 99\]"),
     "type": ({"encodings": torch.randn(12, 3).double()}, r"encodings are torch\.float64 .*expected torch\.float32"),
     "type of labels": ({"labels": torch.zeros(12)}, r"labels are torch\.float32"),
     "nan": ({"encodings": torch.full((12, 3), torch.nan)}, "12 of 12 encodings have NaN"),

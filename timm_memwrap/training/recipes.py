@@ -48,28 +48,36 @@ def find_recipe(name: str, beside: Path | None = None) -> Path:
     raise ValueError(f"No recipe {name!r}. {hint} Or pass the path of a YAML file.")
 
 
-def load_recipe(path: Path) -> Recipe:
+def load_recipe(path: Path, kind: type[Recipe] = Recipe) -> Recipe:
     """Reads a recipe, whose fields and types must be known.
+
+    Args:
+        path: The file.
+        kind: `Recipe`, or a dataclass that adds sections to it.
 
     Raises:
         ValueError: If the file, or one that it inherits from, has unknown keys or wrong types.
     """
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Recipe, "recipe")
+    parser.add_class_arguments(kind, "recipe")
     try:
-        parsed = parser.parse_object({"recipe": read_recipe(path)})
+        parsed = parser.parse_object({"recipe": read_recipe(path, kind)})
     except (ArgumentError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
     return parser.instantiate(parsed).recipe
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
+def read_recipe(path: Path, kind: type[Recipe] = Recipe) -> dict[str, Any]:
     """Returns what a recipe and those that it inherits from say, the nearer before the farther.
+
+    Args:
+        path: The file.
+        kind: As in `load_recipe`.
 
     Raises:
         ValueError: If one is not YAML, has a key that is unknown, or inherits from itself.
     """
-    return _read(path, ())
+    return _read(path, (), kind)
 
 
 def write_recipe(recipe: Recipe, path: str | os.PathLike) -> None:
@@ -90,15 +98,15 @@ def _folders() -> list[Path]:
     return [package / "hub_configs", package.parent / "hub_configs"]
 
 
-def _read(path: Path, heirs: tuple[Path, ...]) -> dict[str, Any]:
+def _read(path: Path, heirs: tuple[Path, ...], kind: type[Recipe]) -> dict[str, Any]:
     if path.resolve() in heirs:
         raise ValueError(f"{path} inherits from itself, through {' and '.join(heir.name for heir in heirs)}.")
     content = _read_yaml(path)
     base = content.pop(_BASE, None)
-    _refuse_unknown(content, Recipe, path)
+    _refuse_unknown(content, kind, path)
     if base is None:
         return content
-    inherited = _read(find_recipe(str(base), beside=path), (*heirs, path.resolve()))
+    inherited = _read(find_recipe(str(base), beside=path), (*heirs, path.resolve()), kind)
     return {
         section: {**(inherited.get(section) or {}), **(content.get(section) or {})}
         for section in dict.fromkeys([*inherited, *content])
