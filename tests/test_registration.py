@@ -417,7 +417,7 @@ def test_wrap_keeps_weights_and_classifier(resnet: Any) -> None:
         "scale": 100.0,
         "read_head": "probabilities",
         "classifier": "linear",
-        "temperature": 2.0,
+        "temperature": 1.0,
     }
     assert model.pretrained_cfg["architecture"] == "memwrap_baseline_test_resnet"
     assert model.training == resnet.training

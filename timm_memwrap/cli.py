@@ -102,6 +102,7 @@ def wrap(
     checkpoint: str | None = None,
     split: str = "train",
     val_split: str | None = None,
+    calibrate: bool = True,
     size: int | None = 1000,
     selection: str = "balanced",
     store_images: bool = False,
@@ -119,6 +120,7 @@ def wrap(
         checkpoint: A safetensors file with the weights of the architecture, instead of pretrained ones.
         split: Split of the data to remember.
         val_split: Split to measure with; null for none.
+        calibrate: Whether to fit the temperature to val_split, if there is one; no predicted class changes.
         size: How many samples to remember; null for all.
         selection: How they are chosen: balanced, random, kmeans or all.
         store_images: Whether small images of them are kept, for people to look at.
@@ -136,6 +138,7 @@ def wrap(
         checkpoint=checkpoint,
         split=split,
         val_split=val_split,
+        calibrate=calibrate,
         size=size,
         selection=selection,
         store_images=store_images,

@@ -37,10 +37,8 @@ READ_HEADS = ("linear", "identity", "classifier", "pre_logits", "probabilities")
 KEPT_CLASSIFIER = ("classifier", "pre_logits", "probabilities")
 WITH_PRE_LOGITS = ("pre_logits", "probabilities")
 
-# Scale and temperature by read head, chosen on held-out training images (README, "Evidence, measured").
+# By read head, chosen on held-out training images (README, "Evidence, measured").
 _SCALES = {"classifier": 10.0, "pre_logits": 10.0, "probabilities": 100.0}
-# A memory of training images is surer than it should be of new ones.
-_TEMPERATURES = {"pre_logits": 2.0, "probabilities": 2.0}
 CLASSIFIERS = ("mlp", "linear", "vote")
 
 QUEUE_SIZE = 1024
@@ -94,8 +92,7 @@ class MemoryWrapModel(TimmInterface):
         classifier: What makes logits of what was read: `"mlp"`, as published; `"linear"`, one layer, which is the
             backbone's own where it keeps its classifier; `"vote"`, the weights summed over the samples' labels, with
             `memory_only`. `None` is `"linear"` where the backbone keeps its classifier, else `"mlp"`.
-        temperature: What the logits are divided by; `calibrate` finds it. `None` is 2.0 with `"probabilities"` and
-            `"pre_logits"`, else 1.0 as published.
+        temperature: What the logits are divided by; `calibrate` finds the one that fits. 1.0 is as published.
 
     Raises:
         ValueError: If an argument is unknown, or two do not fit each other.
@@ -115,7 +112,7 @@ class MemoryWrapModel(TimmInterface):
         scale: float | str | None = None,
         read_head: str = "linear",
         classifier: str | None = None,
-        temperature: float | None = None,
+        temperature: float = 1.0,
     ) -> None:
         super().__init__()
         memory_args = resolve_memory_args(memory_only, distance, scale, read_head, classifier, temperature)
@@ -651,7 +648,7 @@ def resolve_memory_args(
     scale: float | str | None = None,
     read_head: str = "linear",
     classifier: str | None = None,
-    temperature: float | None = None,
+    temperature: float = 1.0,
 ) -> dict[str, Any]:
     """Checks the arguments that shape the memory, and fills in what is `None`.
 
@@ -662,8 +659,6 @@ def resolve_memory_args(
         classifier = "linear" if read_head in KEPT_CLASSIFIER else "mlp"
     if scale is None:
         scale = _SCALES.get(read_head, 1.0)
-    if temperature is None:
-        temperature = _TEMPERATURES.get(read_head, 1.0)
     choices = (
         ("distance", distance, DISTANCES),
         ("read_head", read_head, READ_HEADS),

@@ -96,7 +96,7 @@ def wrap(
     scale: float | str | None = None,
     read_head: str | None = None,
     classifier: str | None = None,
-    temperature: float | None = None,
+    temperature: float = 1.0,
 ) -> MemoryWrapModel:
     """Makes a Memory Wrap model of a timm model in hand, its weights kept bit for bit.
 

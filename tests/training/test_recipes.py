@@ -6,6 +6,7 @@ import pytest
 import torch
 from training_images import write_images
 
+from timm_memwrap.comparing.configuration import Comparison
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.training.configuration import Recipe
 from timm_memwrap.training.creation import create_model, image_config, wrap_trained
@@ -56,10 +57,10 @@ def test_a_recipe_is_named_as_its_model_is() -> None:
 
 def test_no_recipe_says_again_what_it_inherits() -> None:
     for path in find_recipe("quickstart").parent.glob("*.yaml"):
-        own = read_recipe(path)
+        own = read_recipe(path, Comparison)
         text = path.read_text()
         if "base:" in text:
-            base = read_recipe(find_recipe(re.search(r"base: (\S+)", text)[1], beside=path))
+            base = read_recipe(find_recipe(re.search(r"base: (\S+)", text)[1], beside=path), Comparison)
             for section, values in own.items():
                 for key, value in values.items():
                     said = re.search(rf"^  {key}:", text, re.MULTILINE)

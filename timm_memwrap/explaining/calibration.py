@@ -3,6 +3,7 @@
 Shapes: N images, C classes.
 """
 
+import logging
 import math
 from typing import Any
 
@@ -15,6 +16,8 @@ from timm_memwrap.explaining.inputs import check_model, encoded_batches, evaluat
 from timm_memwrap.model import MemoryWrapModel
 
 __all__ = ["calibrate", "fit_temperature"]
+
+_logger = logging.getLogger(__name__)
 
 # Between these the temperature is searched, by its logarithm.
 _LOWEST, _HIGHEST = 0.01, 100.0
@@ -35,7 +38,8 @@ def calibrate(model: MemoryWrapModel, data: Any, progress: bool = True) -> float
         progress: Whether to show a progress bar.
 
     Returns:
-        The temperature, which is now `model.temperature`.
+        The temperature, which is now `model.temperature`. With no image classified wrongly there is none that fits
+        best, and it stays as it is; a warning says so.
 
     Raises:
         ValueError: If the bank or the data is empty, or a label is outside `num_classes`.
@@ -64,7 +68,16 @@ def calibrate(model: MemoryWrapModel, data: Any, progress: bool = True) -> float
             bar.update(len(targets))
     if not labels:
         raise ValueError("The data is empty, so there is nothing to calibrate with. Check its path and split.")
-    model.temperature = fit_temperature(torch.cat(logits), torch.cat(labels))
+    joined, right = torch.cat(logits), torch.cat(labels)
+    if bool((joined.argmax(dim=-1) == right).all()):
+        _logger.warning(
+            "All %d images are classified rightly, which any temperature near 0 fits: it stays at %g. Calibrate with "
+            "more images, or harder ones.",
+            len(right),
+            model.temperature,
+        )
+        return model.temperature
+    model.temperature = fit_temperature(joined, right)
     return model.temperature
 
 

@@ -24,7 +24,7 @@ class ModelConfig:
         read_head: linear, identity, classifier, pre_logits or probabilities; null for probabilities with memory.mode
             none, else linear.
         classifier: mlp, linear or vote; null for what suits the read head.
-        temperature: What the logits are divided by; null for what suits the read head.
+        temperature: What the logits are divided by; null for 1, or for what memory.calibrate finds.
         kwargs: More arguments of the timm architecture.
     """
 
@@ -188,6 +188,8 @@ class MemoryConfig:
         size: How many samples the memory bank remembers; null for all.
         selection: How they are chosen: balanced, random, kmeans or all.
         store_images: Whether small images of them are kept, for people to look at.
+        calibrate: Whether the finished model gets the temperature that fits the validation images best; null for with
+            the mode none, unless model.temperature is given.
         sampled_evaluations: How often the finished model is also evaluated as in the paper, with train_size training
             images drawn at random for each batch, and averaged; 0 for not at all.
     """
@@ -197,6 +199,7 @@ class MemoryConfig:
     size: int | None = 1000
     selection: Literal["random", "balanced", "kmeans", "all"] = "balanced"
     store_images: bool = False
+    calibrate: bool | None = None
     sampled_evaluations: int = 0
 
 

@@ -70,7 +70,7 @@ def memory_args(config: ModelConfig, memory_mode: str) -> dict[str, Any]:
         "scale": config.scale,
         "read_head": read_head,
         "classifier": config.classifier,
-        "temperature": config.temperature,
+        "temperature": 1.0 if config.temperature is None else config.temperature,
     }
 
 

@@ -12,18 +12,24 @@ from jsonargparse import ArgumentParser
 from timm_memwrap.files import write_text
 from timm_memwrap.training.configuration import Recipe
 
-__all__ = ["find_recipe", "list_recipes", "load_recipe", "read_recipe", "write_recipe"]
+__all__ = ["find_recipe", "list_comparisons", "list_recipes", "load_recipe", "read_recipe", "write_recipe"]
 
 # Names a recipe that is read first, and whose keys this one overrides.
 _BASE = "base"
 # Recipes that only others inherit from.
 _SHARED = "_"
+# Those that compare heads.
+_COMPARISON = "compare_"
 
 
 def list_recipes() -> list[str]:
-    """Lists the recipes that come with the package."""
-    names = {path.stem for folder in _folders() for path in folder.glob("*.yaml")}
-    return sorted(name for name in names if not name.startswith(_SHARED))
+    """Lists the recipes for training that come with the package."""
+    return [name for name in _names() if not name.startswith(_COMPARISON)]
+
+
+def list_comparisons() -> list[str]:
+    """Lists the comparisons of heads that come with the package."""
+    return [name for name in _names() if name.startswith(_COMPARISON)]
 
 
 def find_recipe(name: str, beside: Path | None = None) -> Path:
@@ -43,8 +49,8 @@ def find_recipe(name: str, beside: Path | None = None) -> Path:
         for file in (folder / f"{name}.yaml", folder / name):
             if file.is_file():
                 return file
-    near = get_close_matches(name, list_recipes(), n=1)
-    hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(map(repr, list_recipes()))}."
+    near = get_close_matches(name, _names(), n=1)
+    hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(map(repr, _names()))}."
     raise ValueError(f"No recipe {name!r}. {hint} Or pass the path of a YAML file.")
 
 
@@ -90,6 +96,11 @@ def write_recipe(recipe: Recipe, path: str | os.PathLike) -> None:
         for section, values in asdict(recipe).items()
     }
     write_text(path, yaml.safe_dump(plain, sort_keys=False))
+
+
+def _names() -> list[str]:
+    names = {path.stem for folder in _folders() for path in folder.glob("*.yaml")}
+    return sorted(name for name in names if not name.startswith(_SHARED))
 
 
 def _folders() -> list[Path]:

@@ -22,7 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_memwrap import __version__
 from timm_memwrap.building import build_memory_bank
-from timm_memwrap.explaining import ExplanationMetrics, evaluate_explanations
+from timm_memwrap.explaining import ExplanationMetrics, calibrate, evaluate_explanations
 from timm_memwrap.hub import check_repo_id, push_to_hub, save_pretrained
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.selection import select
@@ -144,6 +144,10 @@ def check_recipe(recipe: Recipe) -> None:
     for name, value in numbers:
         if value < 1:
             raise ValueError(f"{name}={value}. Pass 1 or more.")
+    if recipe.memory.calibrate and recipe.model.temperature is not None:
+        raise ValueError(
+            f"model.temperature={recipe.model.temperature}, but memory.calibrate would replace it. Give one of the two."
+        )
     if recipe.training.freeze_backbone and (recipe.data.mixup or recipe.data.cutmix):
         raise ValueError(
             "training.freeze_backbone trains on encodings, which Mixup cannot mix. Set mixup and cutmix 0."
@@ -287,6 +291,11 @@ def _train(recipe: Recipe, out: Path, checkpoints: Checkpoints, progress: bool, 
     run.remember(model, memory.store_images, progress)
     # All processes measure the same, so that none waits for the other through a long evaluation.
     loader = eval_loader(run.held_out, recipe.data, run.image_config)
+    calibrates = memory.calibrate
+    if calibrates is None:
+        calibrates = memory.mode == "none" and recipe.model.temperature is None
+    if calibrates:
+        calibrate(model, loader, progress)
     metrics = evaluate_explanations(model, loader, progress=progress)
     sampled = []
     if memory.sampled_evaluations:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from timm_memwrap.building import build_memory_bank
 from timm_memwrap.explaining import ExplanationMetrics, evaluate_explanations
+from timm_memwrap.explaining import calibrate as calibrate_model
 from timm_memwrap.hub import save_pretrained
 from timm_memwrap.loading import FileError
 from timm_memwrap.model import MemoryWrapModel
@@ -52,6 +53,7 @@ def wrap_classifier(
     checkpoint: str | None = None,
     split: str = "train",
     val_split: str | None = None,
+    calibrate: bool = True,
     size: int | None = 1000,
     selection: str = "balanced",
     store_images: bool = False,
@@ -73,6 +75,7 @@ def wrap_classifier(
         checkpoint: A safetensors file with the weights of the architecture `model_id`, instead of pretrained ones.
         split: Split of `data` to remember.
         val_split: Split to measure with; `None` for none.
+        calibrate: Whether to fit the temperature to `val_split`, if there is one; no predicted class changes.
         size: How many samples to remember; `None` for all.
         selection: As in `build_memory_bank`.
         store_images: As in `build_memory_bank`.
@@ -112,6 +115,8 @@ def wrap_classifier(
         class_names=images.classes,
         dataset_name=images.name,
     )
+    if batches and calibrate:
+        calibrate_model(model, batches, progress)
     metrics = evaluate_explanations(model, batches, progress=progress) if batches else None
     card: dict[str, Any] = {}
     if metrics is not None:

@@ -1,0 +1,92 @@
+"""The table against the standard library's statistics, and what is drawn."""
+
+import json
+import logging
+import statistics
+from pathlib import Path
+
+import pytest
+
+from timm_memwrap.comparing.table import ComparisonReport, Statistic, plot_growth
+
+ACCURACIES = {"linear": {0: 0.5, 1: 0.6, 2: 0.9}, "batch": {0: 0.52, 1: 0.58, 2: 0.94}, "knn": {1: 0.4}}
+
+
+def _grown(accuracy: float) -> dict:
+    measures = {"explanation_accuracy": 0.9, "identical_class_rate": 0.8, "support_size": 5.0, "calibration_error": 0.1}
+    growth = [
+        {"selection": selection, "samples_per_class": each, "memory_size": 10 * each, "accuracy": accuracy / 2}
+        | measures
+        for selection in ("balanced", "kmeans")
+        for each in (1, 10)
+    ]
+    return {"accuracy": accuracy, "train_seconds": 2.0, "memory_size": 1000, "growth": growth, **measures}
+
+
+def _report(folder: Path) -> ComparisonReport:
+    plain = {head: {seed: {"accuracy": a, "train_seconds": 4.0} for seed, a in by_seed.items()}
+             for head, by_seed in ACCURACIES.items()}  # fmt: skip
+    return ComparisonReport(folder, {**plain, "bank": {0: _grown(0.7), 1: _grown(0.8)}}, {"knn": 1.25})
+
+
+def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
+    difference = _report(tmp_path).difference("batch")
+    assert difference is not None
+    pairs = [ACCURACIES["batch"][seed] - ACCURACIES["linear"][seed] for seed in range(3)]
+    assert difference.mean == pytest.approx(statistics.mean(pairs))
+    assert difference.deviation == pytest.approx(statistics.stdev(pairs))
+    one = _report(tmp_path).difference("knn")
+    assert one == Statistic(pytest.approx(-0.2), None)
+
+
+def test_without_the_reference_there_is_no_difference(tmp_path: Path) -> None:
+    report = ComparisonReport(tmp_path, {"knn": {0: {"accuracy": 0.5}}}, {})
+    assert report.difference("knn") is None
+    assert report.difference("mlp") is None
+    assert "50.00" in str(report)
+
+
+def test_the_table_says_means_deviations_and_differences(tmp_path: Path) -> None:
+    lines = {line.split("|")[1].strip(): line for line in reversed(str(_report(tmp_path)).splitlines()) if line}
+    mean, deviation = statistics.mean(ACCURACIES["batch"].values()), statistics.stdev(ACCURACIES["batch"].values())
+    assert f"{100 * mean:.2f} ± {100 * deviation:.2f}" in lines["batch"]
+    assert "+1.33" in lines["batch"]
+    assert "1.25x" in lines["knn"]
+    assert "0.50x" in lines["bank"]
+    assert len({line.count("|") for line in str(_report(tmp_path)).split("\n\n")[0].splitlines()}) == 1
+
+
+def test_the_json_holds_all_that_was_measured(tmp_path: Path) -> None:
+    heads = json.loads(json.dumps(_report(tmp_path).to_dict()))["heads"]
+    assert heads["batch"]["seeds"]["2"]["accuracy"] == 0.94
+    assert heads["bank"]["summary"]["accuracy"]["mean"] == pytest.approx(0.75)
+    assert "growth" not in heads["bank"]["summary"]
+    assert heads["knn"]["accuracy_difference"]["to"] == "linear"
+
+
+def test_growth_is_averaged_step_by_step(tmp_path: Path) -> None:
+    report = _report(tmp_path)
+    rows = report.growth("bank")
+    assert [(row["selection"], row["memory_size"]) for row in rows] == [
+        ("balanced", 10),
+        ("balanced", 100),
+        ("kmeans", 10),
+        ("kmeans", 100),
+        ("all", 1000),
+    ]
+    assert [row["accuracy"] for row in rows] == pytest.approx([0.375] * 4 + [0.75])
+    assert report.growth("batch") == []
+
+
+def test_growth_is_drawn_where_there_is_some(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = _report(tmp_path)
+    path = plot_growth(report, tmp_path)
+    assert path is not None
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert plot_growth(ComparisonReport(tmp_path, {"linear": report.measures["linear"]}, {}), tmp_path) is None
+    monkeypatch.setattr("timm_memwrap.comparing.table.find_spec", lambda name: None)
+    with caplog.at_level(logging.WARNING):
+        assert plot_growth(report, tmp_path) is None
+    assert "timm-memwrap[plot]" in caplog.text

@@ -1,0 +1,90 @@
+"""Temperatures against a grid, and what calibrating changes and what not."""
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import timm_memwrap
+from timm_memwrap.explaining import fit_temperature
+from timm_memwrap.model import MemoryWrapModel
+
+
+def _labelled(make_images: Callable[..., torch.Tensor], count: int = 24) -> TensorDataset:
+    return TensorDataset(make_images(count, seed=5), torch.arange(count) % 4)
+
+
+@pytest.mark.parametrize("factor", [0.1, 1.0, 7.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_no_temperature_of_a_grid_fits_better(factor: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = factor * torch.randn(200, 5, generator=generator)
+    labels = torch.where(
+        torch.rand(200, generator=generator) < 0.7,
+        logits.argmax(dim=1),
+        torch.randint(0, 5, (200,), generator=generator),
+    )
+    found = F.cross_entropy(logits / fit_temperature(logits, labels), labels)
+    grid = torch.logspace(-2, 2, 2001)
+    best = min(F.cross_entropy(logits / temperature, labels) for temperature in grid)
+    assert found <= best + 1e-6
+
+
+def test_the_temperature_of_labels_drawn_from_the_logits_is_found() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(20_000, 4, generator=generator)
+    labels = (logits / 2.5).softmax(dim=1).multinomial(1, generator=generator).squeeze(1)
+    assert fit_temperature(logits, labels) == pytest.approx(2.5, rel=0.05)
+
+
+def test_calibrating_changes_the_temperature_alone(
+    model: MemoryWrapModel, make_images: Callable[..., torch.Tensor]
+) -> None:
+    data = _labelled(make_images)
+    images, labels = data.tensors
+    with torch.no_grad():
+        before = model.read_memory(images)
+        temperature = timm_memwrap.calibrate(model, data, progress=False)
+        after = model.read_memory(images)
+    assert temperature == model.temperature == fit_temperature(before.logits, labels)
+    torch.testing.assert_close(after.logits * temperature, before.logits)
+    assert torch.equal(after.weights, before.weights)
+    assert not model.memory_is_stale()
+
+
+def test_the_temperature_before_does_not_matter(
+    make_model: Callable[..., MemoryWrapModel], make_images: Callable[..., torch.Tensor]
+) -> None:
+    model = make_model("wrapped")
+    first = timm_memwrap.calibrate(model, _labelled(make_images), progress=False)
+    model.temperature = 17.0
+    again = timm_memwrap.calibrate(model, DataLoader(_labelled(make_images), 5), progress=False)
+    assert again == pytest.approx(first, rel=1e-4)
+
+
+def test_without_a_wrong_prediction_the_temperature_stays(
+    make_model: Callable[..., MemoryWrapModel],
+    make_images: Callable[..., torch.Tensor],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, images = make_model("wrapped"), make_images(6)
+    model.temperature = 3.0
+    with torch.no_grad():
+        labels = model(images).argmax(dim=1)
+    with caplog.at_level(logging.WARNING):
+        assert timm_memwrap.calibrate(model, TensorDataset(images, labels), progress=False) == 3.0
+    assert "All 6 images" in caplog.text
+
+
+def test_nothing_to_calibrate_with_is_refused(
+    make_model: Callable[..., MemoryWrapModel], make_images: Callable[..., torch.Tensor]
+) -> None:
+    with pytest.raises(ValueError, match="empty"):
+        timm_memwrap.calibrate(make_model("wrapped"), [], progress=False)
+    model = make_model("wrapped")
+    model.memory_bank.clear()
+    with pytest.raises(ValueError, match="build_memory_bank"):
+        timm_memwrap.calibrate(model, _labelled(make_images), progress=False)
