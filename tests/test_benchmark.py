@@ -18,7 +18,7 @@ def test_every_part_is_measured_beside_its_anchor() -> None:
         assert row.milliseconds > 0
         if row.what.endswith(row.anchor):
             assert row.ratio == pytest.approx(1)
-    assert {"plain backbone", "classifier as read head", "memorywrap, cached encodings"} <= {row.what for row in rows}
+    assert {"plain backbone", "wrapped classifier", "memorywrap, cached encodings"} <= {row.what for row in rows}
 
 
 def test_calls_take_turns_and_the_first_round_does_not_count() -> None:

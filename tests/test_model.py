@@ -26,9 +26,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "classifier": {"read_head": "classifier", "memory_only": True},
     "classifier and input": {"read_head": "classifier"},
     "pre_logits": {"read_head": "pre_logits", "memory_only": True},
-    # With the default scale of 100, rounding is ten times that of the others.
-    "probabilities": {"read_head": "probabilities", "memory_only": True, "scale": 10.0},
-    "probabilities and input": {"read_head": "probabilities", "scale": 10.0},
+    "probabilities": {"read_head": "probabilities", "memory_only": True},
+    "probabilities and input": {"read_head": "probabilities"},
     "vote": {"classifier": "vote", "read_head": "identity", "memory_only": True, "scale": 5.0},
     "classifier vote": {"classifier": "vote", "read_head": "classifier", "memory_only": True},
 }
@@ -320,12 +319,12 @@ def _naive_similarity(read_head: str, inputs: tuple[Tensor, Tensor], memory: tup
     if read_head == "pre_logits":
         return cosine(features, memory_features)
     probabilities = cosine(logits.softmax(dim=1), memory_logits.softmax(dim=1))
-    return (probabilities + 0.1 * cosine(features, memory_features)) / 1.1
+    return (probabilities + 4 * cosine(features, memory_features)) / 5
 
 
 @pytest.mark.parametrize("memory_only", [True, False])
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
-@pytest.mark.parametrize(("read_head", "scale"), [("classifier", 10), ("pre_logits", 10), ("probabilities", 100)])
+@pytest.mark.parametrize(("read_head", "scale"), [("classifier", 10), ("pre_logits", 10), ("probabilities", 20)])
 def test_a_kept_classifier_gives_the_weighted_sum_of_the_memorys_logits(
     read_head: str, scale: float, name: str, memory_only: bool
 ) -> None:
@@ -391,7 +390,7 @@ def test_a_temperature_that_is_none_is_refused(temperature: Any) -> None:
 def test_probabilities_without_confidence_or_features_have_a_finite_gradient() -> None:
     """Zero pre-logits (after a ReLU) and saturated or level logits."""
     encoding = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 2.0, 200.0, -200.0], [0.0, 1.0, 5.0, 5.0]], requires_grad=True)
-    head = BaselineMemory(4, 2, head=Probabilities(2), classifier=Columns(2, 4), scale=100)
+    head = BaselineMemory(4, 2, head=Probabilities(2), classifier=Columns(2, 4), scale=20)
     output = head(encoding, encoding.detach().clone())
     assert output.isfinite().all()
     output.square().sum().backward()

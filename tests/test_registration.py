@@ -414,7 +414,7 @@ def test_wrap_keeps_weights_and_classifier(resnet: Any) -> None:
     assert model.memory_only
     assert model.memory_args == {
         "distance": "cosine",
-        "scale": 100.0,
+        "scale": 20.0,
         "read_head": "probabilities",
         "classifier": "linear",
         "temperature": 1.0,

@@ -217,7 +217,7 @@ def _inference(
     images = torch.randn(batch_size, plain.in_chans, img_size, img_size, device=device, dtype=dtype)  # type: ignore[call-overload]
     calls: dict[str, Call] = {
         "plain backbone": lambda: plain(images),
-        "classifier as read head": lambda: wrapped(images),
+        "wrapped classifier": lambda: wrapped(images),
         "published head, kept memory": lambda: headed(images),
     }
     layer = _published(headed.encoding_size, "cosine")
@@ -232,7 +232,7 @@ def _inference(
             kept = headed.memory_bank.encodings
             calls["memorywrap, cached encodings"] = lambda: layer(encode(images), kept)
     limit = {1000: 1.02 if batch_size >= 32 else 1.05, 100_000: 1.05}.get(bank_size) if name == "resnet18" else None
-    budgets = {what: limit for what in ("classifier as read head", "published head, kept memory") if limit}
+    budgets = {what: limit for what in ("wrapped classifier", "published head, kept memory") if limit}
     with torch.inference_mode():
         times = measure(calls, rounds, device)
     return _rows(

@@ -63,18 +63,19 @@ class Columns(nn.Module):
 
 
 class Probabilities(nn.Module):
-    """Makes of pre-logits and logits, side by side, a key for comparing what is predicted.
+    """Makes of pre-logits and logits, side by side, a key for comparing what is seen and what is predicted.
 
-    The cosine similarity of two keys is that of the predicted probabilities, and to a small share that of the
-    pre-logits. A confident classifier gives many samples the same probabilities; the share tells these apart, and so
-    keeps the support small.
+    The cosine similarity of two keys is, to four fifths, that of the pre-logits, and to one fifth that of the predicted
+    probabilities. Pre-logits tell samples of a class apart, which keeps the support small; probabilities tell classes
+    apart, where a backbone that was not fine-tuned to them does not.
 
     Args:
         features: Width D of the pre-logits.
     """
 
-    # Weight of the pre-logits beside the 1 of the probabilities.
-    FEATURE_SHARE = 0.1
+    # Weight of the pre-logits beside the 1 of the probabilities. Chosen on held-out training images, as is the default
+    # scale; from 3 to 5 and from 15 to 30 nothing changes that seeds do not change too.
+    FEATURE_WEIGHT = 4.0
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -83,7 +84,7 @@ class Probabilities(nn.Module):
     def forward(self, encoding: Tensor) -> Tensor:
         """Projects encodings `[N, D + C]` to keys `[N, D + C]`."""
         pre_logits, logits = encoding[..., : self.features], encoding[..., self.features :]
-        return torch.cat([math.sqrt(self.FEATURE_SHARE) * unit(pre_logits), unit(logits.softmax(dim=-1))], dim=-1)
+        return torch.cat([math.sqrt(self.FEATURE_WEIGHT) * unit(pre_logits), unit(logits.softmax(dim=-1))], dim=-1)
 
 
 class MeanOfHalves(nn.Module):

@@ -36,9 +36,11 @@ READ_HEADS = ("linear", "identity", "classifier", "pre_logits", "probabilities")
 # Those that read with the backbone's own classifier, and of these, those that compare what goes into it too.
 KEPT_CLASSIFIER = ("classifier", "pre_logits", "probabilities")
 WITH_PRE_LOGITS = ("pre_logits", "probabilities")
+# The read head for a classifier that is trained already.
+DEFAULT_KEPT = "probabilities"
 
 # By read head, chosen on held-out training images (README, "Evidence, measured").
-_SCALES = {"classifier": 10.0, "pre_logits": 10.0, "probabilities": 100.0}
+_SCALES = {"classifier": 10.0, "pre_logits": 10.0, "probabilities": 20.0}
 CLASSIFIERS = ("mlp", "linear", "vote")
 
 QUEUE_SIZE = 1024
@@ -83,12 +85,12 @@ class MemoryWrapModel(TimmInterface):
         memory_only: Whether the prediction is made from the memory alone (`BaselineMemory`) or from the input and the
             memory (`MemoryWrapLayer`).
         distance: `"cosine"`, `"l2"` or `"dot"`.
-        scale: Factor on the similarities; `"learned"` makes it a parameter. `None` is 100.0 with
+        scale: Factor on the similarities; `"learned"` makes it a parameter. `None` is 20.0 with
             `read_head="probabilities"`, 10.0 with the others that keep the classifier, else 1.0 as published.
         read_head: What projects query and key: `"linear"`, a layer of its own; `"identity"`, nothing, as in the
-            published code. Three keep the backbone's classifier: `"probabilities"` compares what it predicts and, to a
-            small share, the pre-logits; `"classifier"` compares its centred logits; `"pre_logits"` what goes into it,
-            for a backbone that was fine-tuned.
+            published code. Three keep the backbone's classifier: `"pre_logits"` compares what goes into it, which
+            suits a backbone that was trained for these classes; `"probabilities"` the pre-logits and, to a fifth, the
+            probabilities that it predicts; `"classifier"` its centred logits.
         classifier: What makes logits of what was read: `"mlp"`, as published; `"linear"`, one layer, which is the
             backbone's own where it keeps its classifier; `"vote"`, the weights summed over the samples' labels, with
             `memory_only`. `None` is `"linear"` where the backbone keeps its classifier, else `"mlp"`.
@@ -635,11 +637,6 @@ HEAD_CLASSIFIER_NAMES = {
     "linear": f"{constants.HEAD}.classifier",
     "vote": None,
 }
-
-
-def default_read_head(classifier: str | None) -> str:
-    """Returns the read head for a backbone that keeps its classifier, by what makes logits of what was read."""
-    return "classifier" if classifier == "vote" else "probabilities"
 
 
 def resolve_memory_args(

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from timm_memwrap import constants, loading
 from timm_memwrap.constants import BACKBONE, BASELINE_PREFIX, MEMORY_BANK, PREFIX, WEIGHTS_FILE
 from timm_memwrap.model import (
+    DEFAULT_KEPT,
     HEAD_CLASSIFIER_NAMES,
     KEPT_CLASSIFIER,
     MemoryWrapModel,
     check_global_pool,
-    default_read_head,
     resolve_memory_args,
 )
 from timm_memwrap.timm_interface import add_prefix
@@ -111,7 +111,7 @@ def wrap(
         distance: As in `MemoryWrapModel`.
         scale: As in `MemoryWrapModel`.
         read_head: As in `MemoryWrapModel`. `None` is `"linear"` for a model without a classifier; with one it is
-            `"probabilities"`, or `"classifier"` if it is to vote.
+            `"probabilities"`.
         classifier: As in `MemoryWrapModel`.
         temperature: As in `MemoryWrapModel`.
 
@@ -143,7 +143,7 @@ def wrap(
     if num_classes < 1:
         raise ValueError(f"num_classes={num_classes}: the model has no classes of its own. Pass num_classes to wrap.")
     if read_head is None:
-        read_head = default_read_head(classifier) if has_classifier and num_classes == model.num_classes else "linear"
+        read_head = DEFAULT_KEPT if has_classifier and num_classes == model.num_classes else "linear"
     if memory_only is None:
         memory_only = read_head in KEPT_CLASSIFIER or classifier == "vote"
     # Before anything is copied or registered.

@@ -55,7 +55,7 @@ def test_the_linear_head_is_the_plain_classifier(compared: Compared, tmp_path: P
 @pytest.mark.parametrize("head", ["probabilities", "classifier", "pre_logits", "vote"])
 def test_a_wrapped_head_is_what_wrapping_by_hand_gives(compared: Compared, tmp_path: Path, head: str) -> None:
     fitted = _fitted(compared, "plain", tmp_path)
-    options = {"read_head": "classifier", "classifier": "vote"} if head == "vote" else {"read_head": head}
+    options = {"classifier": "vote"} if head == "vote" else {"read_head": head}
     model = timm_memwrap.wrap(fitted.model, **options).eval()
     images, held_out = (
         eval_loader(part, compared.config.data, image_config(fitted.model)) for part in (fitted.images, fitted.held_out)

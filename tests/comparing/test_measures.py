@@ -97,3 +97,5 @@ def test_no_image_is_scaled_by_what_it_chose() -> None:
     for name, values in (("calibration_error", logits), ("calibration_error_scaled", scaled)):
         expected = expected_calibration_error(values.softmax(dim=1).amax(dim=1), right)
         assert found[name] == pytest.approx(expected)
+    likelihood = scaled.softmax(dim=1)[torch.arange(60), labels].log().mean()
+    assert found["negative_log_likelihood_scaled"] == pytest.approx(-float(likelihood), rel=1e-5)

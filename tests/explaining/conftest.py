@@ -19,7 +19,10 @@ KINDS = {
     "classifier": lambda: timm_memwrap.wrap(
         timm.create_model("test_resnet", num_classes=CLASSES), read_head="classifier"
     ),
-    "vote": lambda: timm_memwrap.wrap(timm.create_model("test_resnet", num_classes=CLASSES), classifier="vote"),
+    # By logits: features of a grey image are zero in a fresh model, and there the cosine of features jumps.
+    "vote": lambda: timm_memwrap.wrap(
+        timm.create_model("test_resnet", num_classes=CLASSES), read_head="classifier", classifier="vote"
+    ),
 }
 
 

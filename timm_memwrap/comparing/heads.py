@@ -138,7 +138,7 @@ HEADS: dict[str, Head] = {
     "published_baseline": Head("sample_baseline", "the paper's memory-only baseline, redrawn", _as_it_is, redrawn=True),
     "batch": Head("batch", "trained to read the rest of the batch", _as_it_is),
     "queue": Head("queue", "trained to read recent encodings", _as_it_is),
-    "vote": Head("plain", "vote of labels by centred logits", _wrapped(read_head="classifier", classifier="vote")),
+    "vote": Head("plain", "vote of labels by features and probabilities", _wrapped(classifier="vote")),
     **{
         name: Head("plain", f"the plain classifier, its {what} compared", _wrapped(read_head=name))
         for name, what in (

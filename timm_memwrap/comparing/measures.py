@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from timm_memwrap.attention import read
@@ -38,9 +39,10 @@ class Encoded:
 
 
 def classification_measures(logits: Tensor, labels: Tensor, seed: int) -> Measures:
-    """Measures predictions alone: accuracy, and calibration as it is and after temperature scaling.
+    """Measures predictions alone: accuracy, calibration as it is, and calibration and likelihood after scaling.
 
-    The temperature of each half of the images is fitted on the other half, so that no image is scaled by what it chose.
+    A head that is equally sure of everything can be calibrated and yet say little, which the likelihood tells. The
+    temperature of each half of the images is fitted on the other half, so that no image is scaled by what it chose.
 
     Args:
         logits: Logits `[N, C]`.
@@ -58,6 +60,7 @@ def classification_measures(logits: Tensor, labels: Tensor, seed: int) -> Measur
         "accuracy": float(right.double().mean()),
         "calibration_error": _calibration_error(logits, right),
         "calibration_error_scaled": _calibration_error(scaled, right),
+        "negative_log_likelihood_scaled": float(F.cross_entropy(scaled, labels)),
         "temperature_factor": sum(temperatures) / 2,
     }
 

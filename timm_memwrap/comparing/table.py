@@ -26,6 +26,7 @@ _COLUMNS = (
     ("samples", "support_size", 1, 1),
     ("ECE", "calibration_error", 1, 3),
     ("ECE, scaled", "calibration_error_scaled", 1, 3),
+    ("NLL, scaled", "negative_log_likelihood_scaled", 1, 3),
 )
 _ABSENT = ""
 

@@ -8,7 +8,7 @@ from timm.models import get_pretrained_cfg, is_model
 from torch import nn
 
 from timm_memwrap.constants import BASELINE_PREFIX, PREFIX
-from timm_memwrap.model import KEPT_CLASSIFIER, MemoryWrapModel, default_read_head, resolve_memory_args
+from timm_memwrap.model import DEFAULT_KEPT, KEPT_CLASSIFIER, MemoryWrapModel, resolve_memory_args
 from timm_memwrap.registration import wrap
 from timm_memwrap.training.configuration import DataConfig, ModelConfig
 
@@ -55,7 +55,7 @@ def check_model_config(config: ModelConfig, memory_mode: str) -> None:
 
 def memory_args(config: ModelConfig, memory_mode: str) -> dict[str, Any]:
     """Returns the memory's arguments, with what suits the mode where nothing is said."""
-    read_head = config.read_head or (default_read_head(config.classifier) if memory_mode == "none" else "linear")
+    read_head = config.read_head or (DEFAULT_KEPT if memory_mode == "none" else "linear")
     memory_only = config.memory_only
     if memory_only is None:
         memory_only = read_head in KEPT_CLASSIFIER or config.classifier == "vote"
