@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from training_images import write_images
 
+import timm_memwrap
 from timm_memwrap.explaining import evaluate_explanations
 from timm_memwrap.training import training as module
 from timm_memwrap.training.configuration import DataConfig, MemoryConfig, ModelConfig, Recipe, TrainingConfig
@@ -78,6 +80,48 @@ def test_the_accuracy_on_the_card_is_what_the_saved_model_has(tmp_path: Path, di
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     _, held_out = open_data(recipe, progress=False)
     assert evaluate_explanations(model, held_out, progress=False).accuracy == pytest.approx(report.accuracy)
+
+
+@pytest.mark.parametrize(
+    ("sections", "fitted"),
+    [
+        ({}, True),
+        ({"memory": {"calibrate": False}}, False),
+        ({"model": {"temperature": 1.0}}, False),
+        ({"memory": {"mode": "batch"}}, False),
+        ({"memory": {"mode": "batch", "calibrate": True}}, True),
+    ],
+    ids=str,
+)
+def test_a_classifier_that_is_read_through_gets_its_temperature(
+    tmp_path: Path, digits: Make, sections: dict, fitted: bool
+) -> None:
+    recipe = digits(**sections)
+    report = train(recipe, tmp_path / "out", progress=False)
+    assert (report.model.temperature != 1.0) == fitted
+    _, held_out = open_data(recipe, progress=False)
+    loader = eval_loader(held_out, recipe.data, image_config(report.model))
+    before = report.model.temperature
+    best = timm_memwrap.calibrate(report.model, loader, progress=False)
+    assert (before == pytest.approx(best, rel=1e-4)) == fitted
+
+
+def test_a_temperature_that_would_be_replaced_is_refused(digits: Make) -> None:
+    with pytest.raises(ValueError, match=re.escape("model.temperature=2.0")):
+        check_recipe(digits(model={"temperature": 2.0}, memory={"calibrate": True}))
+
+
+def test_channels_last_is_a_layout_and_changes_no_result(tmp_path: Path, digits: Make) -> None:
+    reports = [
+        train(digits(training={"channels_last": last}), tmp_path / str(last), progress=False) for last in (False, True)
+    ]
+    convolutions = [
+        next(m for m in r.model.modules() if isinstance(m, torch.nn.Conv2d) and m.in_channels > 1) for r in reports
+    ]
+    layouts = [conv.weight.is_contiguous(memory_format=torch.channels_last) for conv in convolutions]
+    assert layouts == [False, True]
+    first, second = (r.history[-1]["train_loss"] for r in reports)
+    assert second == pytest.approx(first, rel=1e-3)
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["whole", "frozen"])

@@ -9,6 +9,7 @@ from training_images import write_images
 
 import timm_memwrap
 from timm_memwrap.cli import main
+from timm_memwrap.training.datasets import open_source
 from timm_memwrap.training.wrapping import wrap_classifier
 
 
@@ -82,3 +83,22 @@ def test_the_command_says_what_it_measured(
     text = capsys.readouterr().out
     assert "accuracy of the classifier as it was" in text
     assert timm_memwrap.from_pretrained(tmp_path / "out").memory_bank.images is not None
+
+
+@pytest.mark.parametrize(("options", "fitted"), [({}, True), ({"calibrate": False}, False)])
+def test_the_temperature_fits_the_images_that_are_measured_with(
+    tmp_path: Path, folder: Path, plain: Path, options: dict, fitted: bool
+) -> None:
+    report = wrap_classifier(
+        str(plain), folder, tmp_path / "out", val_split="validation", size=9, progress=False, **options
+    )
+    saved = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    assert saved.temperature == report.model.temperature
+    assert (saved.temperature != 1.0) == fitted
+    by_hand = timm_memwrap.calibrate(saved, _transformed(saved, folder / "validation"), progress=False)
+    assert (report.model.temperature == pytest.approx(by_hand, rel=1e-4)) == fitted
+
+
+def _transformed(model: torch.nn.Module, folder: Path) -> torch.utils.data.Dataset:
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    return open_source(folder.parent, folder.name, list(model.memory_bank.class_names)).with_transform(transform)
