@@ -47,7 +47,7 @@ class CentreClasses(nn.Module):
 
 
 class Columns(nn.Module):
-    """Takes columns `start` to `stop` of its input, without a copy."""
+    """Takes columns `start` to `stop` of its input."""
 
     def __init__(self, start: int, stop: int) -> None:
         super().__init__()
@@ -59,7 +59,8 @@ class Columns(nn.Module):
 
     def forward(self, encoding: Tensor) -> Tensor:
         """Takes of encodings `[N, W]` a part `[N, stop - start]`."""
-        return encoding[..., self.start : self.stop]
+        # As a part of the wider tensor, logits would keep that alive, and safetensors refuses to write them.
+        return encoding[..., self.start : self.stop].contiguous()
 
 
 class Probabilities(nn.Module):

@@ -40,6 +40,8 @@ def test_every_head_is_measured_for_every_seed(compared: Compared) -> None:
         for found in by_seed.values():
             assert 0 <= found["accuracy"] <= 1
             assert found["train_seconds"] > 0
+            images = compared.config.training.epochs * compared.config.data.train_samples
+            assert found["train_images_per_second"] * found["train_seconds"] == pytest.approx(images)
             assert ("support_size" in found) == (HEADS[head].read is not None)
             assert ("growth" in found) == (HEADS[head].read is not None and not HEADS[head].redrawn)
     assert set(compared.report.times) == set(HEADS)
@@ -118,7 +120,8 @@ def test_an_interrupted_comparison_goes_on_to_the_same_end(
     parts = compare(config, tmp_path / "parts", progress=False)
     for found in (whole, parts):
         for by_seed in found.measures.values():
-            by_seed[0].pop("train_seconds")
+            for time in ("train_seconds", "train_images_per_second"):
+                by_seed[0].pop(time)
     assert parts.measures == whole.measures
 
 

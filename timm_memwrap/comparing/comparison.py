@@ -155,7 +155,9 @@ class _Seed:
     def measure(self, head: Head) -> dict[str, Any]:
         """Trains what a head needs, if that is not done, and measures it."""
         fitted, settings, recipe = self._fit(head.run), self.config.comparison, self.config
-        result: dict[str, Any] = {"train_seconds": sum(row["seconds"] for row in fitted.history)}
+        seconds = sum(row["seconds"] for row in fitted.history)
+        images = len(fitted.images) * len(fitted.history)
+        result: dict[str, Any] = {"train_seconds": seconds, "train_images_per_second": images / seconds}
         if head.read is None:
             logits, labels = self._logits(head.run)
             return result | classification_measures(logits, labels, self.seed)
