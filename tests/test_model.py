@@ -341,6 +341,15 @@ def test_a_kept_classifier_gives_the_weighted_sum_of_the_memorys_logits(
     torch.testing.assert_close(_dense(readout, 20), weights, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_are_a_tensor_of_their_own(variant: str) -> None:
+    """As a part of an encoding they would keep it alive, and safetensors would refuse to write them."""
+    with torch.no_grad():
+        logits = _fill(_model(variant))(_images())
+    assert logits.is_contiguous()
+    assert logits.untyped_storage().nbytes() == logits.numel() * logits.element_size()
+
+
 def test_classifier_read_head_is_the_baseline_layer_on_penultimate_features() -> None:
     plain = timm.create_model("test_resnet", num_classes=CLASSES).eval()
     model = _fill(timm_memwrap.wrap(plain, read_head="classifier"))
