@@ -143,7 +143,13 @@ def test_heads_and_seeds_can_be_added(comparison: Make, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("section", "key", "value"),
-    [("training", "lr", 0.5), ("data", "train_samples", 100), ("comparison", "samples_per_class", [2])],
+    [
+        ("training", "lr", 0.5),
+        ("data", "train_samples", 100),
+        # What was measured on one folder of images must not be given out as measured on another.
+        ("data", "data_dir", "elsewhere"),
+        ("comparison", "samples_per_class", [2]),
+    ],
 )
 def test_a_folder_of_another_comparison_is_refused(
     comparison: Make, tmp_path: Path, section: str, key: str, value: object

@@ -132,7 +132,7 @@ def _check_folder(config: Comparison, out: Path) -> None:
 
 def _fixed(config: Comparison) -> dict[str, Any]:
     """Returns what all measures of a folder must share."""
-    free = {"comparison": ("heads", "seeds", "timing_rounds"), "data": ("workers", "data_dir"), "training": ("device",)}
+    free = {"comparison": ("heads", "seeds", "timing_rounds"), "data": ("workers",), "training": ("device",)}
     return {
         section: {
             key: list(value) if isinstance(value, tuple) else value
