@@ -33,7 +33,7 @@ from timm_memwrap.registration import wrap
 from timm_memwrap.selection import SELECTIONS, select
 from timm_memwrap.training.creation import image_config
 from timm_memwrap.training.loaders import eval_loader
-from timm_memwrap.training.recipes import write_recipe
+from timm_memwrap.training.recipes import first_difference, settings_of, write_recipe
 from timm_memwrap.training.training import Fitted, check_recipe, fit_recipe
 
 __all__ = ["compare"]
@@ -43,6 +43,13 @@ _logger = logging.getLogger(__name__)
 # Inputs of a timed prediction.
 _TIMED_BATCH = 32
 CONFIG_FILE = "comparison.yaml"
+# Settings that the measures of a folder need not share.
+_FREE = {
+    "comparison": ("heads", "seeds", "timing_rounds"),
+    "data": ("workers",),
+    "training": ("device",),
+    "hub": None,
+}
 
 
 def compare(config: Comparison, out: str | os.PathLike, progress: bool = True) -> ComparisonReport:
@@ -115,33 +122,17 @@ def _check(config: Comparison) -> None:
 def _check_folder(config: Comparison, out: Path) -> None:
     """Refuses a folder whose measures are of something else; heads and seeds may differ."""
     path = out / CONFIG_FILE
-    now = _fixed(config)
     if path.exists():
         import yaml
 
         before = yaml.safe_load(path.read_text(encoding="utf-8"))
-        for section, values in now.items():
-            for key, value in values.items():
-                if before.get(section, {}).get(key) != value:
-                    raise ValueError(
-                        f"{str(out)!r} holds a comparison with {section}.{key}="
-                        f"{before.get(section, {}).get(key)!r}, now it is {value!r}. Pass another --out."
-                    )
+        difference = first_difference(before, settings_of(config, _FREE))
+        if difference is not None:
+            name, old, value = difference
+            raise ValueError(
+                f"{str(out)!r} holds a comparison with {name}={old!r}, now it is {value!r}. Pass another --out."
+            )
     write_recipe(config, path)
-
-
-def _fixed(config: Comparison) -> dict[str, Any]:
-    """Returns what all measures of a folder must share."""
-    free = {"comparison": ("heads", "seeds", "timing_rounds"), "data": ("workers",), "training": ("device",)}
-    return {
-        section: {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in values.items()
-            if key not in free.get(section, ())
-        }
-        for section, values in asdict(config).items()
-        if section != "hub"
-    }
 
 
 class _Seed:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from timm_memwrap.training.checkpoint import EXTENSION, SafetensorsSaver, read_state, restore
 from timm_memwrap.training.configuration import TrainingConfig
 from timm_memwrap.training.processes import Processes
+from timm_memwrap.training.recipes import first_difference
 
 __all__ = ["Checkpoints", "fit"]
 
@@ -68,14 +69,13 @@ class Checkpoints:
         folder.mkdir(parents=True, exist_ok=True)
 
     def _check_recipe(self, before: dict[str, Any]) -> None:
-        for section, values in self.recipe.items():
-            for key, value in values.items():
-                old = before.get(section, {}).get(key)
-                if old != (list(value) if isinstance(value, tuple) else value):
-                    raise ValueError(
-                        f"The training in {str(self.folder.parent)!r} has {section}.{key}={old!r}, now it is "
-                        f"{value!r}. Resume with the same recipe, or start anew in another --out."
-                    )
+        difference = first_difference(before, self.recipe)
+        if difference is not None:
+            name, old, value = difference
+            raise ValueError(
+                f"The training in {str(self.folder.parent)!r} has {name}={old!r}, now it is {value!r}. Resume with the "
+                f"same recipe, or start anew in another --out."
+            )
 
     def best(self) -> dict[str, Any] | None:
         """Reads the checkpoint of the best epoch, if epochs were ranked."""

@@ -2,6 +2,7 @@
 
 import os
 from argparse import ArgumentError
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,7 +13,16 @@ from jsonargparse import ArgumentParser
 from timm_memwrap.files import write_text
 from timm_memwrap.training.configuration import Recipe
 
-__all__ = ["find_recipe", "list_comparisons", "list_recipes", "load_recipe", "read_recipe", "write_recipe"]
+__all__ = [
+    "find_recipe",
+    "first_difference",
+    "list_comparisons",
+    "list_recipes",
+    "load_recipe",
+    "read_recipe",
+    "settings_of",
+    "write_recipe",
+]
 
 # Names a recipe that is read first, and whose keys this one overrides.
 _BASE = "base"
@@ -90,12 +100,42 @@ def write_recipe(recipe: Recipe, path: str | os.PathLike) -> None:
     """Writes a recipe with all of its values."""
     import yaml
 
-    # YAML has no tuples that it would read back.
     plain = {
-        section: {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-        for section, values in asdict(recipe).items()
+        section: {key: _read_back(value) for key, value in values.items()} for section, values in asdict(recipe).items()
     }
     write_text(path, yaml.safe_dump(plain, sort_keys=False))
+
+
+def settings_of(recipe: Recipe, free: Mapping[str, Sequence[str] | None]) -> dict[str, dict[str, Any]]:
+    """Returns a recipe's values by section and key.
+
+    Args:
+        recipe: The recipe.
+        free: Keys by section that are left out; `None` for the whole section.
+    """
+    found = {}
+    for section, values in asdict(recipe).items():
+        left_out = free.get(section, ())
+        if left_out is not None:
+            found[section] = {key: value for key, value in values.items() if key not in left_out}
+    return found
+
+
+def first_difference(
+    before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]
+) -> tuple[str, Any, Any] | None:
+    """Returns the first of the settings `now` that was another before, as read from a file: its name, old and new."""
+    for section, values in now.items():
+        for key, value in values.items():
+            old = before.get(section, {}).get(key)
+            if old != _read_back(value):
+                return f"{section}.{key}", old, value
+    return None
+
+
+def _read_back(value: Any) -> Any:
+    # Neither YAML nor JSON has tuples.
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _names() -> list[str]:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +49,14 @@ from timm_memwrap.training.loaders import (
 from timm_memwrap.training.loop import Checkpoints, fit
 from timm_memwrap.training.outputs import plot_curves, tensorboard, write_metrics, write_summary
 from timm_memwrap.training.processes import Processes, processes
-from timm_memwrap.training.recipes import write_recipe
+from timm_memwrap.training.recipes import settings_of, write_recipe
 from timm_memwrap.training.task import MemoryWrapTask
 
 __all__ = ["Fitted", "TrainingReport", "check_recipe", "fit_recipe", "open_data", "train"]
 
 _logger = logging.getLogger(__name__)
 
-# Parts of a recipe that may change between an interruption and its resumption: they do not change the result.
+# Settings that may change between an interruption and its resumption: they do not change the result.
 _FREE = {"data": ("workers", "data_dir"), "training": ("device", "tensorboard"), "hub": None}
 
 
@@ -190,7 +190,7 @@ def in_chans_of(recipe: Recipe) -> int:
 
 def _checkpoints(recipe: Recipe, out: Path, resume: bool, overwrite: bool, env: Processes) -> Checkpoints:
     """Looks at the folder, the first process before the others, since it may change what they find."""
-    folder, fixed = out / "checkpoints", _fixed(recipe)
+    folder, fixed = out / "checkpoints", settings_of(recipe, _FREE)
     checkpoints = Checkpoints(folder, fixed, resume, overwrite) if env.first else None
     env.wait()
     return checkpoints or Checkpoints(folder, fixed, resume)
@@ -488,16 +488,6 @@ def _describe(recipe: Recipe, report: TrainingReport, images: Images, held_out: 
         f"Trained {start} ({part}) on {len(images)} images for {config.epochs} epochs, evaluated on {len(held_out)} "
         f"others. {how}{chosen}"
     )
-
-
-def _fixed(recipe: Recipe) -> dict[str, Any]:
-    """Returns the parts of a recipe that a resumed training must share."""
-    found: dict[str, Any] = {}
-    for section, values in asdict(recipe).items():
-        free = _FREE.get(section, ())
-        if free is not None:
-            found[section] = {key: value for key, value in values.items() if key not in free}
-    return found
 
 
 @contextmanager
