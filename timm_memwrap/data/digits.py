@@ -1,8 +1,5 @@
 """The embedded data set: real images that need no download."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
@@ -11,14 +8,12 @@ __all__ = ["Digits"]
 
 
 class Digits(Dataset):
-    """scikit-learn's handwritten digits: 1,797 real 8x8 images in ten classes, which come with its wheel.
+    """scikit-learn's handwritten digits: 1,797 real 8x8 grey images in ten classes, which come with its wheel.
 
-    Every fifth sample of each class, in the order of the file, is a test sample, the rest are training samples. The
-    file's writers follow each other, so the classes' order is kept and the split is the same everywhere.
+    Every fifth sample of each class, in the order of the file, is a test sample, the others are training samples.
 
     Args:
         split: `"train"` (1,442 samples) or `"test"` (355).
-        transform: Applied to each PIL image; `None` leaves it a greyscale PIL image.
 
     Raises:
         ValueError: If the split is unknown.
@@ -27,7 +22,7 @@ class Digits(Dataset):
 
     classes = tuple("0123456789")
 
-    def __init__(self, split: str, transform: Callable[[Image.Image], Any] | None = None) -> None:
+    def __init__(self, split: str) -> None:
         if split not in ("train", "test"):
             raise ValueError(f"Unknown split={split!r}. Pass 'train' or 'test'.")
         try:
@@ -39,7 +34,6 @@ class Digits(Dataset):
         # Rank of each sample within its class.
         rank = torch.stack([(labels == label).cumsum(0) - 1 for label in range(10)])[labels, torch.arange(len(labels))]
         chosen = (rank % 5 == 4) == (split == "test")
-        self.transform = transform
         self.split = split
         self.targets = labels[chosen].tolist()
         self._positions = chosen.nonzero().flatten().tolist()
@@ -48,10 +42,9 @@ class Digits(Dataset):
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = Image.fromarray(self._pixels[index])
-        return image if self.transform is None else self.transform(image), self.targets[index]
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self._pixels[index]), self.targets[index]
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        """Names a sample by its position in scikit-learn's file, as timm's datasets name theirs by file."""
+        """Returns a sample's name, as timm's data sets do: its position in scikit-learn's file."""
         return f"{self._positions[index]:04d}" if basename else f"{self.split}/{self._positions[index]:04d}"

@@ -1,4 +1,4 @@
-"""WebDataset shards on disk, read in any order: a memory names single samples, which a stream cannot give again."""
+"""WebDataset shards with random access: a memory names single samples, which a stream cannot find again."""
 
 import io
 import tarfile
@@ -55,7 +55,7 @@ class Shards(Dataset):
         return Image.open(io.BytesIO(content)), self.targets[index]
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        """Names a sample by its shard and its member in it."""
+        """Returns a sample's name, as timm's data sets do: its shard and its member in it."""
         path, _, _, member = self._samples[index]
         if basename:
             return PurePosixPath(member).name

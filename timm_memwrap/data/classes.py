@@ -1,0 +1,140 @@
+"""Labels and names of classes: those of a data set, those of a model, and how the two are matched."""
+
+import logging
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+from timm_memwrap.data.naming import file_name
+from timm_memwrap.model import MemoryWrapModel
+
+__all__ = ["class_names", "dataset_classes", "innermost", "known_class_names", "known_labels", "match_labels"]
+
+_logger = logging.getLogger(__name__)
+
+
+def class_names(model: MemoryWrapModel) -> list[str]:
+    """Returns one name per class of the model: a known one, or "class 3"."""
+    names = known_class_names(model)
+    return [*names, *(f"class {i}" for i in range(len(names), model.num_classes))]
+
+
+def known_class_names(model: MemoryWrapModel) -> list[str]:
+    """Returns the class names of the memory bank, else of the pretrained cfg; empty if neither has any."""
+    known = model.memory_bank.class_names or model.pretrained_cfg.get("label_names") or []
+    return [str(name) for name in (known.values() if isinstance(known, dict) else known)]
+
+
+def dataset_classes(dataset: Any) -> list[str]:
+    """Returns the class names of a data set by label: its `classes`, else its reader's; empty if there are none."""
+    dataset = innermost(dataset)
+    reader = getattr(dataset, "reader", None)
+    by_name = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
+    by_index = {int(i): str(name) for name, i in by_name.items()}
+    names = getattr(dataset, "classes", None) or [by_index.get(i, "") for i in range(max(by_index, default=-1) + 1)]
+    return [str(name) for name in names]
+
+
+def known_labels(dataset: Any) -> Tensor | None:
+    """Returns the labels `[N]` that a data set lists; `None` if they are only known by reading each image."""
+    if isinstance(dataset, Subset):
+        labels = known_labels(dataset.dataset)
+        return None if labels is None else labels[torch.as_tensor(dataset.indices)]
+    if getattr(dataset, "target_transform", None) is not None:
+        return None
+    reader: Any = getattr(dataset, "reader", None)
+    candidates = [getattr(part, name, None) for part in (dataset, reader) for name in ("targets", "labels")]
+    if isinstance(samples := getattr(reader, "samples", None), list):  # timm's folders and tar files
+        candidates.append([sample[1] for sample in samples])
+    elif hasattr(reader, "label_key") and not getattr(reader, "remap_class", False):
+        candidates.append(reader.dataset[reader.label_key])  # a column of a Hugging Face table, without the images
+    for candidate in candidates:
+        try:
+            labels = torch.as_tensor(candidate)
+        except (TypeError, ValueError, RuntimeError):  # e.g. names
+            continue
+        if labels.shape == (len(dataset),) and not labels.is_floating_point():
+            return labels.long()
+    return None
+
+
+def innermost(dataset: Any) -> Any:
+    """Returns the data set that a `Subset` was taken of."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return dataset
+
+
+class _Relabelled(Dataset):
+    """A data set of `(image, label)` with other labels."""
+
+    def __init__(self, dataset: Any, labels: list[int], classes: list[str]) -> None:
+        self.dataset, self._labels, self.classes = dataset, labels, classes
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, label = self.dataset[index][:2]
+        label = int(label)
+        if not 0 <= label < len(self._labels):
+            raise ValueError(
+                f"Sample {index} has the label {label}; expected 0 to {len(self._labels) - 1}. Pass labelled data."
+            )
+        return image, self._labels[label]
+
+    def filename(self, index: int, **kwargs: Any) -> str | None:
+        return file_name(self.dataset, index)
+
+
+def match_labels(model: MemoryWrapModel, dataset: Any) -> Any:
+    """Gives a data set the model's labels: by name where both have class names, else by number.
+
+    An image folder numbers the classes that it holds. If it holds only some of the model's, or the model has them in
+    another order, these numbers would be the wrong labels.
+
+    Args:
+        model: The model, whose memory bank or pretrained cfg has the class names.
+        dataset: A data set of `(image, label)`.
+
+    Returns:
+        The data set, or a view of it with other labels.
+
+    Raises:
+        ValueError: If the model does not have a class of the data, two classes share a name, or only one side has
+            names and the numbers of classes differ.
+    """
+    theirs, ours = dataset_classes(dataset), known_class_names(model)
+    if theirs == ours or not theirs:
+        return dataset
+    # Numbers are not names.
+    if not ours or theirs == [str(i) for i in range(len(theirs))]:
+        if len(theirs) != model.num_classes:
+            raise ValueError(
+                f"The data has {len(theirs)} classes and the model {model.num_classes}, and only one of them has class "
+                f"names, so they cannot be matched. Name the model's: model.memory_bank.set_class_names(names)."
+            )
+        if ours:
+            _logger.warning("The data has numbers for class names, so labels are taken by number: 0 is %r.", ours[0])
+        return dataset
+    unknown = sorted(set(theirs) - set(ours))
+    if unknown:
+        raise ValueError(
+            f"The data has classes that the model does not know: {_some(unknown, 5)}. It knows {_some(ours, 10)}. "
+            f"Rename or remove them in the data."
+        )
+    twice = sorted(name for name, count in Counter(ours).items() if count > 1 and name in theirs)
+    if twice:
+        raise ValueError(
+            f"The model has {twice[0]!r} as the name of several classes, so labels cannot be matched by name. Give "
+            f"each its own: model.memory_bank.set_class_names(names)."
+        )
+    return _Relabelled(dataset, [ours.index(name) for name in theirs], ours)
+
+
+def _some(names: list[str], count: int) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return f"{', '.join(map(repr, names[:count]))}{more}"
