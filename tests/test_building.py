@@ -2,16 +2,13 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from PIL import Image
-from timm.data import ImageDataset, create_transform, resolve_model_data_config
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
 
 from timm_memwrap import MemoryWrapModel, build_memory_bank
 
@@ -26,23 +23,6 @@ def _model(name: str = "memwrap_test_resnet", **kwargs: Any) -> MemoryWrapModel:
 def _data(size: int = 24) -> TensorDataset:
     images = torch.randn(size, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     return TensorDataset(images, torch.arange(size) % CLASSES)
-
-
-class _Pictures(Dataset):
-    """PIL images, as torchvision's data sets give without a transform."""
-
-    classes = ("cat", "dog", "newt")
-
-    def __init__(self, size: int = 9) -> None:
-        noise = torch.randint(256, (size, 40, 50, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-        self.images = [Image.fromarray(pixels.numpy()) for pixels in noise]
-        self.targets = [i % CLASSES for i in range(size)]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.images[index], self.targets[index]
 
 
 class _Stream(IterableDataset):
@@ -90,57 +70,6 @@ def test_encodings_are_those_of_the_samples_that_the_ids_name() -> None:
         expected = model.encode(torch.stack([data[i][0] for i in bank.ids]))
     torch.testing.assert_close(bank.encodings, expected, atol=1e-5, rtol=1e-5)
     assert bank.labels.tolist() == [int(data[i][1]) for i in bank.ids]
-
-
-def test_a_subset_keeps_the_ids_of_its_own_order() -> None:
-    bank = build_memory_bank(_model(), Subset(_data(), [20, 4, 7]), size=None, progress=False)
-    with torch.no_grad():
-        expected = _model().encode(_data().tensors[0][[20, 4, 7]])
-    torch.testing.assert_close(bank.encodings, expected, atol=1e-5, rtol=1e-5)
-    assert bank.labels.tolist() == [20 % 3, 4 % 3, 7 % 3]
-
-
-def test_a_sampler_that_leaves_samples_out_leaves_them_out() -> None:
-    loader = DataLoader(_data(), sampler=SubsetRandomSampler([3, 8, 5]))
-    bank = build_memory_bank(_model(), loader, size=None, progress=False)
-    assert bank.labels.tolist() == [0, 5 % 3, 8 % 3]
-
-
-def test_pil_images_get_the_models_own_transform() -> None:
-    model, data = _model(), _Pictures()
-    bank = build_memory_bank(model, data, size=None, progress=False)
-    transform = create_transform(**resolve_model_data_config(model), is_training=False)
-    with torch.no_grad():
-        expected = model.encode(torch.stack([transform(image) for image in data.images]))
-    torch.testing.assert_close(bank.encodings, expected, atol=1e-5, rtol=1e-5)
-    assert bank.class_names == ["cat", "dog", "newt"]
-
-
-def _folder(root: Path) -> Path:
-    for i, (label, image) in enumerate(zip(_Pictures().targets, _Pictures().images, strict=True)):
-        path = root / _Pictures.classes[label] / f"{i // CLASSES}.png"  # the same names in every class
-        path.parent.mkdir(exist_ok=True)
-        image.save(path)
-    return root
-
-
-@pytest.mark.parametrize("library", ["timm", "torchvision"])
-@pytest.mark.parametrize("subset", [False, True])
-def test_samples_of_an_image_folder_are_named_by_their_files(library: str, subset: bool, tmp_path: Path) -> None:
-    root = _folder(tmp_path)
-    if library == "timm":
-        data: Any = ImageDataset(str(root))
-    else:
-        data = pytest.importorskip("torchvision.datasets").ImageFolder(str(root))
-    if subset:
-        data = Subset(data, range(1, 7))
-    bank = build_memory_bank(_model(), data, size=6, progress=False)
-    assert len(set(bank.ids)) == 6
-    for sample_id, label in zip(bank.ids, bank.labels, strict=True):
-        path = root / str(sample_id)
-        assert path.is_file()
-        assert path.parent.name == _Pictures.classes[int(label)]
-    assert bank.class_names == ["cat", "dog", "newt"]
 
 
 @pytest.mark.parametrize("name", ["memwrap_test_resnet", "memwrap_baseline_test_resnet"])
@@ -241,22 +170,6 @@ def test_models_without_a_memory_are_refused() -> None:
     headless = timm.create_model("memwrap_test_resnet", num_classes=0)
     with pytest.raises(ValueError, match=r"reset_classifier\(n\)"):
         build_memory_bank(headless, _data())
-
-
-def test_stored_images_look_like_the_originals(tmp_path: Path) -> None:
-    # Smooth pictures: noise would not survive any resizing.
-    ramp = torch.linspace(0, 255, 160).expand(3, 160, 160)
-    pictures = torch.stack([ramp, ramp.mT, 255 - ramp])
-    model = _model()
-    config = resolve_model_data_config(model)
-    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
-    data = TensorDataset((pictures / 255 - mean) / std, torch.arange(3))
-    bank = build_memory_bank(model, data, size=None, store_images=True, progress=False)
-    assert bank.images.dtype == torch.uint8
-    assert bank.images.shape == (3, 3, 64, 64)
-    small = nn.functional.adaptive_avg_pool2d(pictures, 16)
-    got = nn.functional.adaptive_avg_pool2d(bank.images.float(), 16)
-    assert float((small - got).abs().max()) < 3
 
 
 def test_images_are_stored_on_request_only_and_small_ones_as_they_are() -> None:

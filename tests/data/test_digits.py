@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 
-from timm_memwrap.training.digits import Digits
+from timm_memwrap.data import Digits
 
 
 def test_splits_share_no_sample_and_leave_none_out() -> None:

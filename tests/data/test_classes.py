@@ -9,8 +9,9 @@ from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import Subset
 
+import timm_memwrap
+from timm_memwrap.data import Samples, class_names, dataset_classes, known_class_names, match_labels
 from timm_memwrap.explaining import evaluate_explanations
-from timm_memwrap.explaining.labels import dataset_classes, match_labels
 from timm_memwrap.model import MemoryWrapModel
 
 NAMES = ["doe", "ant", "cow", "bee"]
@@ -34,6 +35,14 @@ def _labels(data: object) -> list[int]:
     return [int(data[i][1]) for i in range(len(data))]
 
 
+@pytest.fixture
+def named(make_model: Callable[..., MemoryWrapModel]) -> MemoryWrapModel:
+    """A model whose bank names its classes."""
+    model = make_model(num_classes=4)
+    timm_memwrap.build_memory_bank(model, _Data(None, [0, 1, 2, 3]), size=None, class_names=NAMES, progress=False)
+    return model
+
+
 @pytest.mark.parametrize(
     ("classes", "given", "expected"),
     [
@@ -45,25 +54,24 @@ def _labels(data: object) -> list[int]:
     ],
 )
 def test_labels_become_those_of_the_models_classes(
-    make_model: Callable[..., MemoryWrapModel], classes: list[str] | None, given: list[int], expected: list[int]
+    named: MemoryWrapModel, classes: list[str] | None, given: list[int], expected: list[int]
 ) -> None:
-    model = make_model("wrapped", class_names=NAMES)
-    data = match_labels(model, _Data(classes, given))
+    data = match_labels(named, _Data(classes, given))
     assert _labels(data) == expected
     assert torch.equal(data[1][0], _Data(classes, given)[1][0])
 
 
 def test_the_pretrained_cfg_names_classes_too(make_model: Callable[..., MemoryWrapModel]) -> None:
-    model = make_model("wrapped")
+    model = make_model(num_classes=4)
     model.pretrained_cfg["label_names"] = NAMES
     assert _labels(match_labels(model, _Data(["bee"], [0]))) == [3]
 
 
-def test_an_image_folder_of_some_classes_is_judged_as_all_are(
-    make_model: Callable[..., MemoryWrapModel], tmp_path: Path
+def test_an_image_folder_of_some_classes_is_evaluated_by_the_models_labels(
+    named: MemoryWrapModel, tmp_path: Path
 ) -> None:
     """Against the numbers that a person would write down; by the folder's own, accuracy would be another."""
-    model = make_model("wrapped", class_names=NAMES)
+    model = named
     pictures = [Image.effect_noise((160, 160), 90 + 10 * i).convert("RGB") for i in range(6)]
     names = ["cow", "bee"] * 3
     for i, (picture, name) in enumerate(zip(pictures, names, strict=True)):
@@ -78,8 +86,8 @@ def test_an_image_folder_of_some_classes_is_judged_as_all_are(
     assert sorted(_labels(match_labels(model, folder))) == [2, 2, 2, 3, 3, 3]
 
 
-def test_what_cannot_be_matched_is_refused(make_model: Callable[..., MemoryWrapModel]) -> None:
-    model = make_model("wrapped", class_names=NAMES)
+def test_what_cannot_be_matched_is_refused(named: MemoryWrapModel) -> None:
+    model = named
     with pytest.raises(ValueError, match=r"does not know: 'elk', 'fox'.*It knows 'doe', 'ant', 'cow', 'bee'"):
         match_labels(model, _Data(["ant", "fox", "elk"], [0]))
     with pytest.raises(ValueError, match=r"has 3 classes and the model 4"):
@@ -96,7 +104,18 @@ def test_what_cannot_be_matched_is_refused(make_model: Callable[..., MemoryWrapM
 
 @pytest.mark.parametrize(("classes", "said"), [(["0", "1", "2", "3"], True), (NAMES, False)])
 def test_numbers_for_names_are_said(
-    make_model: Callable[..., MemoryWrapModel], caplog: pytest.LogCaptureFixture, classes: list[str], said: bool
+    named: MemoryWrapModel, caplog: pytest.LogCaptureFixture, classes: list[str], said: bool
 ) -> None:
-    match_labels(make_model("wrapped", class_names=NAMES), _Data(classes, [0]))
+    match_labels(named, _Data(classes, [0]))
     assert ("by number" in caplog.text) == said
+
+
+def test_every_class_has_a_name(named: MemoryWrapModel, make_model: Callable[..., MemoryWrapModel]) -> None:
+    assert class_names(named) == known_class_names(named) == NAMES
+    unnamed = make_model(num_classes=2)
+    assert known_class_names(unnamed) == []
+    assert class_names(unnamed) == ["class 0", "class 1"]
+
+
+def test_matched_samples_have_the_models_class_names(named: MemoryWrapModel) -> None:
+    assert Samples(match_labels(named, _Data(["bee", "ant"], [0, 1])), named).class_names == NAMES

@@ -1,12 +1,13 @@
-"""Memory samples' images are found by id, and the dataset's names are read once."""
+"""Ids name samples on every platform, and images of memory samples are found by them."""
 
 from collections.abc import Callable
+from pathlib import PureWindowsPath
 
 import pytest
 from PIL import Image
 from torch.utils.data import Subset
 
-from timm_memwrap.explaining.inputs import SampleImages
+from timm_memwrap.data import SampleImages, Samples, match_labels, naming
 from timm_memwrap.model import MemoryWrapModel
 
 
@@ -36,7 +37,7 @@ def _position(samples: SampleImages, sample_id: int | str) -> int | None:
 def test_names_are_read_once_for_all_samples(make_model: Callable[..., MemoryWrapModel], subset: bool) -> None:
     names = [f"{i % 3}/{i}.png" for i in range(50)]
     named = _Named(names)
-    samples = SampleImages(make_model("wrapped"), Subset(named, range(50)) if subset else named)
+    samples = SampleImages(make_model(), Subset(named, range(50)) if subset else named)
     assert [_position(samples, name) for name in names] == list(range(50))
     assert named.asked == 50
 
@@ -46,10 +47,13 @@ def test_names_are_read_once_for_all_samples(make_model: Callable[..., MemoryWra
     [
         ("a/1.png", 0),
         ("/elsewhere/train/b/1.png", 1),
+        ("C:\\elsewhere\\b\\1.png", 1),  # a bank from a machine with the other separator
+        ("b\\1.png", 1),
         ("2.png", 2),  # as it is on the Hub, which gets no folders
         ("1.png", None),  # two files of that name
         ("c/1.png", None),
         ("d/4.png", None),  # two files of that name in folders of that name
+        ("y/d/4.png", 4),
         (1, 1),
         (5, None),
         (-1, None),
@@ -58,5 +62,30 @@ def test_names_are_read_once_for_all_samples(make_model: Callable[..., MemoryWra
 def test_an_id_finds_its_file_or_none(
     make_model: Callable[..., MemoryWrapModel], sample_id: int | str, position: int | None
 ) -> None:
-    samples = SampleImages(make_model("wrapped"), _Named(["a/1.png", "b/1.png", "a/2.png", "x/d/4.png", "y/d/4.png"]))
+    samples = SampleImages(make_model(), _Named(["a/1.png", "b/1.png", "a/2.png", "x/d/4.png", "y/d/4.png"]))
     assert _position(samples, sample_id) == position
+
+
+def test_ids_have_slashes_on_windows(
+    make_model: Callable[..., MemoryWrapModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(naming, "PurePath", PureWindowsPath)
+    named = _Named(["a\\1.png", "b\\1.png"])
+    model = make_model()
+    ids = Samples(named, model).ids([0, 1])
+    assert ids == ["a/1.png", "b/1.png"]
+    assert [_position(SampleImages(model, named), name) for name in ids] == [0, 1]
+    folder = type("ImageFolder", (list,), {"samples": [("C:\\data\\a\\1.png", 0), ("C:\\data\\b\\1.png", 1)]})
+    assert Samples(folder([(None, 0), (None, 1)]), model).ids([1, 0]) == ["b/1.png", "a/1.png"]
+
+
+def test_files_that_names_do_not_tell_apart_are_numbered(make_model: Callable[..., MemoryWrapModel]) -> None:
+    samples = Samples(_Named(["a/1.png", "a/1.png", "a/2.png"]), make_model())
+    assert samples.ids(range(3)) == [0, 1, 2]
+    assert samples.ids([1, 2]) == ["a/1.png", "a/2.png"]
+
+
+def test_relabelled_data_keeps_its_file_names(make_model: Callable[..., MemoryWrapModel]) -> None:
+    model, named = make_model(), _Named(["a/1.png", "b/1.png"])
+    model.pretrained_cfg["label_names"], named.classes = ["x", "y", "z"], ["z", "y"]
+    assert Samples(match_labels(model, named), model).ids(range(2)) == ["a/1.png", "b/1.png"]

@@ -7,7 +7,7 @@ import pytest
 from training_images import CLASSES, write_images
 
 import timm_memwrap
-from timm_memwrap.training.datasets import Images, open_dataset, open_remembered, open_source, split_off
+from timm_memwrap.data import Images, open_dataset, open_remembered, open_source, split_off
 
 
 def test_a_folder_gives_images_labels_names_and_files(folder: Path) -> None:
