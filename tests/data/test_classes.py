@@ -10,7 +10,8 @@ from timm.data import create_dataset
 from torch.utils.data import Subset
 
 import timm_memwrap
-from timm_memwrap.data import Samples, class_names, dataset_classes, known_class_names, match_labels
+from timm_memwrap.data import Samples, class_names, known_class_names, match_labels
+from timm_memwrap.data.classes import dataset_classes
 from timm_memwrap.explaining import evaluate_explanations
 from timm_memwrap.model import MemoryWrapModel
 

@@ -186,6 +186,7 @@ def test_a_sampler_that_is_passed_over_is_logged(
         lambda: DataLoader(_data(), sampler=SubsetRandomSampler([8, 3, 5])),
         lambda: DataLoader(_data(), sampler=SubsetRandomSampler(torch.tensor([8, 3, 5]))),
         lambda: DataLoader(_data(), sampler=[8, 3, 5, 3]),
+        lambda: DataLoader(_data(), sampler=np.array([8, 3, 5])),
         lambda: DataLoader(_data(), batch_sampler=[[8, 3], [5]]),
     ],
 )

@@ -1,11 +1,11 @@
 """What a data set is: images, labels, class names, ids and batches. Every other room reads data through this one."""
 
-from timm_memwrap.data.classes import class_names, dataset_classes, known_class_names, known_labels, match_labels
+from timm_memwrap.data.classes import class_names, known_class_names, match_labels
 from timm_memwrap.data.digits import Digits
 from timm_memwrap.data.images import Images, split_off
-from timm_memwrap.data.naming import SampleImages, file_name, picture_of
+from timm_memwrap.data.naming import SampleImages, picture_of
 from timm_memwrap.data.opening import DIGITS, open_dataset, open_remembered, open_source
-from timm_memwrap.data.samples import Samples, check_labels, encoded_batches, size_of
+from timm_memwrap.data.samples import Samples, encoded_batches, size_of
 from timm_memwrap.data.shards import Shards
 from timm_memwrap.data.transforms import (
     BATCH_SIZE,
@@ -13,7 +13,6 @@ from timm_memwrap.data.transforms import (
     data_config,
     image_mode,
     one_by_one,
-    per_channel,
     small_images,
     to_batch,
     to_picture,
@@ -28,21 +27,16 @@ __all__ = [
     "Samples",
     "Shards",
     "batches_of",
-    "check_labels",
     "class_names",
     "data_config",
-    "dataset_classes",
     "encoded_batches",
-    "file_name",
     "image_mode",
     "known_class_names",
-    "known_labels",
     "match_labels",
     "one_by_one",
     "open_dataset",
     "open_remembered",
     "open_source",
-    "per_channel",
     "picture_of",
     "size_of",
     "small_images",

@@ -83,17 +83,7 @@ def open_dataset(
 def open_source(
     source: str | os.PathLike, split: str, classes: Sequence[str] | None = None, mode: str | None = "RGB"
 ) -> Images:
-    """Opens labelled images that one word names: a path or a data set.
-
-    Args:
-        source: `"digits"`, `"torch/..."`, `"hfds/..."`, or the path of an image folder or tar file.
-        split: As in `open_dataset`.
-        classes: As in `open_dataset`.
-        mode: As in `open_dataset`.
-
-    Raises:
-        ValueError: As in `open_dataset`.
-    """
+    """Opens labelled images as `open_dataset` does, by one word: a path, `"digits"`, `"torch/..."` or `"hfds/..."`."""
     name = os.fspath(source)
     if not name:
         raise ValueError("No data: pass an image folder, a tar file, 'digits', 'torch/...' or 'hfds/...' as data.")
@@ -103,14 +93,7 @@ def open_source(
 
 
 def open_remembered(source: str | os.PathLike) -> Images:
-    """Opens the data that a memory was built from: the training split, or an image folder without one as it is.
-
-    Args:
-        source: As in `open_source`.
-
-    Raises:
-        ValueError: As in `open_source`.
-    """
+    """Opens the data that a memory was built from: the training split, or an image folder without one as it is."""
     root = Path(source)
     whole = root.is_file() or (root.is_dir() and _search_split(str(root), "train") == str(root))
     return open_source(source, "" if whole else "train")

@@ -7,19 +7,12 @@ import copy
 import logging
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.utils.data import (
-    DataLoader,
-    IterableDataset,
-    RandomSampler,
-    Sampler,
-    SequentialSampler,
-    SubsetRandomSampler,
-    default_collate,
-)
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler, SubsetRandomSampler
+from torch.utils.data.dataloader import default_collate
 
 from timm_memwrap.data.classes import dataset_classes, innermost, known_class_names, known_labels
 from timm_memwrap.data.naming import sample_ids
@@ -35,11 +28,11 @@ _logger = logging.getLogger(__name__)
 class Samples:
     """The samples of a data set or loader of `(image, label)`.
 
-    A data set is read in order. So is the data set of a loader, through the loader's own collate function, workers and
-    whatever else it does to a batch, for a `DataLoader`, its subclasses, and loaders that wrap one as `loader`, like
-    timm's `PrefetchLoader`. Which samples training draws, and in what order, does not matter: shuffling and dropping
-    the last batch are undone, and samplers are passed over with a warning. Only one of fixed positions, a
-    `SubsetRandomSampler` or a sequence, limits the samples, as `Subset` does.
+    A data set is read in order. So is the data set of a `DataLoader`, of a subclass, and of a loader that wraps one as
+    its `loader` (timm's `PrefetchLoader`), with the loader's own workers, collate function and whatever else it does
+    to a batch. Which samples training draws, and in what order, does not matter: shuffling and dropping the last batch
+    are undone, and a sampler is passed over with a warning. Only a `SubsetRandomSampler` or a sequence of positions
+    limits the samples, as a `Subset` does.
 
     Other iterables of batches are read once, as they come, and their samples are numbered in that order.
 
@@ -55,15 +48,13 @@ class Samples:
     """
 
     def __init__(self, data: Any, model: MemoryWrapModel) -> None:
-        self._model = model
-        self._collate = partial(_collate, data_config(model))
+        self._model, self._config = model, data_config(model)
         if _is_indexed(data) or isinstance(data, IterableDataset):
             data = DataLoader(data, BATCH_SIZE)
         elif not isinstance(data, Iterable):
             raise ValueError(f"{type(data).__name__} is neither a dataset nor a loader of (image, label).")
         inner = _data_loader(data)
-        self._loader = data
-        self._dataset: Any = getattr(data if inner is None else inner, "dataset", None)
+        self._loader, self._dataset = data, getattr(data if inner is None else inner, "dataset", None)
         self.length: int | None = None  # None for a stream, whose samples can only be read in its own order
         self._indices: Sequence[int] = ()
         if not _is_indexed(self._dataset):
@@ -126,30 +117,30 @@ class Samples:
         changes: dict[str, Any] = {}
         inner = _data_loader(self._loader)
         if inner is not None and inner.collate_fn is default_collate:
-            changes["collate_fn"] = self._collate
+            changes["collate_fn"] = partial(_collate, self._config)
         if self.length is None:
             assert positions is None, "a stream has one order"
             loader = self._loader if inner is None else _twin(self._loader, **changes)
             yield from map(self._checked, loader)
             return
         indices = [self._indices[i] for i in (range(self.length) if positions is None else positions)]
-        order = _Order([indices[i : i + self._batch_size] for i in range(0, len(indices), self._batch_size)])
-        done = 0
-        for batch in _twin(self._loader, batch_sampler=order, **changes) if indices else ():
+        order, seen = _Order(indices, self._batch_size), 0
+        for batch in _twin(self._loader, batch_sampler=order, **changes):
             images, labels = self._checked(batch)
-            if done == order.given or len(labels) != len(order.sampler[done]):
-                raise ValueError(_OTHER_ORDER.format(type(self._loader).__name__))
-            done += 1
+            seen += len(labels)
             yield images, labels
-        if done != len(order):
-            raise ValueError(_OTHER_ORDER.format(type(self._loader).__name__))
+        if seen != len(indices) or order.given != len(order):
+            raise ValueError(
+                f"{type(self._loader).__name__} does not read what its batch sampler asks for, so its samples cannot "
+                f"be told apart. Pass the data set, or iter(loader) to number samples as read."
+            )
 
     def _checked(self, batch: Any) -> tuple[Tensor, Tensor]:
         if not isinstance(batch, Sequence) or len(batch) < 2:
             raise ValueError(f"A batch of the data is {type(batch).__name__}; expected (images, labels).")
         images, labels = batch[0], torch.as_tensor(batch[1])
         if not isinstance(images, Tensor):
-            images = stack(data_config(self._model), images)
+            images = stack(self._config, images)
         check_images(images)
         if labels.shape != images.shape[:1] or bool((labels != labels.long()).any()):
             raise ValueError(
@@ -187,17 +178,13 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
         )
 
 
-_OTHER_ORDER = (
-    "{} does not read the samples that its batch sampler asks for, so they cannot be told apart. Pass its data set, or "
-    "iter(loader) to number samples as read."
-)
-
-
 class _Order(Sampler[list[int]]):
-    """A batch sampler of given batches, which counts those that were asked for."""
+    """A batch sampler of the given indices, which counts the batches that were asked for."""
 
-    def __init__(self, batches: list[list[int]]) -> None:
-        self.sampler, self.given = batches, 0  # by the name that a BatchSampler gives it
+    def __init__(self, indices: list[int], batch_size: int) -> None:
+        # The attribute that a BatchSampler has.
+        self.sampler = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+        self.given = 0
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -235,9 +222,10 @@ def _sampler(loader: DataLoader) -> Any:
 
 def _fixed_positions(sampler: Any) -> list[int] | None:
     """Returns which samples a sampler is limited to, in the data set's order; `None` if it is not."""
-    if isinstance(sampler, SubsetRandomSampler):
-        sampler = sampler.indices
-    elif not isinstance(sampler, Sequence):
+    sampler = sampler.indices if isinstance(sampler, SubsetRandomSampler) else sampler
+    if hasattr(sampler, "tolist"):
+        sampler = sampler.tolist()
+    if not isinstance(sampler, Sequence):
         return None
     batches = (batch if isinstance(batch, Sequence) else (batch,) for batch in sampler)
     return sorted({int(i) for batch in batches for i in batch})
@@ -249,7 +237,7 @@ def _reads_all_once(sampler: Any, length: int) -> bool:
     return isinstance(sampler, SequentialSampler)
 
 
-def _is_indexed(data: Any) -> bool:
+def _is_indexed(data: Any) -> TypeGuard[Any]:
     # PyTorch's IterableDataset has a __getitem__ that raises.
     return hasattr(data, "__getitem__") and isinstance(data, Sized) and not isinstance(data, IterableDataset)
 

@@ -21,7 +21,6 @@ __all__ = [
     "data_config",
     "image_mode",
     "one_by_one",
-    "per_channel",
     "small_images",
     "stack",
     "to_batch",
@@ -38,12 +37,11 @@ def data_config(model: nn.Module) -> dict[str, Any]:
     config = resolve_model_data_config(model)
     channels = getattr(model, "in_chans", None) or config["input_size"][0]
     config["input_size"] = (channels, *config["input_size"][1:])
-    return config | {key: per_channel(config[key], channels) for key in ("mean", "std")}
-
-
-def per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """Returns a mean or std for each channel: the average of `values` if there are more or fewer, as timm's loaders."""
-    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
+    for key in ("mean", "std"):
+        if len(config[key]) != channels:
+            # As timm's loaders do for other channel counts.
+            config[key] = (sum(config[key]) / len(config[key]),) * channels
+    return config
 
 
 def image_mode(channels: int) -> str:
