@@ -6,7 +6,7 @@ Shapes: N samples, B samples of a batch, E width of an encoding.
 import copy
 import logging
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeGuard
 
 import torch
@@ -77,7 +77,7 @@ class Samples:
                 self.length,
             )
 
-    @property
+    @cached_property
     def labels(self) -> Tensor | None:
         """Labels `[N]` of all samples if the data set lists them; `None` if only reading each image would tell.
 
