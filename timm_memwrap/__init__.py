@@ -1,18 +1,19 @@
 """Memory Wrap for timm and the Hugging Face Hub: image classifiers that show their evidence.
 
-Importing the package registers `memwrap_<name>` and `memwrap_baseline_<name>` for timm's architectures.
+Importing the package registers `memwrap_<name>`, `memwrap_baseline_<name>` and `memwrap_evidence_<name>` for timm's
+architectures.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from timm_memwrap.factory import register_backbones as register_backbones
 from timm_memwrap.layers import BaselineMemory as BaselineMemory
 from timm_memwrap.layers import MemoryWrapLayer as MemoryWrapLayer
 from timm_memwrap.memory_bank import MemoryBank as MemoryBank
 from timm_memwrap.model import MemoryReadout as MemoryReadout
 from timm_memwrap.model import MemoryWrapModel as MemoryWrapModel
-from timm_memwrap.registration import register_backbones as register_backbones
-from timm_memwrap.registration import wrap as wrap
+from timm_memwrap.wrapping import wrap as wrap
 
 if TYPE_CHECKING:
     from timm_memwrap.building import build_memory_bank as build_memory_bank
@@ -61,8 +62,21 @@ def __getattr__(name: str) -> Any:
     return value
 
 
+def _bind(name: str) -> None:
+    """Makes a function of the Hub a method of the model as well, which itself knows nothing of the Hub."""
+
+    def method(self: MemoryWrapModel, *args: Any, **kwargs: Any) -> Any:
+        return __getattr__(name)(self, *args, **kwargs)
+
+    method.__name__, method.__qualname__ = name, f"MemoryWrapModel.{name}"
+    method.__doc__ = f"Calls `timm_memwrap.{name}` with this model."
+    setattr(MemoryWrapModel, name, method)
+
+
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+for _name in ("save_pretrained", "push_to_hub"):
+    _bind(_name)
 register_backbones()

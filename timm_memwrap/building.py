@@ -1,34 +1,28 @@
-"""Fills a memory bank from a dataset or loader: what to remember, its encodings, and progress.
+"""Fills a memory bank from a data set or loader: what to remember, its encodings, and progress.
 
-Shapes: N samples of the data, M samples remembered, D width of an encoding.
+Shapes: N samples of the data, M samples remembered, E width of an encoding.
 """
 
-import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from pathlib import PurePath
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler, Subset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from timm_memwrap._utils import check_choice, check_count, evaluating
+from timm_memwrap.data import Samples, small_images
 from timm_memwrap.memory_bank import MemoryBank, Provenance, SampleId
+from timm_memwrap.memory_checks import check_model
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.selection import SELECTIONS, needs_encodings, select
 
-__all__ = ["build_memory_bank", "own_predictions"]
+__all__ = ["build_memory_bank"]
 
-_logger = logging.getLogger(__name__)
-
-BATCH_SIZE = 64
-IMAGE_SIZE = 64
-
-# Rows scored at a time when the model classifies its own memory.
-_BLOCK = 1024
+# Largest difference, relative to the logits, between the backbone's and those of its classifier on its pre-logits.
+_TOLERANCE = 1e-2
 
 
 def build_memory_bank(
@@ -51,9 +45,7 @@ def build_memory_bank(
 
     Args:
         model: The model whose bank is to be built, with the weights that it is to be used with.
-        data: A dataset or loader of `(image, label)`. Images are tensors `[C, H, W]`, or PIL images, which get the
-            model's own evaluation transform. Of a PyTorch `DataLoader` the dataset is read in order, whatever its
-            sampler shuffles; other loaders are read once, as they come.
+        data: A data set or loader of `(image, label)`; see `timm_memwrap.data.Samples` for how loaders are read.
         size: Number M of samples to remember; `None` for all.
         selection: `"random"`; `"balanced"`, as many of each class as there are; `"kmeans"`, per class the samples
             nearest to k-means centres of the encodings (needs scikit-learn); `"all"`.
@@ -61,7 +53,7 @@ def build_memory_bank(
             the bank when it is saved.
         seed: Seed of the choice.
         progress: Whether to show a progress bar.
-        class_names: Names of the classes by label; `None` for `data.classes`, else the model's `label_names`.
+        class_names: Names of the classes by label; `None` for those of the data set, else of the model.
         dataset_name: Name of the data set, for the bank's provenance; `None` for the name of its class.
         distributed: Whether all processes of `torch.distributed`'s default group make this call together. Each then
             encodes its share of the samples, and all get the same bank.
@@ -84,148 +76,114 @@ def build_memory_bank(
 
         ```
     """
-    if not isinstance(model, MemoryWrapModel):
-        raise ValueError(f"{type(model).__name__} has no memory bank. Wrap it first: timm_memwrap.wrap(model).")
-    if model.num_classes == 0:
-        raise ValueError("num_classes=0: the model has no head to read a memory with. Call reset_classifier(n) first.")
-    if selection not in SELECTIONS:
-        raise ValueError(f"Unknown selection={selection!r}. Pass one of {', '.join(map(repr, SELECTIONS))}.")
+    check_model(model)
+    check_choice("selection", selection, SELECTIONS)
+    check_count("size", size, none=True)
     if selection == "all":
         size = None
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-        raise ValueError(f"size={size!r} is not a number of samples. Pass an integer of at least 1, or None for all.")
-
-    source = _Source(data, model)
+    samples = Samples(data, model)
     if distributed:
-        _check_distributed(source)
-    everything = range(source.length) if source.length is not None else None
+        _check_distributed(samples)
     chosen: list[int] | None = None
-    if source.labels is not None and not needs_encodings(selection):
-        _check_labels(source.labels, model.num_classes)
-        chosen = select(selection, source.labels, None, size, seed)
-
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            encoded = _encode(
-                model, source, everything if chosen is None else chosen, store_images, progress, distributed
-            )
-            if chosen is None:
-                _check_labels(encoded.labels, model.num_classes)
-                kept = select(selection, encoded.labels, encoded.encodings, size, seed)
-                encoded = encoded.at(kept)
-            population = source.length if source.length is not None else encoded.seen
-            bank = MemoryBank()
-            bank.replace(
-                encoded.encodings,
-                encoded.labels,
-                torch.zeros_like(encoded.labels),
-                encoded.ids,
-                encoded.images,
-                class_names if class_names is not None else source.class_names(),
-                Provenance(
-                    dataset=dataset_name if dataset_name is not None else source.name,
-                    selection="all" if size is None else selection,
-                    seed=None if size is None else seed,
-                    population=population,
-                    encoder=model.encoder_fingerprint(),
-                ),
-                dtype,
-            )
-            device = next(model.parameters()).device
-            old, model.memory_bank = model.memory_bank, bank.to(device)
-            try:
-                bank.set_predictions(own_predictions(model))
-            except BaseException:
-                model.memory_bank = old
-                raise
-    finally:
-        for module, was_training in training.items():
-            module.training = was_training
-    model.memory_bank.train(model.training)
+    if samples.labels is not None and not needs_encodings(selection):
+        chosen = select(selection, samples.labels, None, size, seed)
+    with evaluating(model):
+        encoded = _encode(model, samples, chosen, store_images, progress, distributed)
+        population = samples.length if samples.length is not None else len(encoded.labels)
+        if chosen is None:
+            encoded = encoded.at(select(selection, encoded.labels, encoded.encodings, size, seed))
+        provenance = Provenance(
+            dataset=dataset_name if dataset_name is not None else samples.name,
+            selection="all" if size is None else selection,
+            seed=None if size is None else seed,
+            population=population,
+            encoder=model.encoder_fingerprint(),
+        )
+        names = class_names if class_names is not None else samples.class_names
+        model.memory_bank.replace(
+            encoded.encodings, encoded.labels, encoded.ids, encoded.images, names, provenance, dtype
+        )
     return model.memory_bank
 
 
-def own_predictions(model: MemoryWrapModel) -> Tensor:
-    """Classifies each sample of a model's bank with the sample itself hidden, `[M]`."""
-    encodings = model.memory_bank.encodings
-    assert encodings is not None
-    if len(encodings) == 1:
-        _logger.warning("The memory bank has one sample, which cannot be classified without itself.")
-    itself = torch.arange(len(encodings), device=encodings.device).unsqueeze(1)
-    blocks = zip(encodings.split(_BLOCK), itself.split(_BLOCK), strict=True)
-    return torch.cat([model.read_encoding(block, hidden).logits.argmax(dim=-1) for block, hidden in blocks])
-
-
-def _check_labels(labels: Tensor, num_classes: int) -> None:
-    outside = labels[(labels < 0) | (labels >= num_classes)]
-    if len(outside):
-        raise ValueError(
-            f"{len(outside)} labels are outside num_classes={num_classes}, e.g. {int(outside[0])}. Labels are class "
-            f"indices, 0 to {num_classes - 1}: create the model with num_classes={int(labels.max()) + 1}, or map them."
-        )
-
-
+@dataclass(frozen=True)
 class _Encoded:
-    """Samples as they come out of the encoder, in reading order."""
+    """Samples as they come out of the encoder, in reading order, on the CPU."""
 
-    def __init__(self, encodings: Tensor, labels: Tensor, ids: list[SampleId], images: Tensor | None) -> None:
-        self.encodings, self.labels, self.ids, self.images = encodings, labels, ids, images
-        self.seen = len(labels)
+    encodings: Tensor
+    labels: Tensor
+    ids: list[SampleId]
+    images: Tensor | None
 
     def at(self, positions: list[int]) -> "_Encoded":
         index = torch.tensor(positions)
-        part = _Encoded(
-            self.encodings[index],
-            self.labels[index],
-            [self.ids[i] for i in positions],
-            None if self.images is None else self.images[index],
+        return replace(
+            self,
+            encodings=self.encodings[index],
+            labels=self.labels[index],
+            ids=[self.ids[i] for i in positions],
+            images=None if self.images is None else self.images[index],
         )
-        part.seen = self.seen
-        return part
 
 
 def _encode(
     model: MemoryWrapModel,
-    source: "_Source",
+    samples: Samples,
     positions: Sequence[int] | None,
     store_images: bool,
     progress: bool,
     distributed: bool,
 ) -> _Encoded:
-    encodings, labels, images = [], [], []
-    device = next(model.parameters()).device
-    dtype = next(model.parameters()).dtype
+    """Encodes the samples at these positions, or all for `None`, in one pass."""
+    if positions is None and samples.length is not None:
+        positions = range(samples.length)
     share = positions
     if distributed:
         assert positions is not None
         share = positions[dist.get_rank() :: dist.get_world_size()]
-    total = len(share) if share is not None else None
-    with tqdm(total=total, desc="Memory bank", unit="img", disable=not progress) as bar:
-        for image, label in source.batches(share):
-            encodings.append(model.encode(image.to(device=device, dtype=dtype)).float().cpu())
+    parameter = next(model.parameters())
+    encodings, labels, images = [], [], []
+    with tqdm(total=None if share is None else len(share), desc="Memory bank", unit="img", disable=not progress) as bar:
+        for image, label in samples.batches(share):
+            features = model.backbone.forward_features(image.to(parameter))
+            if not encodings:
+                _check_encoder(model, features)
+            encodings.append(model.encode_features(features).float().cpu())
             labels.append(label.cpu())
             if store_images:
-                images.append(_small_images(image, model))
+                images.append(small_images(image, model))
             bar.update(len(label))
     if not labels:
         raise ValueError("The data is empty, so there is nothing to remember. Check its path and split.")
     count = sum(map(len, labels)) if positions is None else len(positions)
-    ids = source.ids(range(count) if positions is None else positions)
     parts = [torch.cat(encodings), torch.cat(labels), *([torch.cat(images)] if store_images else [])]
     if distributed:
-        parts = [_gather(part, count, device) for part in parts]
+        parts = [_gather(part, count, parameter.device) for part in parts]
+    ids = samples.ids(range(count) if positions is None else positions)
     return _Encoded(parts[0], parts[1], ids, parts[2] if store_images else None)
 
 
-def _check_distributed(source: "_Source") -> None:
+def _check_encoder(model: MemoryWrapModel, features: Tensor) -> None:
+    """Raises if the backbone's logits are not those of its classifier on its pre-logits, as the memory takes them."""
+    if not model.keeps_classifier or model.encodes_logits:
+        return
+    expected = model.backbone.forward_head(features).float()
+    found = model.own_classifier(model.encode_features(features)).float()
+    if found.shape != expected.shape or (found - expected).abs().max() > _TOLERANCE * expected.abs().max():
+        raise ValueError(
+            f"The logits of {type(model.backbone).__name__} are not those of its classifier on its pre-logits, so they "
+            f"cannot be read through a memory. Make forward_head(x) and get_classifier() agree, or pass "
+            f"read_head='linear' to train a head."
+        )
+
+
+def _check_distributed(samples: Samples) -> None:
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError("distributed=True, but torch.distributed has no process group. Start with torchrun.")
-    if source.length is None or source.length < dist.get_world_size():
+    if samples.length is None or samples.length < dist.get_world_size():
         raise ValueError(
             f"distributed=True divides the samples over {dist.get_world_size()} processes, but the data has "
-            f"{source.length} that can be read in any order. Pass a data set with random access and enough samples."
+            f"{samples.length} that can be read in any order. Pass a data set with random access and enough samples."
         )
 
 
@@ -238,169 +196,3 @@ def _gather(part: Tensor, count: int, device: torch.device) -> Tensor:
     gathered = [torch.empty_like(padded) for _ in range(world_size)]
     dist.all_gather(gathered, padded)
     return torch.stack(gathered, dim=1).flatten(0, 1)[:count].cpu()
-
-
-def _small_images(images: Tensor, model: MemoryWrapModel) -> Tensor:
-    """Undoes the model's normalisation, and makes uint8 images `[N, C, H, W]` of at most `IMAGE_SIZE` pixels a side."""
-    config = resolve_model_data_config(model)
-    mean, std = (torch.tensor(config[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
-    images = images.detach().float().cpu()
-    channels = images.shape[1]
-    if mean.shape[1] not in (1, channels):
-        # As timm's loaders do for other channel counts.
-        mean, std = mean.mean(dim=1, keepdim=True), std.mean(dim=1, keepdim=True)
-    images = images * std + mean
-    if channels not in (1, 3):
-        raise ValueError(f"Images have {channels} channels; only 1 or 3 can be shown. Pass store_images=False.")
-    factor = IMAGE_SIZE / max(images.shape[-2:])
-    if factor < 1:
-        height, width = (max(1, round(side * factor)) for side in images.shape[-2:])
-        images = F.interpolate(images, (height, width), mode="bilinear", antialias=True)
-    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
-
-
-class _Source:
-    """One view of a dataset or loader: its length and labels where they are known without reading, and its batches."""
-
-    def __init__(self, data: Dataset | Iterable, model: MemoryWrapModel) -> None:
-        self._model = model
-        self._loader: Iterable | None = None
-        self._dataset: Any = None
-        self._positions: list[int] | None = None
-        self._options: dict[str, Any] = {"batch_size": BATCH_SIZE}
-        if type(data) is DataLoader and _has_items(data.dataset):
-            self._dataset = data.dataset
-            self._options = {"num_workers": data.num_workers, "collate_fn": data.collate_fn}
-            self._options["batch_size"] = data.batch_size or BATCH_SIZE
-            if not isinstance(data.sampler, SequentialSampler | RandomSampler):
-                # Another sampler may leave samples out. Their order does not matter here, so it must not show.
-                self._positions = sorted({int(i) for i in data.sampler})
-        elif _has_items(data) and not isinstance(data, DataLoader):
-            self._dataset = data
-        elif isinstance(data, Iterable):
-            self._loader = data
-            self._dataset = getattr(data, "dataset", None)
-        else:
-            raise ValueError(f"{type(data).__name__} is neither a dataset nor a loader of (image, label).")
-
-    @property
-    def length(self) -> int | None:
-        if self._loader is not None:
-            return None
-        return len(self._dataset) if self._positions is None else len(self._positions)
-
-    @property
-    def labels(self) -> Tensor | None:
-        """Labels `[N]` of all samples if the dataset lists them; reading them one by one would decode each image."""
-        if self._loader is not None:
-            return None
-        labels = _known_labels(self._dataset)
-        return labels if labels is None or self._positions is None else labels[torch.tensor(self._positions)]
-
-    @property
-    def name(self) -> str:
-        return type(_innermost(self._dataset)).__name__ if self._dataset is not None else ""
-
-    def class_names(self) -> list[str]:
-        """Names of the classes: those of the dataset, else those that came with the model."""
-        dataset = _innermost(self._dataset)
-        reader = getattr(dataset, "reader", None)
-        by_index = {i: name for name, i in (getattr(reader, "class_to_idx", None) or {}).items()}
-        names = getattr(dataset, "classes", None) or [by_index[i] for i in sorted(by_index)]
-        if not names:
-            names = self._model.pretrained_cfg.get("label_names") or []
-            names = list(names.values()) if isinstance(names, dict) else list(names)
-        return [str(name) for name in names] if len(names) == self._model.num_classes else []
-
-    def ids(self, positions: Iterable[int]) -> list[SampleId]:
-        """File names where the dataset knows them and they tell samples apart, else positions in the dataset."""
-        if self._loader is not None:
-            return list(positions)
-        inner = [i if self._positions is None else self._positions[i] for i in positions]
-        names = [_sample_name(self._dataset, i) for i in inner]
-        if all(name is not None for name in names) and len(set(names)) == len(names):
-            return [name for name in names if name is not None]
-        return list(inner)
-
-    def batches(self, positions: Sequence[int] | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields images `[B, C, H, W]` and labels `[B]`."""
-        if self._loader is not None:
-            for batch in self._loader:
-                yield _checked_batch(batch)
-            return
-        assert positions is not None
-        if not len(positions):
-            return
-        inner = [i if self._positions is None else self._positions[i] for i in positions]
-        dataset = self._dataset
-        if not isinstance(_image_of(dataset[inner[0]]), Tensor):
-            dataset = _Transformed(dataset, create_transform(**resolve_model_data_config(self._model)))
-        for batch in DataLoader(Subset(dataset, inner), shuffle=False, **self._options):
-            yield _checked_batch(batch)
-
-
-class _Transformed(Dataset):
-    """A dataset of PIL images with the model's own transform."""
-
-    def __init__(self, dataset: Any, transform: Callable[[Any], Tensor]) -> None:
-        self._dataset, self._transform = dataset, transform
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
-        image, label = self._dataset[index][:2]
-        return self._transform(image), label
-
-
-def _has_items(data: Any) -> bool:
-    return hasattr(data, "__getitem__") and isinstance(data, Sized)
-
-
-def _image_of(sample: Any) -> Any:
-    if not isinstance(sample, Sequence) or len(sample) < 2:
-        raise ValueError(f"A sample of the data is {type(sample).__name__}; expected (image, label).")
-    return sample[0]
-
-
-def _checked_batch(batch: Any) -> tuple[Tensor, Tensor]:
-    if not isinstance(batch, Sequence) or len(batch) < 2:
-        raise ValueError(f"A batch of the data is {type(batch).__name__}; expected (images, labels).")
-    images, labels = batch[0], torch.as_tensor(batch[1])
-    if not isinstance(images, Tensor) or images.ndim != 4 or labels.ndim != 1 or len(labels) != len(images):
-        shape = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(
-            f"A batch of the data has images {shape} and labels {list(labels.shape)}; expected [B, C, H, W] and [B]: "
-            f"one class index per image. Mixup and one-hot labels are for training, not for the memory."
-        )
-    return images, labels.long()
-
-
-def _innermost(dataset: Any) -> Any:
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
-    return dataset
-
-
-def _known_labels(dataset: Any) -> Tensor | None:
-    if isinstance(dataset, Subset):
-        labels = _known_labels(dataset.dataset)
-        return None if labels is None else labels[torch.as_tensor(dataset.indices)]
-    for attribute in ("targets", "labels"):
-        labels = getattr(dataset, attribute, None)
-        if labels is not None and getattr(dataset, "target_transform", None) is None:
-            return torch.as_tensor(labels).long()
-    samples = getattr(getattr(dataset, "reader", None), "samples", None)
-    if isinstance(samples, list) and samples and getattr(dataset, "target_transform", None) is None:
-        return torch.tensor([int(label) for _, label in samples])
-    return None
-
-
-def _sample_name(dataset: Any, index: int) -> str | None:
-    if isinstance(dataset, Subset):
-        return _sample_name(dataset.dataset, int(dataset.indices[index]))
-    if hasattr(dataset, "filename"):  # timm's datasets
-        return dataset.filename(index, basename=False, absolute=False)
-    samples = getattr(dataset, "samples", None)  # torchvision's image folders
-    if isinstance(samples, list) and samples:
-        path = PurePath(str(samples[index][0]))
-        # The folder is the class; two classes may well both have a 0001.png.
-        return str(PurePath(*path.parts[-2:]))
-    return None

@@ -2,13 +2,11 @@
 
 PREFIX = "memwrap_"
 BASELINE_PREFIX = "memwrap_baseline_"
+EVIDENCE_PREFIX = "memwrap_evidence_"
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 BANK_FILE = "memory_bank.safetensors"
-
-# safetensors files without it cannot be opened by transformers.
-SAFETENSORS_METADATA = {"format": "pt"}
 
 # Names of the submodules of a Memory Wrap model: they are prefixes in its state dict and so part of the file format.
 BACKBONE = "backbone"

@@ -1,49 +1,36 @@
-"""The model: a timm backbone, a Memory Wrap head and a memory bank behind timm's model interface.
+"""The model: a timm backbone, a Memory Wrap layer and a memory bank behind timm's model interface.
 
-Shapes: B inputs, M memory samples, D width of an encoding, C classes, K samples kept per input.
+Shapes: B inputs, M memory samples, E width of an encoding, C classes, K samples kept per input, H hidden from an input.
 """
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from timm_memwrap import constants
-from timm_memwrap.attention import DISTANCES, MASKED, Keys, content_weights, float32_island, read, top_weights
+from timm_memwrap.attention import wide
+from timm_memwrap.backbone import OwnClassifier, classifies_affinely, encode_features
+from timm_memwrap.bank_memory import BankMemory, bank_memory
+from timm_memwrap.encoding_queue import EncodingQueue
 from timm_memwrap.fingerprint import Watch, fingerprint
-from timm_memwrap.layers import (
-    BaselineMemory,
-    CentreClasses,
-    Columns,
-    LabelVote,
-    MeanOfHalves,
-    MemoryLayer,
-    MemoryWrapLayer,
-    Probabilities,
-)
+from timm_memwrap.heads import Calibration, new_head
+from timm_memwrap.memory_args import OWN_READ_HEADS, resolve_memory_args
 from timm_memwrap.memory_bank import MemoryBank
-from timm_memwrap.memory_index import MemoryIndex, check_index
+from timm_memwrap.memory_layer import PreparedMemory, is_factor
+from timm_memwrap.search import check_index
 from timm_memwrap.timm_interface import TimmInterface, add_prefix
 
-__all__ = ["CLASSIFIERS", "READ_HEADS", "MemoryReadout", "MemoryWrapModel"]
+__all__ = ["MemoryReadout", "MemoryWrapModel"]
 
 _logger = logging.getLogger(__name__)
 
-READ_HEADS = ("linear", "identity", "classifier", "pre_logits", "probabilities")
-# Those that read with the backbone's own classifier, and of these, those that compare what goes into it too.
-KEPT_CLASSIFIER = ("classifier", "pre_logits", "probabilities")
-WITH_PRE_LOGITS = ("pre_logits", "probabilities")
-# The read head for a classifier that is trained already.
-DEFAULT_KEPT = "probabilities"
-
-# By read head, chosen on held-out training images (README, "Evidence, measured").
-_SCALES = {"classifier": 10.0, "pre_logits": 10.0, "probabilities": 20.0}
-CLASSIFIERS = ("mlp", "linear", "vote")
-
 QUEUE_SIZE = 1024
+# Scores computed at a time when memory samples are classified themselves: 64 MB of float32.
+_MOST_SCORES = 2**24
 
 
 class MemoryReadout(NamedTuple):
@@ -52,20 +39,16 @@ class MemoryReadout(NamedTuple):
     Attributes:
         logits: Logits `[B, C]`.
         weights: Content weights `[B, K]`, strongest first; rows with less support end in zeros.
-        indices: Positions `[B, K]` of those samples in the memory set; they mean nothing where the weight is zero.
-        encoding: Encodings of the inputs `[B, D]`.
+        positions: Positions `[B, K]` of those samples in the memory set; they mean nothing where the weight is zero.
+        similarities: Similarities `[B, K]` to these samples, in the read's own metric and before its scale.
+        encoding: Encodings of the inputs `[B, E]`.
     """
 
     logits: Tensor
     weights: Tensor
-    indices: Tensor
+    positions: Tensor
+    similarities: Tensor
     encoding: Tensor
-
-
-class _Prepared(NamedTuple):
-    keys: Keys
-    values: Tensor
-    key_index: MemoryIndex | None = None
 
 
 class MemoryWrapModel(TimmInterface):
@@ -76,32 +59,31 @@ class MemoryWrapModel(TimmInterface):
     - Training: for each sample the rest of its batch, with gradient. Costs no second encoder pass.
     - Evaluation: the memory bank (`build_memory_bank`). While it is empty, the last encodings seen in training.
 
+    In evaluation the bank is a constant: gradients reach the input, not the memory.
+
     Made by `timm.create_model("memwrap_<name>")` or `wrap`; seldom by hand.
 
     Args:
         backbone: A timm model. Its own classifier must be gone (`num_classes=0`), except with the read heads that
-            keep it.
+            read with it.
         num_classes: Number of classes C; 0 for none, as in timm: the model then returns the backbone's features.
         memory_only: Whether the prediction is made from the memory alone (`BaselineMemory`) or from the input and the
             memory (`MemoryWrapLayer`).
         distance: `"cosine"`, `"l2"` or `"dot"`.
         scale: Factor on the similarities; `"learned"` makes it a parameter. `None` is 20.0 with
-            `read_head="probabilities"`, 10.0 with the others that keep the classifier, else 1.0 as published.
+            `read_head="probabilities"`, 10.0 with `"pre_logits"` and `"logits"`, else 1.0 as published.
         read_head: What projects query and key: `"linear"`, a layer of its own; `"identity"`, nothing, as in the
-            published code. Three keep the backbone's classifier: `"pre_logits"` compares what goes into it, which
-            suits a backbone that was trained for these classes; `"probabilities"` the pre-logits and, to a fifth, the
-            probabilities that it predicts; `"classifier"` its centred logits.
-        classifier: What makes logits of what was read: `"mlp"`, as published; `"linear"`, one layer, which is the
-            backbone's own where it keeps its classifier; `"vote"`, the weights summed over the samples' labels, with
-            `memory_only`. `None` is `"linear"` where the backbone keeps its classifier, else `"mlp"`.
-        temperature: What the logits are divided by; `calibrate` finds the one that fits. 1.0 is as published.
+            published code. Three read with the backbone's own classifier: `"pre_logits"` compares what goes into it,
+            which suits a backbone that was trained for these classes; `"probabilities"` the pre-logits and, to a fifth,
+            the probabilities that it predicts; `"logits"` its centred logits.
+        classifier: What makes logits of the memory vector: `"mlp"`, as published; `"linear"`, one layer; `"own"`, the
+            backbone's; `"vote"`, the weights summed over the samples' labels, with `memory_only`. `None` is `"own"`
+            for the read heads that read with it, else `"mlp"`.
 
     Raises:
         ValueError: If an argument is unknown, or two do not fit each other.
     """
 
-    queue: Tensor | None
-    queue_position: Tensor
     head: Any
     memory_bank: MemoryBank
 
@@ -114,29 +96,26 @@ class MemoryWrapModel(TimmInterface):
         scale: float | str | None = None,
         read_head: str = "linear",
         classifier: str | None = None,
-        temperature: float = 1.0,
     ) -> None:
         super().__init__()
-        memory_args = resolve_memory_args(memory_only, distance, scale, read_head, classifier, temperature)
         # Order is format: the bank comes last, so that two state dicts of which one has no bank agree up to there.
         self.backbone = backbone
         self.num_classes = num_classes
         self.memory_only = memory_only
-        self.memory_args = memory_args
+        self.memory_args = resolve_memory_args(memory_only, distance, scale, read_head, classifier)
+        self.encodes_logits = False
         self.head = self._new_head()
+        self.calibration = Calibration()
         self.memory_bank = MemoryBank()
-        # No buffers: an EMA pairs those of two models in order, of which one may not have trained yet.
-        self.queue = None
-        self.queue_position = torch.zeros((), dtype=torch.long)
-        self._queue_used = False
+        # No buffer: an EMA pairs those of two models in order, of which one may not have trained yet.
+        self.queue: EncodingQueue | None = None
         self._warned = False
-        self._prepared: tuple[Watch, _Prepared] | None = None
         self._index_args: dict[str, Any] | None = None
         self._fingerprint: tuple[Watch, str] | None = None
 
         traits = dict(getattr(backbone, "_traits", {}))
         self._traits = {**traits, "first_conv": add_prefix(traits.get("first_conv"))}
-        self._model_args: dict[str, Any] = dict(memory_args)
+        self._model_args: dict[str, Any] = dict(self.memory_args)
         # Each rank keeps its own memory: broadcasting it at every forward would cost more than the forward.
         self._ddp_params_and_buffers_to_ignore = [
             f"{constants.MEMORY_BANK}.{name}" for name in self.memory_bank._buffers
@@ -144,181 +123,127 @@ class MemoryWrapModel(TimmInterface):
 
     @property
     def keeps_classifier(self) -> bool:
-        """Whether the backbone keeps its own classifier, and the memory is read with it."""
-        return self.memory_args["read_head"] in KEPT_CLASSIFIER
+        """Whether the memory is read with the backbone's own classifier."""
+        return self.memory_args["read_head"] in OWN_READ_HEADS
+
+    @property
+    def own_classifier(self) -> OwnClassifier:
+        """The backbone's own classifier as a function of encodings."""
+        return OwnClassifier(self.backbone, self.encodes_logits)
 
     @property
     def encoding_size(self) -> int:
-        """Width D of an encoding: the backbone's `head_hidden_size`, C, or both, by what is compared and read."""
-        logits = self.num_classes if self.keeps_classifier else 0
-        return logits + (0 if self.memory_args["read_head"] == "classifier" else self.head_hidden_size)
-
-    @property
-    def encodes_pre_logits(self) -> bool:
-        """Whether an encoding is pre-logits and logits side by side."""
-        return self.num_classes > 0 and self.memory_args["read_head"] in WITH_PRE_LOGITS
+        """Width E of an encoding: that of the pre-logits, and C if the backbone's logits stand behind them."""
+        return self.head_hidden_size + (self.num_classes if self.encodes_logits else 0)
 
     @property
     def temperature(self) -> float:
-        """What the logits are divided by. What is set is saved with the model."""
-        return self.memory_args["temperature"]
+        """What the logits are divided by; 1.0 is as published. `calibrate` finds the one that fits."""
+        return float(self.calibration.temperature)
 
     @temperature.setter
     def temperature(self, temperature: float) -> None:
-        if self.num_classes == 0:
-            raise ValueError("num_classes=0: the model has no head to set a temperature of. Call reset_classifier(n).")
-        self.head.temperature = temperature
-        self.memory_args["temperature"] = self._model_args["temperature"] = float(temperature)
-
-    # -- forward ----------------------------------------------------------------------------------------------------
+        if not is_factor(temperature):
+            raise ValueError(
+                f"temperature={temperature!r} is not a divisor. Pass a finite number above 0; 1.0 leaves logits as "
+                f"they are."
+            )
+        self.calibration.temperature.fill_(temperature)
 
     def forward(
         self,
         x: Tensor,
         memory: Tensor | None = None,
-        return_readout: bool = False,
-        memory_encoding: Tensor | None = None,
         hidden: Tensor | None = None,
+        return_readout: bool = False,
     ) -> Tensor | MemoryReadout:
-        """Classifies images `[B, C, H, W]`.
+        """Classifies images `[B, in_chans, H, W]`.
 
         Args:
-            x: Images.
-            memory: Images `[M, C, H, W]` to use as the memory set, instead of the batch or the bank.
-            return_readout: Whether to return what was read too, with gradient: for a loss on the weights.
-            memory_encoding: Encodings `[M, D]` to use as the memory set, instead of images.
-            hidden: Which of the given memory samples each input must not see, a mask `[B, M]`.
+            x: Images; encodings are for `read`.
+            memory: The memory set, instead of the batch or the bank: images `[M, in_chans, H, W]`, or encodings
+                `[M, E]`.
+            hidden: As in `read`.
+            return_readout: Whether to return what was read too.
 
         Returns:
             Logits `[B, C]`, or a `MemoryReadout`. With `num_classes=0`, the backbone's features.
 
         Raises:
-            ValueError: If there is no head to read with, a memory set has no place in a vote, or two are given.
+            ValueError: If there is no head to read with, or a vote has no labels to count.
         """
-        if memory is not None and memory_encoding is not None:
-            raise ValueError("Both memory and memory_encoding are given. Pass images or encodings, not both.")
-        encoding = self.encode(x)
         if self.num_classes == 0:
-            if memory is not None or memory_encoding is not None or return_readout:
-                raise ValueError(
-                    "num_classes=0: the model has no head to read a memory with. Call reset_classifier(n)."
-                )
-            return encoding
-        if memory is not None:
-            memory_encoding = self.encode(memory)
-        return self.forward_encoding(encoding, memory_encoding, return_readout, hidden)
+            if isinstance(memory, Tensor) or return_readout:
+                self.check_head()
+            return self.backbone(x)
+        encoding = self.encode(x)
+        if isinstance(memory, Tensor) and memory.ndim == 4:
+            memory = self.encode(memory)
+        readout = self._read(encoding, memory, hidden, ranked=return_readout)
+        return readout if return_readout else readout.logits
 
-    def forward_encoding(
-        self,
-        encoding: Tensor,
-        memory_encoding: Tensor | None = None,
-        return_readout: bool = False,
-        hidden: Tensor | None = None,
-    ) -> Tensor | MemoryReadout:
-        """Classifies encodings `[B, D]` that `encode` made, as `forward` classifies images.
+    def read(
+        self, encoding: Tensor, memory: Tensor | PreparedMemory | None = None, hidden: Tensor | None = None
+    ) -> MemoryReadout:
+        """Classifies encodings `[B, E]` that `encode` made, as `forward` classifies images.
 
         Args:
             encoding: Encodings of the inputs.
-            memory_encoding: As in `forward`.
-            return_readout: As in `forward`.
-            hidden: As in `forward`.
+            memory: The memory set: encodings `[M, E]`, or what `model.head.prepare` made of them and of their labels.
+                `None` for the rest of the batch in training, and in evaluation for the bank.
+            hidden: Samples that each input must not see: positions `[B, H]` in the memory set, or a mask `[B, M]`.
 
         Raises:
-            ValueError: If `hidden` is not a mask of the given memory set.
+            ValueError: If `hidden` does not fit, or a vote has no labels to count.
         """
-        if hidden is not None and (
-            memory_encoding is None
-            or hidden.dtype != torch.bool
-            or hidden.shape != (len(encoding), len(memory_encoding))
-        ):
-            size = None if memory_encoding is None else len(memory_encoding)
-            raise ValueError(
-                f"hidden is {hidden.dtype} of shape {list(hidden.shape)}; expected a mask, torch.bool of shape "
-                f"[{len(encoding)}, {size}], with a memory set that is given."
-            )
-        if memory_encoding is not None:
-            readout = self._read_set(encoding, memory_encoding, ranked=return_readout, hidden=hidden)
-        elif self.training:
-            readout = self._read_batch(encoding, ranked=return_readout)
-        else:
-            readout = self._read_remembered(encoding)
-        return readout if return_readout else readout.logits
+        self.check_head()
+        return self._read(encoding, memory, hidden, ranked=True)
 
     def forward_head(self, x: Any, pre_logits: bool = False) -> Tensor:
         """Computes logits, or with `pre_logits` pooled features, from the backbone's unpooled features."""
-        if pre_logits:
-            return self.backbone.forward_head(x, pre_logits=True)
-        encoding = encode_features(self.backbone, x, self.encodes_pre_logits)
-        if self.num_classes == 0:
-            return encoding
-        readout = self._read_batch(encoding, ranked=False) if self.training else self._read_remembered(encoding)
-        return readout.logits
+        if pre_logits or self.num_classes == 0:
+            return self.backbone.forward_head(x, pre_logits=pre_logits)
+        return self._read(self.encode_features(x), None, None, ranked=False).logits
 
     def encode(self, x: Tensor) -> Tensor:
-        """Encodes images `[N, C, H, W]` to `[N, D]`."""
-        return encode(self.backbone, x, self.encodes_pre_logits)
+        """Encodes images `[N, in_chans, H, W]` to `[N, E]`."""
+        return self.encode_features(self.backbone.forward_features(x))
 
-    def read_memory(self, x: Tensor) -> MemoryReadout:
-        """Classifies images in evaluation and returns what was read: the bank's samples and their weights.
+    def encode_features(self, features: Any) -> Tensor:
+        """Encodes images from the backbone's unpooled features, as `forward_features` returns them."""
+        return encode_features(self.backbone, features, self.encodes_logits)
 
-        Raises:
-            ValueError: If the model is in training mode.
-        """
-        if self.training:
-            raise ValueError("The model is in training mode, where the memory is the batch. Call model.eval() first.")
-        readout = self.forward(x, return_readout=True)
-        assert isinstance(readout, MemoryReadout)
-        return readout
+    def own_logits(self, positions: Tensor) -> Tensor:
+        """Computes what the model itself says of samples of its memory, `[P, C]`.
 
-    def read_encoding(self, encoding: Tensor, hidden: Tensor | None = None) -> MemoryReadout:
-        """Reads the memory bank for encodings `[B, D]` that `encode` made: no second pass through the backbone.
+        With the backbone's own classifier C that is `C(f_i)`, as of the plain model. A vote and the trained heads read
+        the bank with the sample itself hidden.
 
         Args:
-            encoding: Encodings `[B, D]`.
-            hidden: Positions `[B, H]` in the bank that each row must not see, each once.
-
-        Raises:
-            ValueError: If the bank is empty.
+            positions: Positions `[P]` in the bank.
         """
-        if not len(self.memory_bank):
-            raise ValueError("The memory bank is empty. Call timm_memwrap.build_memory_bank(model, data) first.")
-        return self._read(encoding, self._prepared_bank(encoding.dtype), hidden)
+        memory, (encodings, _) = self._bank_memory().memory, self.memory_bank.filled()
+        with torch.no_grad():
+            if self.memory_args["classifier"] == "own":
+                return self.calibration(self.head.classify(encodings[positions], memory.values[positions]))
+            block = max(1, _MOST_SCORES // memory.size)
+            logits = [
+                self._apply_memory(wide(encodings[part]), memory, part.unsqueeze(1), ranked=False).logits
+                for part in positions.split(block)
+            ]
+        return torch.cat(logits) if logits else encodings.new_zeros(0, self.num_classes)
 
-    def read_encoded_anew(self, encoding: Tensor, positions: Tensor, memory_encoding: Tensor) -> MemoryReadout:
-        """Reads the memory bank for encodings `[B, D]` with some of its samples encoded anew, for each row by itself.
+    def own_predictions(self, positions: Tensor | None = None) -> Tensor:
+        """Returns the class that the model itself predicts for samples of its memory; see `own_logits`.
 
-        Gradients reach both encodings, and so the images that they were made of. The other samples are read as the
-        bank holds them.
+        Computed for the samples asked for, and kept until the weights or the bank change.
 
         Args:
-            encoding: Encodings of the inputs `[B, D]`.
-            positions: Positions `[K]` in the bank of the samples to replace, each once.
-            memory_encoding: What each row reads in their place, `[B, K, D]`.
-
-        Returns:
-            What was read. Indices from M on are the replaced samples: `M + row * K + k`.
-
-        Raises:
-            ValueError: If the bank is empty, or a shape does not fit.
+            positions: Positions in the bank, of any shape; `None` for all, in order.
         """
-        bank, (rows, width) = self.memory_bank, encoding.shape
-        if not len(bank):
-            raise ValueError("The memory bank is empty. Call timm_memwrap.build_memory_bank(model, data) first.")
-        if memory_encoding.shape != (rows, len(positions), width):
-            raise ValueError(
-                f"memory_encoding has shape {list(memory_encoding.shape)}; expected {[rows, len(positions), width]}: "
-                f"for each input one encoding per position."
-            )
-        assert bank.encodings is not None and bank.labels is not None
-        positions = positions.to(bank.labels.device)
-        memory = torch.cat([bank.encodings.to(_wide(encoding.dtype)), memory_encoding.flatten(0, 1)])
-        prepared = self._prepare(memory, torch.cat([bank.labels, bank.labels[positions].repeat(rows)]))
-        # One set of keys serves all rows: each is blind to what it replaced, and to what other rows replaced it by.
-        new = len(bank) + torch.arange(rows * len(positions), device=positions.device).view(rows, -1)
-        others = torch.stack([new[torch.arange(rows, device=new.device) != row].flatten() for row in range(rows)])
-        return self._read(encoding, prepared, torch.cat([positions.expand(rows, -1), others], dim=1))
-
-    # -- the memory's state -----------------------------------------------------------------------------------------
+        if positions is None:
+            positions = torch.arange(len(self.memory_bank), device=self.memory_bank.filled()[1].device)
+        return self._bank_memory().predict(positions, self.own_logits)
 
     def encoder_fingerprint(self) -> str:
         """Returns the fingerprint of the weights that encode images."""
@@ -337,12 +262,12 @@ class MemoryWrapModel(TimmInterface):
     ) -> "MemoryWrapModel":
         """Searches the memory bank through a faiss index from now on, and returns itself.
 
-        It is built at the next read without gradient, and anew whenever the weights or the bank change. It is no part
-        of the saved model: whoever loads it says so again, with `path` to find it built.
+        It is built at the next read, and again whenever the weights or the bank change. It is not part of the saved
+        model: call this again after loading, with `path` to find it built.
 
         Args:
             kind: `"flat"`, exact; `"ivf"` or `"hnsw"`, approximate; `None` for the exact search without faiss.
-            effort: How much an approximate index looks at, as in `MemoryIndex`; `None` for its default.
+            effort: How much an approximate index looks at, as in `FaissIndex`; `None` for its default.
             path: A file to keep the index in, e.g. beside the model. One of other keys is replaced.
 
         Raises:
@@ -351,53 +276,80 @@ class MemoryWrapModel(TimmInterface):
         if kind is not None:
             check_index(kind, effort)
         self._index_args = None if kind is None else {"kind": kind, "effort": effort, "path": path}
-        self._prepared = None
+        self.memory_bank.derived = None
         return self
 
-    # -- timm's interface, as far as it concerns the head -------------------------------------------------------------
+    def train(self, mode: bool = True) -> "MemoryWrapModel":
+        """Sets training mode, where the memory is the batch, or evaluation mode, where it is the bank."""
+        super().train(mode)
+        if mode and self.num_classes:
+            self._forget_derived()
+            self._make_queue()
+        return self
 
-    def classifier_name(self) -> str | tuple[str, ...] | None:
-        """Returns the name of the last layer, or names of several, as in timm's `pretrained_cfg["classifier"]`."""
-        if self.keeps_classifier:
-            return add_prefix(self.backbone.pretrained_cfg["classifier"])
-        return HEAD_CLASSIFIER_NAMES[self.memory_args["classifier"]]
+    def check_head(self) -> None:
+        """Raises a `ValueError` if the model has no classes."""
+        if self.num_classes == 0:
+            raise ValueError(
+                "num_classes=0: the model has no head to read a memory with. Call reset_classifier(n) first."
+            )
 
-    def get_classifier(self) -> nn.Module:
-        """Returns the last layer; `nn.Identity` if there is none."""
-        if self.num_classes and self.keeps_classifier:
-            return self.backbone.get_classifier()
-        name = self.classifier_name()
-        return self.get_submodule(name) if self.num_classes and isinstance(name, str) else nn.Identity()
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the head by a new one, as timm's `reset_classifier` does.
-
-        The memory bank is dropped, with a warning: its labels mean nothing to other classes. Only a vote that reads
-        the backbone's features keeps it when classes are added, since it has no class layer.
-
-        Args:
-            num_classes: New number of classes; 0 for none.
-            global_pool: New pooling, if not `None`; `""` for none, with `num_classes=0` only.
+    def check_bank(self, encodings: Tensor, labels: Tensor) -> None:
+        """Raises if this model cannot read a bank of these encodings `[M, E]` and labels `[M]`.
 
         Raises:
-            ValueError: If a head is to read features that are not pooled.
+            ValueError: If the width is another model's, or a label is outside `num_classes`.
         """
-        check_global_pool(global_pool, num_classes)
-        grows = (
-            self.memory_args["classifier"] == "vote" and not self.keeps_classifier and num_classes >= self.num_classes
-        )
-        if self.keeps_classifier:
-            self.backbone.reset_classifier(num_classes, global_pool)
-        elif global_pool is not None:
-            self.backbone.reset_classifier(0, global_pool)
-        if global_pool is not None:
-            self._model_args["global_pool"] = global_pool
-        device = next(self.backbone.parameters()).device
+        if encodings.ndim != 2 or encodings.shape[1] != self.encoding_size:
+            raise ValueError(
+                f"The memory bank's encodings have shape {list(encodings.shape)}; this model reads "
+                f"[M, {self.encoding_size}]. They are of another backbone. Call build_memory_bank to build a new one."
+            )
+        if labels.numel() and not labels.is_meta and int(labels.max()) >= self.num_classes:
+            raise ValueError(
+                f"The memory bank has a label {int(labels.max())}, outside num_classes={self.num_classes}. Its labels "
+                f"are of other classes."
+            )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads weights, and the memory bank if it is among them; else the bank stays.
+
+        Raises:
+            RuntimeError: If something does not fit; the model is then as it was.
+        """
+        prefix = f"{constants.MEMORY_BANK}."
+        bank = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
+        weights = {name: tensor for name, tensor in state_dict.items() if not name.startswith(prefix)}
+        own = {name: t for name, t in self.state_dict(keep_vars=True).items() if not name.startswith(prefix)}
+        wrong = _misfits(own, weights, strict)
+        if {"encodings", "labels"} <= bank.keys():
+            try:
+                self.check_bank(bank["encodings"], bank["labels"])
+            except ValueError as error:
+                wrong.append(str(error))
+        if wrong:
+            raise RuntimeError("\n\t".join([f"Error(s) in loading state_dict for {type(self).__name__}:", *wrong]))
+        if bank:
+            self.memory_bank.load_state_dict(bank)
+        return super().load_state_dict(weights, strict=strict, assign=assign)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        # Other weights made the queue's encodings, and the keys.
+        self.queue = None
+        self._forget_derived()
+
+    def _reset_head(self, num_classes: int) -> None:
+        """Replaces the head, and drops the memory bank unless a vote on the backbone's features gets more classes."""
+        parameter = next(self.backbone.parameters())
+        vote = self.memory_args["classifier"] == "vote" and not self.keeps_classifier
+        keeps = vote and num_classes >= self.num_classes
         self.num_classes = num_classes
-        self.head = self._new_head().to(device).train(self.training)
-        self._forget_queue()
-        self._prepared = None
-        if len(self.memory_bank) and not grows:
+        self.head = self._new_head().to(parameter.device, parameter.dtype)
+        self.queue = None
+        self._forget_derived()
+        self.train(self.training)
+        if len(self.memory_bank) and not keeps:
             _logger.warning(
                 "reset_classifier(%d) drops the memory bank of %d samples: its labels are of other classes. "
                 "Call build_memory_bank to build a new one.",
@@ -406,159 +358,63 @@ class MemoryWrapModel(TimmInterface):
             )
             self.memory_bank.clear()
 
-    def train(self, mode: bool = True) -> "MemoryWrapModel":
-        """Sets training mode, where the memory is the batch, or evaluation mode, where it is the bank."""
-        super().train(mode)
-        if mode and self.num_classes:
-            self._make_queue()
-        return self
-
-    # -- internals --------------------------------------------------------------------------------------------------
-
     def _new_head(self) -> nn.Module:
+        self.encodes_logits = self.keeps_classifier and self.num_classes > 0 and not classifies_affinely(self.backbone)
         if self.num_classes == 0:
             return nn.Identity()
-        args = self.memory_args
-        width = self.encoding_size
-        features = width - self.num_classes
-        read_heads: dict[str, Callable[[], nn.Module | None]] = {
-            "linear": lambda: None,
-            "identity": nn.Identity,
-            "classifier": CentreClasses,
-            "pre_logits": lambda: Columns(0, features),
-            "probabilities": lambda: Probabilities(features),
-        }
-        common = {
-            "head": read_heads[args["read_head"]](),
-            "distance": args["distance"],
-            "scale": args["scale"],
-            "temperature": args["temperature"],
-        }
-        if args["classifier"] == "vote":
-            return LabelVote(width, self.num_classes, **common)
-        layer: type[MemoryWrapLayer] | type[BaselineMemory] = BaselineMemory if self.memory_only else MemoryWrapLayer
-        classifier: nn.Module | None = None
-        if self.keeps_classifier:
-            # Encodings hold the logits already. C(sum w m) = sum w C(m), since the weights sum to 1.
-            classifier = nn.Identity() if self.memory_only else MeanOfHalves()
-            if features:
-                classifier = nn.Sequential(classifier, Columns(features, width))
-        elif args["classifier"] == "linear":
-            classifier = nn.Linear(width if self.memory_only else 2 * width, self.num_classes)
-        return layer(width, self.num_classes, classifier=classifier, **common)
+        sizes = (self.encoding_size, self.num_classes, self.head_hidden_size)
+        return new_head(self.memory_args, self.memory_only, *sizes, self.own_classifier)
 
-    def _read(
-        self, encoding: Tensor, prepared: _Prepared, hidden: Tensor | None = None, ranked: bool = True
-    ) -> MemoryReadout:
-        """Reads `prepared`; `ranked=False` spares training the order of the weights, and leaves them out."""
-        head: MemoryLayer = self.head
-        size = len(prepared.values)
-        mask = hidden if hidden is not None and hidden.dtype == torch.bool else None
-        hides_all = hidden is not None and mask is None and hidden.shape[-1] >= size
-        # No shape that depends on data, and a gradient that is one matrix product.
-        dense = self.training or torch.compiler.is_compiling()
-        if not (dense or hides_all or _needs_gradient(encoding, prepared)):
-            # A mask over all of the memory is work for all of the memory, so the index is no help with it.
-            weights, indices = head.search(
-                encoding, prepared.keys, hidden, prepared.key_index if mask is None else None
-            )
-        else:
-            similarity = head.similarity(encoding, prepared.keys)
-            with float32_island(similarity):
-                if mask is not None:
-                    similarity = similarity.masked_fill(mask, MASKED)
-                elif hides_all:
-                    similarity = similarity[:, :0]
-                elif hidden is not None:
-                    similarity = similarity.scatter(1, hidden.to(similarity.device), MASKED)
-                if not dense:
-                    weights, indices = top_weights(similarity)
-                else:
-                    weights = content_weights(similarity)
-                    indices = torch.arange(weights.shape[-1], device=weights.device).expand_as(weights)
-        with float32_island(weights):
-            if mask is not None:
-                # Where all is hidden, all are alike, and none must be read.
-                weights = weights.masked_fill(mask.gather(1, indices), 0.0)
-            if not dense:
-                vector = read(weights, indices, prepared.values)
-            else:
-                # With nothing to read this is zero, and still has a gradient: the last batch of an epoch may be of one.
-                vector = weights @ prepared.values[: weights.shape[-1]]
-                if ranked:
-                    weights, indices = weights.sort(dim=-1, descending=True)
-                else:
-                    weights, indices = weights[:, :0], indices[:, :0]
-        return MemoryReadout(head.classify(encoding, vector), weights, indices, encoding)
-
-    def _prepare(self, memory_encoding: Tensor, labels: Tensor | None = None) -> _Prepared:
-        return _Prepared(self.head.keys(memory_encoding), self.head.values(memory_encoding, labels))
-
-    def _read_set(
-        self, encoding: Tensor, memory_encoding: Tensor, ranked: bool = True, hidden: Tensor | None = None
-    ) -> MemoryReadout:
-        return self._read(encoding, self._prepare(memory_encoding), hidden, ranked)
-
-    def _read_batch(self, encoding: Tensor, ranked: bool) -> MemoryReadout:
-        itself = torch.arange(len(encoding), device=encoding.device).unsqueeze(1)
-        readout = self._read(encoding, self._prepare(encoding), hidden=itself, ranked=ranked)
-        self._remember(encoding)
-        return readout
-
-    def _read_remembered(self, encoding: Tensor) -> MemoryReadout:
-        if len(self.memory_bank):
-            return self._read(encoding, self._prepared_bank(encoding.dtype))
-        if self._queue_used and not torch.compiler.is_compiling() and self.memory_args["classifier"] != "vote":
+    def _read(self, encoding: Tensor, memory: Any, hidden: Any, ranked: bool) -> MemoryReadout:
+        """Chooses the memory set, and reads it."""
+        if self.training:
+            self._forget_derived()
+        if isinstance(memory, Tensor):
+            memory = self.head.prepare(memory)
+        if isinstance(memory, PreparedMemory):
+            return self._apply_memory(encoding, memory, hidden, ranked)
+        if self.training:
+            itself = torch.arange(encoding.shape[0], device=encoding.device).unsqueeze(1)
+            readout = self._apply_memory(encoding, self.head.prepare(encoding), itself, ranked)
+            if self.queue is None:
+                self._make_queue()
             assert self.queue is not None
-            filled = min(int(self.queue_position), len(self.queue))
-            return self._read_set(encoding, self.queue[:filled].to(_wide(encoding.dtype)))
+            self.queue.append(encoding)
+            return readout
+        if len(self.memory_bank):
+            return self._apply_memory(encoding, self._bank_memory(encoding.dtype).memory, hidden, ranked)
+        if self.queue is not None and self.memory_args["classifier"] != "vote":
+            memory = self.head.prepare(self.queue.encodings.to(wide(encoding).dtype))
+            return self._apply_memory(encoding, memory, self.queue.empty_entries(encoding.shape[0]), ranked)
         if not self._warned:
             self._warned = _warn_of_empty_memory()
-        nothing = encoding.new_zeros(0, self.encoding_size)
-        return self._read(encoding, self._prepare(nothing, torch.zeros(0, dtype=torch.long, device=encoding.device)))
+        device = next(self.backbone.parameters()).device
+        nothing = torch.zeros(0, self.encoding_size, device=device)
+        memory = self.head.prepare(nothing, torch.zeros(0, dtype=torch.long, device=device))
+        return self._apply_memory(encoding, memory, None, ranked)
 
-    def _prepared_bank(self, dtype: torch.dtype) -> _Prepared:
-        """Projects and normalises the bank's keys once, until a weight, the bank or the dtype of inputs changes."""
-        bank, dtype = self.memory_bank, _wide(dtype)
-        assert bank.encodings is not None and bank.labels is not None
-        parameters = list(self.head.parameters())
-        wants_gradient = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
-        if self.training or wants_gradient or torch.compiler.is_compiling():
-            return self._prepare(bank.encodings.to(dtype), bank.labels)
-        watched = [*parameters, *self.head.buffers(), bank.encodings, bank.labels]
-        known = self._prepared
-        if known is None or known[1].values.dtype != dtype or not known[0].unchanged(watched):
-            # Not in inference mode, whose tensors a later backward could not use.
-            with torch.inference_mode(False), torch.no_grad():
-                prepared = self._prepare(bank.encodings.to(dtype), bank.labels)
-                if self._index_args is not None:
-                    prepared = prepared._replace(
-                        key_index=MemoryIndex(prepared.keys, self.memory_args["distance"], **self._index_args)
-                    )
-                known = self._prepared = (Watch(watched), prepared)
-        return known[1]
+    def _apply_memory(self, encoding: Tensor, memory: PreparedMemory, hidden: Any, ranked: bool) -> MemoryReadout:
+        head = self.head
+        # Whatever is traced is handed over in place of `None`.
+        hidden = hidden if isinstance(hidden, Tensor) else None
+        vector, *samples = head.read(head.query(encoding), memory, hidden, ranked)
+        return MemoryReadout(self.calibration(head.classify(encoding, vector)), *samples, encoding)
+
+    def _bank_memory(self, dtype: torch.dtype = torch.float32) -> BankMemory:
+        others = self.backbone.get_classifier() if self.keeps_classifier else ()
+        others = others if isinstance(others, tuple) else (others,)
+        dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        return bank_memory(self.memory_bank, self.head, others, dtype, self._index_args)
+
+    def _forget_derived(self) -> None:
+        self._fingerprint = None
+        if self.memory_bank.derived is not None:
+            self.memory_bank.derived = None
 
     def _make_queue(self) -> None:
-        parameter = next(self.backbone.parameters())
-        if self.queue is None or self.queue.device != parameter.device:
-            self.queue = torch.zeros(QUEUE_SIZE, self.encoding_size, device=parameter.device)
-            self.queue_position = torch.zeros((), dtype=torch.long, device=parameter.device)
-            self._queue_used = False
-
-    def _remember(self, encoding: Tensor) -> None:
-        """Keeps the last encodings seen in training, in a ring."""
-        self._make_queue()
-        assert self.queue is not None
-        encoding = encoding.detach()[-len(self.queue) :]
-        positions = (self.queue_position + torch.arange(len(encoding), device=encoding.device)) % len(self.queue)
-        with torch.no_grad():
-            self.queue.index_copy_(0, positions, encoding.to(self.queue.dtype))
-            self.queue_position += len(encoding)
-        self._queue_used = True
-
-    def _forget_queue(self) -> None:
-        self.queue = None
-        self._queue_used = False
+        device = next(self.backbone.parameters()).device
+        if self.queue is None or self.queue.encodings.device != device:
+            self.queue = EncodingQueue(QUEUE_SIZE, self.encoding_size, device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MemoryWrapModel":
         """Moves or casts the model. A bank that fitted the encoder still does after a cast of both."""
@@ -566,146 +422,27 @@ class MemoryWrapModel(TimmInterface):
         fitted = casts and not self.memory_is_stale()
         super()._apply(fn, recurse)
         if self.queue is not None:
-            moved = fn(self.queue)
-            self.queue = moved if moved.dtype == self.queue.dtype else self.queue.to(moved.device)
-            self.queue_position = fn(self.queue_position)
+            self.queue.to(fn(self.queue.encodings).device)
         if fitted and self.memory_bank.provenance.encoder:
             self.memory_bank.set_encoder(self.encoder_fingerprint())
         return self
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads weights. Without a memory bank among them a strict load empties the bank, and a loose one leaves it."""
-        with self.memory_bank.kept_if_absent(not strict):
-            return super().load_state_dict(state_dict, strict=strict, assign=assign)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict,
-        prefix: str,
-        local_metadata: dict,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Refuses a bank that the head cannot read, before anything of it is loaded."""
-        bank = f"{prefix}{constants.MEMORY_BANK}."
-        encodings, labels = state_dict.get(f"{bank}encodings"), state_dict.get(f"{bank}labels")
-        if encodings is not None and (encodings.ndim != 2 or encodings.shape[1] != self.encoding_size):
-            error_msgs.append(
-                f"The memory bank's encodings have shape {list(encodings.shape)}; this model reads "
-                f"[M, {self.encoding_size}]. They are of another backbone or read_head."
-            )
-        if labels is not None and labels.numel() and not labels.is_meta and int(labels.max()) >= self.num_classes:
-            error_msgs.append(
-                f"The memory bank has a label {int(labels.max())}, outside num_classes={self.num_classes}. Its labels "
-                f"are of other classes."
-            )
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        # Other weights made what is in the queue.
-        self._forget_queue()
-
     def __getstate__(self) -> dict[str, Any]:
-        # What is derived is derived anew: a copy must not watch the original's tensors.
-        return {**self.__dict__, "_prepared": None, "_fingerprint": None}
+        # A copy must not watch the original's tensors.
+        return {**self.__dict__, "_fingerprint": None}
 
 
-def encode(backbone: Any, x: Tensor, with_pre_logits: bool) -> Tensor:
-    """Encodes images `[N, C, H, W]` by what the backbone returns, `[N, C]` or `[N, D]`.
-
-    Args:
-        backbone: A timm model.
-        x: The images.
-        with_pre_logits: Whether its pre-logits come before that: `[N, D + C]`.
-    """
-    return encode_features(backbone, backbone.forward_features(x), True) if with_pre_logits else backbone(x)
-
-
-def encode_features(backbone: Any, features: Any, with_pre_logits: bool) -> Tensor:
-    """Encodes as `encode` does, from the backbone's unpooled features."""
-    logits = backbone.forward_head(features)
-    if not with_pre_logits:
-        return logits
-    return torch.cat([backbone.forward_head(features, pre_logits=True), logits], dim=-1)
-
-
-# Names of the last layer in the state dict by `classifier`, where it is not the backbone's.
-HEAD_CLASSIFIER_NAMES = {
-    "mlp": f"{constants.HEAD}.classifier.fc2",
-    "linear": f"{constants.HEAD}.classifier",
-    "vote": None,
-}
-
-
-def resolve_memory_args(
-    memory_only: bool,
-    distance: str = "cosine",
-    scale: float | str | None = None,
-    read_head: str = "linear",
-    classifier: str | None = None,
-    temperature: float = 1.0,
-) -> dict[str, Any]:
-    """Checks the arguments that shape the memory, and fills in what is `None`.
-
-    Raises:
-        ValueError: If one is unknown, or two do not fit each other.
-    """
-    if classifier is None:
-        classifier = "linear" if read_head in KEPT_CLASSIFIER else "mlp"
-    if scale is None:
-        scale = _SCALES.get(read_head, 1.0)
-    choices = (
-        ("distance", distance, DISTANCES),
-        ("read_head", read_head, READ_HEADS),
-        ("classifier", classifier, CLASSIFIERS),
-    )
-    for name, value, known in choices:
-        if value not in known:
-            raise ValueError(f"Unknown {name}={value!r}. Pass one of {', '.join(map(repr, known))}.")
-    if read_head in KEPT_CLASSIFIER and classifier == "mlp":
-        raise ValueError(
-            f"read_head={read_head!r} reads in the space of the backbone's logits, which classifier='mlp' would have "
-            f"to learn anew. Pass classifier='linear' (the backbone's own) or 'vote'."
-        )
-    if classifier == "vote" and read_head == "pre_logits":
-        raise ValueError(
-            "read_head='pre_logits' keeps the backbone's classifier for the logits, of which classifier='vote' has no "
-            "use. Pass read_head='identity' to vote by the same similarity."
-        )
-    if classifier == "vote" and not memory_only:
-        raise ValueError(
-            "classifier='vote' classifies from the memory alone. Create 'memwrap_baseline_<name>', or pass "
-            "memory_only=True to wrap."
-        )
-    return {
-        "distance": distance,
-        "scale": scale,
-        "read_head": read_head,
-        "classifier": classifier,
-        "temperature": temperature,
-    }
-
-
-def check_global_pool(global_pool: str | None, num_classes: int) -> None:
-    """Refuses a head on features that are not pooled.
-
-    Raises:
-        ValueError: If `global_pool` is `""` and there are classes.
-    """
-    if global_pool == "" and num_classes > 0:
-        raise ValueError(
-            f"global_pool='' with num_classes={num_classes}: the memory compares pooled encodings. Leave global_pool "
-            f"at its default, or pass num_classes=0 for features."
-        )
-
-
-def _needs_gradient(encoding: Tensor, prepared: _Prepared) -> bool:
-    """Whether a read must be differentiable, for which it keeps all scores."""
-    return torch.is_grad_enabled() and (
-        encoding.requires_grad or prepared.keys.vectors.requires_grad or prepared.values.requires_grad
-    )
+def _misfits(own: dict[str, Tensor], weights: dict[str, Any], strict: bool) -> list[str]:
+    """Returns what PyTorch would find wrong with weights, but only after it has loaded others."""
+    wrong = [
+        f"size mismatch for {name}: its shape is {list(tensor.shape)}, in this model {list(own[name].shape)}."
+        for name, tensor in weights.items()
+        if name in own and isinstance(tensor, Tensor) and tensor.shape != own[name].shape
+    ]
+    if strict and own.keys() != weights.keys():
+        missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+        wrong.append(f"missing keys {missing[:10]}, unexpected keys {unexpected[:10]}.")
+    return wrong
 
 
 @torch.compiler.assume_constant_result
@@ -716,8 +453,3 @@ def _warn_of_empty_memory() -> bool:
         "before evaluation."
     )
     return True
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype of a read: float32, and float64 where the model is."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -12,11 +12,13 @@ from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from timm_memwrap.constants import BACKBONE
+from timm_memwrap.heads import CLASSIFIER_NAMES
+from timm_memwrap.memory_args import check_global_pool
 
 __all__ = ["TimmInterface", "add_prefix"]
 
 # Capabilities that only some backbones have: `hasattr` must answer as it does for the backbone.
-_DELEGATED = frozenset({"forward_intermediates", "set_grad_checkpointing"})
+_DELEGATED = frozenset({"forward_intermediates", "output_fmt", "set_grad_checkpointing"})
 _ADAPTED = {
     "group_matcher": "_group_matcher",
     "no_weight_decay": "_no_weight_decay",
@@ -40,6 +42,8 @@ class TimmInterface(nn.Module):
 
     backbone: Any
     num_classes: int
+    keeps_classifier: bool
+    memory_args: dict[str, Any]
     _traits: dict[str, Any]
     _model_args: dict[str, Any]
     pretrained_cfg: dict[str, Any]
@@ -75,8 +79,42 @@ class TimmInterface(nn.Module):
         """Computes the backbone's unpooled features."""
         return self.backbone.forward_features(x, **kwargs)
 
+    def classifier_name(self) -> str | tuple[str, ...] | None:
+        """Returns the name of the last layer, or names of several, as in timm's `pretrained_cfg["classifier"]`."""
+        if self.keeps_classifier:
+            return add_prefix(self.backbone.pretrained_cfg["classifier"])
+        return CLASSIFIER_NAMES[self.memory_args["classifier"]]
+
+    def get_classifier(self) -> nn.Module:
+        """Returns the last layer; `nn.Identity` if there is none."""
+        if self.num_classes and self.keeps_classifier:
+            return self.backbone.get_classifier()
+        name = self.classifier_name()
+        return self.get_submodule(name) if self.num_classes and isinstance(name, str) else nn.Identity()
+
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the last layer. See `MemoryWrapModel.reset_classifier`."""
+        """Replaces the head by a new one, as timm's `reset_classifier` does.
+
+        The memory bank is dropped, with a warning: its labels mean nothing to other classes. Only a vote that reads
+        the backbone's features keeps it when classes are added, since it has no class layer.
+
+        Args:
+            num_classes: New number of classes; 0 for none.
+            global_pool: New pooling, if not `None`; `""` for none, with `num_classes=0` only.
+
+        Raises:
+            ValueError: If a head is to read features that are not pooled.
+        """
+        check_global_pool(global_pool, num_classes)
+        if self.keeps_classifier:
+            self.backbone.reset_classifier(num_classes, global_pool)
+        elif global_pool is not None:
+            self.backbone.reset_classifier(0, global_pool)
+        if global_pool is not None:
+            self._model_args["global_pool"] = global_pool
+        self._reset_head(num_classes)
+
+    def _reset_head(self, num_classes: int) -> None:
         raise NotImplementedError
 
     def _feature_info(self) -> Any:

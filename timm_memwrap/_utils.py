@@ -1,0 +1,105 @@
+"""Small helpers that every room uses: files that are whole or absent, checks of arguments, evaluation mode."""
+
+import os
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = [
+    "check_choice",
+    "check_count",
+    "evaluating",
+    "optional_import",
+    "printable",
+    "replacing",
+    "write_text",
+]
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary path that replaces `path` on success, so that a file is written whole or not at all.
+
+    The folder is made if it does not exist. An error leaves the old file as it was, and nothing beside it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In a folder of its own, a file gets the permissions that the user's other files get.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as folder:
+        temporary = Path(folder, path.name)
+        yield temporary
+        os.replace(temporary, path)
+
+
+def write_text(path: str | os.PathLike, text: str) -> Path:
+    """Writes text as UTF-8, whole or not at all, and returns the path."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+    return Path(path)
+
+
+def printable(text: str) -> str:
+    """Replaces characters that could steer a terminal: names in files from outside may hold anything."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def check_count(name: str, value: Any, at_least: int = 1, none: bool = False) -> None:
+    """Raises if `value` is not an integer of at least `at_least`, or `None` where `none` allows it.
+
+    Raises:
+        ValueError: If so.
+    """
+    if none and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ValueError(
+            f"{name}={value!r} is not valid. Pass an integer of at least {at_least}{', or None' if none else ''}."
+        )
+
+
+def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
+    """Raises if `value` is not one of `choices`.
+
+    Raises:
+        ValueError: If so.
+    """
+    if value not in choices:
+        raise ValueError(f"Unknown {name}={value!r}. Pass one of {', '.join(map(repr, choices))}.")
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Puts a module into evaluation mode without gradients, and restores the mode of each of its submodules."""
+    training = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, was_training in training.items():
+            part.training = was_training
+
+
+def optional_import(module: str, extra: str, what: str) -> Any:
+    """Imports a module of an optional dependency.
+
+    Args:
+        module: Name of the module.
+        extra: The extra of this package that installs it.
+        what: What needs it, as the start of a sentence.
+
+    Raises:
+        ImportError: If it is not installed; names the extra.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"{what} needs {module.split('.')[0]}: pip install 'timm-memwrap[{extra}]'.", name=error.name
+        ) from error

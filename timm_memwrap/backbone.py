@@ -1,0 +1,77 @@
+"""What a timm backbone gives to a memory: encodings of images, and its own trained classifier.
+
+Shapes: N images, D width of the pre-logits, E of an encoding, C classes.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from timm_memwrap.attention import wide
+
+__all__ = ["OwnClassifier", "classifies_affinely", "encode_features"]
+
+# Modules that are affine functions of their input in evaluation mode.
+_AFFINE = (nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.Identity, nn.Dropout)
+# Classes of timm's whose `forward_head` does more to the pre-logits than `get_classifier` says. Found by comparing the
+# two over all architectures (tests/test_sweep.py).
+_MORE_THAN_THEIR_CLASSIFIER = ("EfficientVitMsra", "SHViT", "VOLO")
+
+
+def classifies_affinely(backbone: Any) -> bool:
+    """Returns whether the logits are an affine function of the pre-logits, computed by one classifier module.
+
+    They are for 1,229 of timm's 1,364 architectures. Not for those with two heads (distilled models, CrossViT), an MLP
+    as the classifier, or one that sees other features than the pre-logits.
+    """
+    classifier = backbone.get_classifier()
+    if not isinstance(classifier, nn.Module) or isinstance(classifier, nn.ModuleList):
+        return False
+    if type(backbone).__name__ in _MORE_THAN_THEIR_CLASSIFIER:
+        return False
+    leaves = [module for module in classifier.modules() if not any(module.children())]
+    return all(isinstance(module, _AFFINE) for module in leaves)
+
+
+def encode_features(backbone: Any, features: Any, with_logits: bool) -> Tensor:
+    """Encodes images, from the backbone's unpooled features: its pre-logits `[N, D]`.
+
+    Args:
+        backbone: A timm model.
+        features: What its `forward_features` returned.
+        with_logits: Whether its logits stand behind the pre-logits, `[N, D + C]`: where they are not an affine function
+            of them, the sum over memory samples has to be taken of the logits themselves.
+    """
+    pre_logits = backbone.forward_head(features, pre_logits=True)
+    return torch.cat([pre_logits, backbone.forward_head(features)], dim=-1) if with_logits else pre_logits
+
+
+class OwnClassifier(nn.Module):
+    """A backbone's own classifier as a function of encodings `[N, E]`.
+
+    Its weights stay the backbone's: this module has none, and follows when the backbone's are replaced.
+
+    Args:
+        backbone: A timm model.
+        with_logits: As in `encode_features`.
+    """
+
+    def __init__(self, backbone: nn.Module, with_logits: bool) -> None:
+        super().__init__()
+        # In a list it is not a submodule, and a deep copy of the model still finds the copy's backbone.
+        self._backbone: list[Any] = [backbone]
+        self.with_logits = with_logits
+
+    def forward(self, encoding: Tensor) -> Tensor:
+        """Returns logits `[N, C]`."""
+        backbone = self._backbone[0]
+        if self.with_logits:
+            # As a part of the encoding, logits would keep it alive, and safetensors would refuse to write them.
+            return encoding[..., backbone.head_hidden_size :].contiguous()
+        classifier = backbone.get_classifier()
+        parameter = next(classifier.parameters(), None)
+        encoding = wide(encoding) if parameter is None else encoding.to(parameter)
+        if isinstance(classifier, nn.Conv2d):
+            return classifier(encoding[..., None, None]).flatten(1)
+        return classifier(encoding)

@@ -1,0 +1,101 @@
+"""A bank made ready to be read: once for these weights and samples, and dropped when either changes.
+
+Shapes: M memory samples, P of them asked for, C classes.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from timm_memwrap.fingerprint import Watch
+from timm_memwrap.memory_bank import MemoryBank
+from timm_memwrap.memory_layer import MemoryLayer, PreparedMemory
+from timm_memwrap.search import ExactIndex, FaissIndex
+
+__all__ = ["BankMemory", "bank_memory"]
+
+# Up to so many samples, scoring and weighing all of them is as quick as a search, and never waits for the device.
+DENSE_SIZE = 4096
+
+
+@dataclass
+class BankMemory:
+    """What a layer made of a bank. The bank keeps it, and drops it when it changes.
+
+    Attributes:
+        head: The layer.
+        memory: Keys, values and index.
+        watch: Watches the tensors that they were made of; `None` under `torch.compile`, which cannot.
+        predictions: What the model predicts for the samples `[M]`, -1 where nobody has asked.
+    """
+
+    head: nn.Module
+    memory: PreparedMemory
+    watch: Watch | None
+    predictions: Tensor | None = None
+
+    def predict(self, positions: Tensor, own_logits: Callable[[Tensor], Tensor]) -> Tensor:
+        """Returns predictions for samples, made once for each.
+
+        Args:
+            positions: Positions in the bank, of any shape.
+            own_logits: Computes logits `[P, C]` for positions `[P]`.
+        """
+        if self.predictions is None:
+            self.predictions = torch.full((self.memory.size,), -1, device=positions.device)
+        asked = positions.unique()
+        new = asked[self.predictions[asked] < 0]
+        if len(new):
+            self.predictions[new] = own_logits(new).argmax(dim=-1)
+        return self.predictions[positions]
+
+
+def bank_memory(
+    bank: MemoryBank,
+    head: MemoryLayer,
+    others: Sequence[nn.Module],
+    dtype: torch.dtype,
+    index_args: dict[str, Any] | None,
+) -> BankMemory:
+    """Returns the bank ready to be read by a layer.
+
+    Args:
+        bank: The bank.
+        head: The layer.
+        others: Modules beside the layer whose weights the keys are made with.
+        dtype: What the read is computed in.
+        index_args: Arguments of a `FaissIndex`; `None` for what suits the bank.
+
+    Raises:
+        ValueError: If the bank is empty.
+    """
+    encodings, labels = bank.filled()
+    tensors = [tensor for module in (head, *others) for tensor in (*module.parameters(), *module.buffers())]
+    tensors += [encodings, labels]
+    known, compiling = bank.derived, torch.compiler.is_compiling()
+    if (
+        isinstance(known, BankMemory)
+        and known.head is head
+        and known.memory.keys.vectors.dtype == dtype
+        # A compiled model cannot watch; training it or changing the bank drops what is known all the same.
+        and (compiling or (known.watch is not None and known.watch.unchanged(tensors)))
+    ):
+        return known
+    # Not in inference mode, whose tensors a later backward could not use.
+    with torch.inference_mode(False), torch.no_grad():
+        memory = head.prepare(encodings.to(dtype), labels)
+        if not compiling:
+            memory = memory._replace(index=_new_index(memory, index_args))
+    bank.derived = BankMemory(head, memory, None if compiling else Watch(tensors))
+    return bank.derived
+
+
+def _new_index(memory: PreparedMemory, index_args: dict[str, Any] | None) -> Any:
+    if index_args is not None:
+        return FaissIndex(memory.keys, **index_args)
+    # On a device, a search that depends on what it finds would have to wait for it.
+    searched = memory.size > DENSE_SIZE and memory.keys.vectors.device.type == "cpu"
+    return ExactIndex(memory.keys) if searched else None

@@ -1,0 +1,69 @@
+"""The layer that a model reads its memory with, made from its arguments."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from timm_memwrap.backbone import OwnClassifier
+from timm_memwrap.constants import HEAD
+from timm_memwrap.layers import BaselineMemory, LabelVote, MemoryWrapLayer
+from timm_memwrap.memory_args import OWN_READ_HEADS
+from timm_memwrap.memory_layer import MemoryLayer
+from timm_memwrap.read_heads import CentredLogits, PreLogits, Probabilities
+
+__all__ = ["CLASSIFIER_NAMES", "Calibration", "new_head"]
+
+# Names of the last layer in the state dict by `classifier`, where it is not the backbone's.
+CLASSIFIER_NAMES = {"mlp": f"{HEAD}.classifier.fc2", "linear": f"{HEAD}.classifier", "vote": None}
+
+
+def new_head(
+    memory_args: dict[str, Any], memory_only: bool, width: int, num_classes: int, features: int, own: OwnClassifier
+) -> MemoryLayer:
+    """Makes a layer.
+
+    Args:
+        memory_args: Arguments that `resolve_memory_args` returned.
+        memory_only: Whether it classifies from the memory alone.
+        width: Width E of an encoding.
+        num_classes: Number of classes.
+        features: Width D of the pre-logits, with which an encoding begins.
+        own: The backbone's own classifier, for the read heads and the classifier that use it.
+    """
+    name, classifier_name = memory_args["read_head"], memory_args["classifier"]
+    read_heads = {
+        "identity": nn.Identity,
+        "pre_logits": lambda: PreLogits(features),
+        "probabilities": lambda: Probabilities(features, own),
+        "logits": lambda: CentredLogits(own),
+    }
+    common = {
+        "head": read_heads[name]() if name in read_heads else None,
+        "distance": memory_args["distance"],
+        "scale": memory_args["scale"],
+    }
+    if classifier_name == "vote":
+        return LabelVote(width, num_classes, **common)
+    classifier: nn.Module | None = own if name in OWN_READ_HEADS else None
+    if classifier_name == "linear":
+        classifier = nn.Linear(width if memory_only else 2 * width, num_classes)
+    layer = BaselineMemory if memory_only else MemoryWrapLayer
+    return layer(width, num_classes, classifier=classifier, **common)
+
+
+class Calibration(nn.Module):
+    """Divides logits by a temperature (Guo et al. 2017, https://arxiv.org/abs/1706.04599).
+
+    It is a buffer, so that it travels with the weights.
+    """
+
+    temperature: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("temperature", torch.ones(()))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Calibrates logits `[B, C]`."""
+        return logits / self.temperature.to(logits.dtype)

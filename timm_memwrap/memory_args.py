@@ -1,0 +1,80 @@
+"""The arguments that shape how a memory is read, and what they are by default."""
+
+from typing import Any
+
+from timm_memwrap._utils import check_choice
+from timm_memwrap.attention import DISTANCES
+
+__all__ = ["CLASSIFIERS", "MEMORY_ARGS", "OWN_READ_HEADS", "READ_HEADS", "check_global_pool", "resolve_memory_args"]
+
+# Read heads that are trained with the memory, and those that read with the backbone's own, trained classifier.
+TRAINED_READ_HEADS = ("linear", "identity")
+OWN_READ_HEADS = ("pre_logits", "probabilities", "logits")
+READ_HEADS = (*TRAINED_READ_HEADS, *OWN_READ_HEADS)
+DEFAULT_OWN_READ_HEAD = "probabilities"
+CLASSIFIERS = ("mlp", "linear", "own", "vote")
+MEMORY_ARGS = ("distance", "scale", "read_head", "classifier")
+
+# By read head, chosen on held-out training images (hub_configs/README.md). Others have 1.0, as published.
+_SCALES = {"logits": 10.0, "pre_logits": 10.0, "probabilities": 20.0}
+
+
+def resolve_memory_args(
+    memory_only: bool,
+    distance: str = "cosine",
+    scale: float | str | None = None,
+    read_head: str = "linear",
+    classifier: str | None = None,
+) -> dict[str, Any]:
+    """Checks the arguments that shape the memory, and fills in what is `None`.
+
+    Raises:
+        ValueError: If one is unknown, or two do not fit each other.
+    """
+    check_choice("distance", distance, DISTANCES)
+    check_choice("read_head", read_head, READ_HEADS)
+    own = read_head in OWN_READ_HEADS
+    if classifier is None:
+        classifier = "own" if own else "mlp"
+    check_choice("classifier", classifier, CLASSIFIERS)
+    if own and not memory_only:
+        raise ValueError(
+            f"read_head={read_head!r} reads with the backbone's own classifier, from the memory alone. Create "
+            f"'memwrap_evidence_<name>', or pass read_head='linear' for a head to train."
+        )
+    if own and classifier in ("mlp", "linear"):
+        raise ValueError(
+            f"read_head={read_head!r} reads with the backbone's own classifier, which classifier={classifier!r} would "
+            f"have to learn again. Pass classifier='own' or 'vote'."
+        )
+    if classifier == "own" and not own:
+        raise ValueError(
+            f"classifier='own' keeps the backbone's classifier, but read_head={read_head!r} is trained without one. "
+            f"Pass read_head='probabilities', 'pre_logits' or 'logits'."
+        )
+    if classifier == "vote" and read_head == "pre_logits":
+        raise ValueError(
+            "classifier='vote' has no use for the backbone's classifier, which read_head='pre_logits' keeps for the "
+            "logits. Pass read_head='identity' to vote by the same similarity."
+        )
+    if classifier == "vote" and not memory_only:
+        raise ValueError(
+            "classifier='vote' classifies from the memory alone. Create 'memwrap_baseline_<name>', or pass "
+            "memory_only=True to wrap."
+        )
+    if scale is None:
+        scale = _SCALES.get(read_head, 1.0)
+    return {"distance": distance, "scale": scale, "read_head": read_head, "classifier": classifier}
+
+
+def check_global_pool(global_pool: str | None, num_classes: int) -> None:
+    """Raises if a head would have to read features that are not pooled.
+
+    Raises:
+        ValueError: If `global_pool` is `""` and there are classes.
+    """
+    if global_pool == "" and num_classes > 0:
+        raise ValueError(
+            f"global_pool='' with num_classes={num_classes}: the memory compares pooled encodings. Leave global_pool "
+            f"at its default, or pass num_classes=0 for features."
+        )

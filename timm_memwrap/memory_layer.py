@@ -1,0 +1,307 @@
+"""What the heads share: query, key, value and the read of a memory.
+
+Shapes: B inputs, M memory samples, D width of an encoding, V of a value, K samples kept per input, C outputs.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from timm_memwrap._utils import check_choice, check_count, evaluating
+from timm_memwrap.attention import (
+    DISTANCES,
+    MASKED,
+    Keys,
+    content_weights,
+    float32_island,
+    make_keys,
+    scores,
+    scores_at,
+    similarities,
+    sum_values,
+    trim,
+    unit,
+    wide,
+)
+
+__all__ = ["MemoryLayer", "PreparedMemory", "Read", "is_factor", "output_width"]
+
+# The scale as a parameter, and where it starts: at 1 the support grows with the memory, and explains nothing.
+LEARNED = "learned"
+LEARNED_START = 10.0
+
+
+class Index(Protocol):
+    """What searches a memory for the samples that a query reads."""
+
+    def search(self, queries: Tensor, scale: float | Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns weights, positions and scaled scores `[B, K]`, strongest first, without gradient."""
+
+
+class PreparedMemory(NamedTuple):
+    """A memory set made ready to be read.
+
+    Attributes:
+        keys: What queries are compared with.
+        values: What is summed, `[M, V]`; for a vote the labels `[M]`.
+        index: Searches the keys; `None` to score them all, which suits a small memory and gradients to it.
+    """
+
+    keys: Keys
+    values: Tensor
+    index: Index | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of samples M."""
+        return self.keys.vectors.shape[0]
+
+
+class Read(NamedTuple):
+    """What a query read from a memory.
+
+    Attributes:
+        vector: The memory vector `[B, V]`.
+        weights: Content weights `[B, K]`, strongest first; rows with less support end in zeros.
+        positions: Positions `[B, K]` of these samples in the memory; they mean nothing where the weight is zero.
+        similarities: Similarities `[B, K]` to these samples, before the scale: the cosine, the inner product, or minus
+            the squared distance.
+    """
+
+    vector: Tensor
+    weights: Tensor
+    positions: Tensor
+    similarities: Tensor
+
+
+class MemoryLayer(nn.Module, ABC):
+    """The steps that the heads share: query, key, value, read, classify.
+
+    Not for direct use. `forward` is the published call; the steps are for callers who keep the memory between calls.
+    """
+
+    def __init__(
+        self, encoder_output_dim: int, output_dim: int, head: nn.Module | None, distance: str, scale: float | str
+    ) -> None:
+        super().__init__()
+        check_count("encoder_output_dim", encoder_output_dim)
+        check_count("output_dim", output_dim)
+        check_choice("distance", distance, DISTANCES)
+        learned = isinstance(scale, str) and scale == LEARNED
+        if not (learned or is_factor(scale)):
+            raise ValueError(
+                f"scale={scale!r} is not a factor. Pass a finite number above 0, or {LEARNED!r}; 1.0 is as published."
+            )
+        self.encoder_output_dim = encoder_output_dim
+        self.output_dim = output_dim
+        self.distance = distance
+        # By its logarithm it stays above 0, whatever the step.
+        self.log_scale = nn.Parameter(torch.tensor(math.log(LEARNED_START))) if learned else None
+        self._scale = None if learned else float(scale)
+        if head is None:
+            head = nn.Linear(encoder_output_dim, encoder_output_dim)
+        else:
+            output_width("head", head, encoder_output_dim)
+        self.head = head
+
+    @property
+    def scale(self) -> float | Tensor:
+        """Factor on the similarities: a number, or the learned parameter."""
+        if self._scale is not None:
+            return self._scale
+        assert self.log_scale is not None
+        return self.log_scale.exp()
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        if self.log_scale is None:
+            self._scale = float(scale)
+        else:
+            self.log_scale.data.fill_(math.log(scale))
+
+    def extra_repr(self) -> str:
+        """Returns the arguments that `print(layer)` shows."""
+        scale = LEARNED if self._scale is None else self._scale
+        return f"{self.encoder_output_dim}, {self.output_dim}, distance={self.distance!r}, scale={scale}"
+
+    def query(self, encoding: Tensor) -> Tensor:
+        """Makes queries `[B, D]` of input encodings, in float32 at least, under autocast too."""
+        projected = self._project(encoding)
+        with float32_island(projected):
+            return unit(projected) if self.distance == "cosine" else projected
+
+    def key(self, memory_encoding: Tensor) -> Keys:
+        """Makes keys of memory encodings `[M, D]`."""
+        projected = self._project(memory_encoding)
+        with float32_island(projected):
+            return make_keys(projected, self.distance)
+
+    def value(self, memory_encoding: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Returns what is summed for each memory sample, `[M, V]`: its encoding, before the read head."""
+        return wide(memory_encoding)
+
+    def prepare(self, memory_encoding: Tensor, labels: Tensor | None = None) -> PreparedMemory:
+        """Makes a memory set ready to be read.
+
+        Args:
+            memory_encoding: Memory encodings `[M, D]`.
+            labels: Labels of the memory samples `[M]`. Only `LabelVote` reads them.
+        """
+        return PreparedMemory(self.key(memory_encoding), self.value(memory_encoding, labels))
+
+    def read(self, query: Tensor, memory: PreparedMemory, hidden: Tensor | None = None, ranked: bool = True) -> Read:
+        """Reads a memory: the weighted sum of its values, and which samples it is made of.
+
+        Gradients reach the query, and the memory unless it has an index.
+
+        Args:
+            query: Queries `[B, D]` of `query`.
+            memory: What is read.
+            hidden: Samples that a row must not see: positions `[B, H]`, or a mask `[B, M]`.
+            ranked: Whether the samples are wanted, and not the vector alone: `False` leaves the rest empty, which
+                spares their order and waiting for the device.
+
+        Raises:
+            ValueError: If `hidden` does not fit.
+        """
+        if hidden is not None:
+            _check_hidden(hidden, query.shape[0], memory.size)
+        with float32_island(query):
+            masks = hidden is not None and hidden.dtype == torch.bool
+            if memory.index is None or masks or torch.compiler.is_compiling():
+                return self._read_all(query, memory, hidden, ranked)
+            return self._search(query, memory, memory.index, hidden)
+
+    @abstractmethod
+    def classify(self, input_encoding: Tensor, memory_vector: Tensor) -> Tensor:
+        """Computes outputs `[B, C]` from input encodings `[B, D]` and memory vectors `[B, V]`."""
+
+    def forward(
+        self, input_encoding: Tensor, memory_encoding: Tensor, return_weights: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Classifies inputs with the help of a memory set, as `memorywrap`'s layers do.
+
+        Args:
+            input_encoding: Encodings of the inputs, `[B, D]`.
+            memory_encoding: Encodings of the memory set, `[M, D]`. An empty one reads as the zero vector.
+            return_weights: Whether to return the content weights too.
+
+        Returns:
+            Outputs `[B, C]`; with `return_weights`, outputs and content weights `[B, M]`.
+
+        Raises:
+            ValueError: If a rank or a width does not fit.
+        """
+        for name, encoding in (("input_encoding", input_encoding), ("memory_encoding", memory_encoding)):
+            if encoding.ndim != 2 or encoding.shape[-1] != self.encoder_output_dim:
+                raise ValueError(
+                    f"{name} has shape {list(encoding.shape)}; expected [N, {self.encoder_output_dim}]. Encode the "
+                    f"images first, and construct the layer with encoder_output_dim=<width of an encoding>."
+                )
+        memory = self.prepare(memory_encoding)
+        query = self.query(input_encoding)
+        with float32_island(query):
+            weights, _ = self._weigh_all(query, memory, None)
+            vector = self._sum_all(weights, memory.values)
+        output = self.classify(input_encoding, vector)
+        return (output, weights) if return_weights else output
+
+    def _project(self, encoding: Tensor) -> Tensor:
+        """Applies the read head to encodings `[N, D]`."""
+        parameter = next(self.head.parameters(), None)
+        with float32_island(encoding):
+            return wide(self.head(wide(encoding) if parameter is None else encoding.to(parameter.dtype)))
+
+    def _weigh_all(self, query: Tensor, memory: PreparedMemory, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Returns the weights `[B, M]` of all samples, and their scores before the scale."""
+        found = scores(query, memory.keys)
+        scaled = self._scaled(found)
+        if mask is None:
+            return content_weights(scaled), found
+        # Where all is hidden all scores are alike, and yet nothing must be read.
+        return content_weights(scaled.masked_fill(mask, MASKED)).masked_fill(mask, 0.0), found
+
+    def _read_all(self, query: Tensor, memory: PreparedMemory, hidden: Tensor | None, ranked: bool) -> Read:
+        if hidden is not None and hidden.dtype != torch.bool:
+            mask = torch.zeros(query.shape[0], memory.size, dtype=torch.bool, device=query.device)
+            hidden = mask.scatter(1, hidden.to(query.device), True)
+        weights, found = self._weigh_all(query, memory, hidden)
+        # With nothing to read this is zero, and still has a gradient: the last batch of an epoch may be of one.
+        vector = self._sum_all(weights, memory.values)
+        if not ranked:
+            nothing = weights[:, :0]
+            return Read(vector, nothing, nothing.long(), nothing)
+        weights, positions = weights.sort(dim=-1, descending=True, stable=True)
+        found = found.gather(1, positions)
+        if not (self.training or torch.compiler.is_compiling()):
+            weights, positions, found = trim(weights, positions, found)
+        return Read(vector, weights, positions, similarities(found, query, memory.keys))
+
+    def _search(self, query: Tensor, memory: PreparedMemory, index: Index, hidden: Tensor | None) -> Read:
+        scale = self.scale
+        factor = scale.detach() if isinstance(scale, Tensor) else scale
+        weights, positions, scaled = index.search(query.detach(), factor, hidden)
+        if hidden is not None:
+            weights = weights.masked_fill(scaled <= MASKED / 2, 0.0)
+        found = scaled if isinstance(factor, float) and factor == 1.0 else scaled / factor
+        if torch.is_grad_enabled() and (query.requires_grad or (isinstance(scale, Tensor) and scale.requires_grad)):
+            # A sample without weight has no gradient either, so those with weight are all that it takes.
+            unread = weights == 0
+            found = scores_at(query, memory.keys, positions)
+            weights = content_weights(self._scaled(found).masked_fill(unread, MASKED)).masked_fill(unread, 0.0)
+        vector = self._sum_few(weights, positions, memory.values)
+        return Read(vector, weights, positions, similarities(found, query, memory.keys))
+
+    def _scaled(self, found: Tensor) -> Tensor:
+        return found if self._scale == 1.0 else found * self.scale
+
+    def _sum_all(self, weights: Tensor, values: Tensor) -> Tensor:
+        return weights @ values
+
+    def _sum_few(self, weights: Tensor, positions: Tensor, values: Tensor) -> Tensor:
+        return sum_values(weights, positions, values)
+
+
+def is_factor(value: object) -> bool:
+    """Returns whether a value is a finite number above 0."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
+def output_width(name: str, module: nn.Module, in_features: int) -> int:
+    """Runs a module on two rows of `in_features` zeros, and returns the width of its output.
+
+    Args:
+        name: What to call it in an error.
+        module: The module.
+        in_features: Width of its input.
+
+    Raises:
+        ValueError: If it is not a module, cannot take such rows, or does not return one row for each.
+    """
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"{name}={module!r} is not a module. Pass a torch.nn.Module, or None for the default.")
+    parameter = next(module.parameters(), torch.empty(0))
+    try:
+        with evaluating(module):
+            output = module(torch.zeros(2, in_features, dtype=parameter.dtype, device=parameter.device))
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{name}={module!r} cannot take encodings of shape [B, {in_features}]: {error}") from error
+    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != 2:
+        raise ValueError(
+            f"{name}={module!r} must map [B, {in_features}] to one tensor [B, width]; it returned "
+            f"{list(output.shape) if isinstance(output, Tensor) else type(output).__name__}."
+        )
+    return output.shape[-1]
+
+
+def _check_hidden(hidden: Tensor, rows: int, size: int) -> None:
+    mask = hidden.dtype == torch.bool
+    fits = hidden.ndim == 2 and hidden.shape[0] == rows and (hidden.shape[1] == size or not mask)
+    if not fits or not (mask or hidden.dtype == torch.long):
+        raise ValueError(
+            f"hidden is {hidden.dtype} of shape {list(hidden.shape)}; expected positions, torch.long of shape "
+            f"[{rows}, H], or a mask of the memory set, torch.bool of shape [{rows}, {size}]."
+        )
