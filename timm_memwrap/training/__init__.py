@@ -1,1 +1,1 @@
-"""Training: datasets, the loop, configuration, and the quickstart that puts them together."""
+"""Training: recipes, data pipelines, the loop and its checkpoints."""

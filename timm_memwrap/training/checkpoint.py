@@ -1,74 +1,80 @@
-"""Checkpoints for going on after an interruption: timm's saver, writing safetensors instead of a pickle."""
+"""Checkpoints from which an interrupted training resumes: timm's saver, writing safetensors instead of pickles."""
 
-import errno
 import json
 import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from timm.utils import CheckpointSaver
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["SafetensorsSaver", "read_state", "restore", "write_state"]
+from timm_memwrap._utils import replacing
+from timm_memwrap.tensor_files import read_tensors, write_tensors
+from timm_memwrap.training.configuration import Recipe
+from timm_memwrap.training.recipes import first_difference, to_dict
+
+__all__ = ["Checkpoints", "SafetensorsSaver", "read_state", "write_state"]
 
 EXTENSION = ".safetensors"
 _STATE = "state"
 _TENSOR = "__tensor__"
 _PAIRS = "__pairs__"
+# Options that may change when a training is resumed, because they do not change the result.
+_FREE = {"data": ("workers", "data_dir"), "training": ("device", "tensorboard"), "hub": None}
 
 
-def write_state(state: dict[str, Any], path: str | os.PathLike) -> None:
-    """Writes nested dicts and lists of tensors and JSON values to a safetensors file, whole or not at all.
+class Checkpoints:
+    """The folder of a training's checkpoints, and the state that it resumes from.
 
-    Raises:
-        TypeError: If a value is neither.
-        OSError: If the disk is full.
-    """
-    tensors: dict[str, Tensor] = {}
-    skeleton = json.dumps(_pack(state, "", tensors))
-    folder, name = os.path.split(os.fspath(path))
-    with tempfile.TemporaryDirectory(dir=folder or ".", prefix=".saving-") as temporary:
-        file = os.path.join(temporary, name)
-        try:
-            save_file(tensors, file, metadata={"format": "pt", _STATE: skeleton})
-        except SafetensorError as error:
-            raise OSError(
-                errno.ENOSPC if "os error 28" in str(error) else errno.EIO,
-                f"Could not write the checkpoint ({error}). Free some space on the disk, and resume; the one before is "
-                f"kept",
-                os.fspath(path),
-            ) from error
-        os.replace(file, path)
-
-
-def read_state(path: str | os.PathLike) -> dict[str, Any]:
-    """Reads what `write_state` wrote.
+    Args:
+        folder: The folder; created if it does not exist.
+        recipe: The recipe of the training.
+        resume: Whether to resume from the last checkpoint, if there is one.
+        overwrite: Whether to delete the checkpoints that are there.
 
     Raises:
-        ValueError: If the file is damaged, or something else.
+        ValueError: If there are checkpoints and neither is set, or they are of another recipe.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            skeleton = (file.metadata() or {}).get(_STATE)
-            if skeleton is None:
-                raise ValueError(f"{str(path)!r} holds no state of a training. Pass what a training left.")
-            return _unpack(json.loads(skeleton), file.get_tensor)
-    except SafetensorError as error:
-        raise ValueError(f"{str(path)!r} is not a whole checkpoint: {error}. Remove it, and resume.") from error
+
+    def __init__(self, folder: Path, recipe: Recipe, resume: bool, overwrite: bool = False) -> None:
+        self.folder, self.recipe = folder, to_dict(recipe)
+        self.state: dict[str, Any] | None = None
+        if resume and overwrite:
+            raise ValueError("Both resume and overwrite are set. Pass one of them.")
+        if overwrite:
+            for file in folder.glob(f"*{EXTENSION}"):
+                file.unlink()
+        self.state = self._read("last")
+        if self.state is not None and not resume:
+            raise ValueError(
+                f"{str(folder.parent)!r} already holds a training. Pass --resume to continue it, --overwrite to start "
+                f"over, or another --out."
+            )
+        difference = self.state and first_difference(self.state["recipe"], self.recipe, _FREE)
+        if difference:
+            name, old, value = difference
+            raise ValueError(
+                f"The training in {str(folder.parent)!r} has {name}={old!r}, now it is {value!r}. Resume with the same "
+                f"recipe, or pass another --out."
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def best(self) -> dict[str, Any] | None:
+        """Reads the checkpoint of the best epoch; `None` if no epoch was evaluated."""
+        return self._read("model_best")
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        path = self.folder / f"{name}{EXTENSION}"
+        return read_state(path) if path.exists() else None
 
 
 class SafetensorsSaver(CheckpointSaver):
     """timm's `CheckpointSaver`, whose bookkeeping it keeps, with files that hold no pickle and are never half written.
 
     Args:
-        history: Rows of metrics so far, which belong to a checkpoint.
-        recipe: The recipe as a dict, which a resumed training is compared with.
-        **kwargs: As of `timm.utils.CheckpointSaver`.
+        history: A row of metrics for each epoch so far; saved with each checkpoint.
+        recipe: The recipe's options, which a resumed training is compared with.
+        **kwargs: As for `timm.utils.CheckpointSaver`.
     """
 
     def __init__(self, *, history: list[dict[str, Any]], recipe: dict[str, Any], **kwargs: Any) -> None:
@@ -91,32 +97,45 @@ class SafetensorsSaver(CheckpointSaver):
         write_state(state, save_path)
 
     def _replace(self, src: str, dst: str) -> None:
-        # timm removes the old file first, and between the two there would be none.
+        # timm removes the old file first; a kill between the two would leave none.
         os.replace(src, dst)
 
     def _duplicate(self, src: str, dst: str) -> None:
-        temporary = f"{dst}.tmp"
-        Path(temporary).unlink(missing_ok=True)
-        super()._duplicate(src, temporary)
-        os.replace(temporary, dst)
+        with replacing(dst) as temporary:
+            super()._duplicate(src, str(temporary))
 
 
-def restore(state: dict[str, Any], task: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Puts a checkpoint's weights into a task, and its moments into the optimizer."""
-    task.load_checkpoint_state(state["state_dict"], state.get("task_state"))  # type: ignore[operator]
-    if "state_dict_ema" in state:
-        task.load_checkpoint_state(state["state_dict_ema"], ema=True)  # type: ignore[operator]
-    optimizer.load_state_dict(state["optimizer"])
+def write_state(state: dict[str, Any], path: str | os.PathLike) -> None:
+    """Writes nested dicts and lists of tensors and JSON values to a safetensors file, whole or not at all.
+
+    Raises:
+        TypeError: If a value is neither.
+        OSError: If the disk is full.
+    """
+    tensors: dict[str, Tensor] = {}
+    skeleton = json.dumps(_pack(state, "", tensors))
+    write_tensors(tensors, path, {_STATE: skeleton})
+
+
+def read_state(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads what `write_state` wrote.
+
+    Raises:
+        ValueError: If the file is damaged, or something else.
+    """
+    file = read_tensors(path, f"The checkpoint {str(path)!r}", "Remove it, and resume.")
+    if _STATE not in file.metadata:
+        raise ValueError(f"{str(path)!r} is not a checkpoint of a training. Remove it, or pass another --out.")
+    return _unpack(json.loads(file.metadata[_STATE]), file.tensors)
 
 
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Returns `value` as JSON, its tensors put aside by name."""
+    """Returns `value` as JSON, with its tensors moved to `tensors` by name."""
     if isinstance(value, Tensor):
-        # A copy: safetensors refuses tensors that share memory, as those of tied weights do.
-        tensors[name] = value.detach().clone().contiguous()
+        tensors[name] = value
         return {_TENSOR: name}
     if isinstance(value, dict):
-        # Pairs, since an optimizer's keys are numbers.
+        # Pairs, because an optimizer's keys are integers.
         return {_PAIRS: [[key, _pack(item, f"{name}/{key}", tensors)] for key, item in value.items()]}
     if isinstance(value, list | tuple):
         return [_pack(item, f"{name}/{i}", tensors) for i, item in enumerate(value)]
@@ -125,11 +144,11 @@ def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     raise TypeError(f"{name} is {type(value).__name__}, which a checkpoint cannot hold.")
 
 
-def _unpack(value: Any, tensor: Callable[[str], Tensor]) -> Any:
+def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, dict):
         if _TENSOR in value:
-            return tensor(value[_TENSOR])
-        return {key: _unpack(item, tensor) for key, item in value[_PAIRS]}
+            return tensors[value[_TENSOR]]
+        return {key: _unpack(item, tensors) for key, item in value[_PAIRS]}
     if isinstance(value, list):
-        return [_unpack(item, tensor) for item in value]
+        return [_unpack(item, tensors) for item in value]
     return value

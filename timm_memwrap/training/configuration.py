@@ -1,4 +1,4 @@
-"""What a recipe may say, as typed dataclasses, in timm's words where timm has them."""
+"""The options of a recipe as typed dataclasses, named as in timm where timm has them."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -8,24 +8,24 @@ __all__ = ["DataConfig", "HubConfig", "MemoryConfig", "ModelConfig", "Recipe", "
 
 @dataclass
 class ModelConfig:
-    """The backbone, and how a memory is read.
+    """The backbone, and how it reads a memory.
 
     Args:
         name: A timm architecture, with or without a tag, e.g. resnet18.a1_in1k.
         pretrained: Whether to start from its pretrained weights.
-        pretrained_path: A safetensors file to take these weights from, instead of the Hub.
-        in_chans: Number of input channels; null for 3, and for the data set's own where it has others.
+        pretrained_path: A safetensors file to load these weights from, instead of the Hub.
+        in_chans: Number of input channels; null for 3, or 1 with the embedded digits.
         head_init_scale: Factor on the initial weights of a new classifier; null for 0 on a pretrained backbone, else 1.
         drop_rate: Dropout before the classifier.
-        drop_path_rate: Stochastic depth; null for the architecture's own.
-        memory_only: Whether to predict from the memory alone; null for what suits the read head.
+        drop_path_rate: Stochastic depth; null for the architecture's default.
+        memory_only: Whether a trained head predicts from the memory alone. Always true with memory.mode none.
         distance: cosine, l2 or dot.
-        scale: Factor on the similarities, or learned; null for what suits the read head.
-        read_head: linear, identity, classifier, pre_logits or probabilities; null for probabilities with memory.mode
-            none, else linear.
-        classifier: mlp, linear or vote; null for what suits the read head.
-        temperature: What the logits are divided by; null for 1, or for what memory.calibrate finds.
-        kwargs: More arguments of the timm architecture.
+        scale: Factor on the similarities, or learned; null for the read head's default.
+        read_head: probabilities, pre_logits or logits with memory.mode none, else linear or identity; null for the
+            first of these.
+        classifier: own or vote with memory.mode none, else mlp or linear; null for the read head's default.
+        temperature: Divisor of the logits; null for 1, or for what memory.calibrate finds.
+        kwargs: Further arguments of the timm architecture.
     """
 
     name: str = "resnet18"
@@ -35,48 +35,48 @@ class ModelConfig:
     head_init_scale: float | None = None
     drop_rate: float = 0.0
     drop_path_rate: float | None = None
-    memory_only: bool | None = None
+    memory_only: bool = False
     distance: Literal["cosine", "l2", "dot"] = "cosine"
     scale: float | Literal["learned"] | None = None
-    read_head: Literal["linear", "identity", "classifier", "pre_logits", "probabilities"] | None = None
-    classifier: Literal["mlp", "linear", "vote"] | None = None
+    read_head: Literal["linear", "identity", "pre_logits", "probabilities", "logits"] | None = None
+    classifier: Literal["mlp", "linear", "own", "vote"] | None = None
     temperature: float | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class DataConfig:
-    """The images, and what is done to them in training.
+    """The images, and how they are augmented.
 
     Args:
-        dataset: The embedded digits, a data set that timm can read (torch/cifar10, hfds/owner/name, wds/...), or empty
+        dataset: digits (embedded), a data set that timm can read (torch/cifar10, hfds/owner/name, wds/...), or empty
             for an image folder or tar file.
         data_dir: Folder or tar file of the images.
         train_split: Name of the training split, or folder in data_dir.
-        val_split: Name of the validation split; null to hold out a share of the training images.
-        val_fraction: This share.
-        train_samples: How many training images to use, as many of each class as there are; null for all.
+        val_split: Name of the validation split; null to hold out a fraction of the training images.
+        val_fraction: That fraction.
+        train_samples: Number of training images to use, balanced over the classes; null for all.
         val_samples: The same for validation.
         subset_seed: Seed of these choices.
         download: Whether a torch/ data set may be downloaded.
-        unreadable: What to do with images that cannot be read: fail, or skip them and say how many.
-        img_size: Side of an image in pixels; null for the model's own.
-        batch_size: Images a step, on each process.
+        unreadable: What to do with images that cannot be read: fail, or skip them and log how many.
+        img_size: Image size in pixels; null for the model's default.
+        batch_size: Images per batch on each process.
         workers: Processes that load images.
-        mean: Mean of the channels; null for the model's own.
-        std: Standard deviation of the channels; null for the model's own.
-        interpolation: How images are resized; null for the model's own.
-        crop_pct: Share of an image that evaluation looks at; null for the model's own.
-        scale: Smallest and largest share of an image that training crops.
-        ratio: Smallest and largest aspect ratio of a crop.
+        mean: Mean of each channel; null for the model's default.
+        std: Standard deviation of each channel; null for the model's default.
+        interpolation: How images are resized; null for the model's default.
+        crop_pct: Fraction of an image that is evaluated; null for the model's default.
+        scale: Range of the fraction of an image that a training crop takes.
+        ratio: Range of its aspect ratio.
         hflip: Probability of a horizontal flip.
         vflip: Probability of a vertical flip.
         color_jitter: Strength of colour jitter.
-        auto_augment: An AutoAugment policy in timm's words, e.g. rand-m9-mstd0.5.
+        auto_augment: An AutoAugment policy as timm names it, e.g. rand-m9-mstd0.5.
         re_prob: Probability of random erasing.
-        mixup: Alpha of Mixup; 0 for none.
-        cutmix: Alpha of CutMix; 0 for none.
-        mixup_prob: Probability of either.
+        mixup: Alpha of Mixup; 0 to disable.
+        cutmix: Alpha of CutMix; 0 to disable.
+        mixup_prob: Probability of applying either.
     """
 
     dataset: str = ""
@@ -110,7 +110,7 @@ class DataConfig:
 
 @dataclass
 class TrainingConfig:
-    """The schedule.
+    """The optimizer, its schedule, and how it is run.
 
     Args:
         epochs: Passes over the training images.
@@ -118,30 +118,30 @@ class TrainingConfig:
         lr: Peak learning rate.
         momentum: Momentum, for optimizers that have one.
         weight_decay: Weight decay.
-        layer_decay: Factor on the learning rate from one layer group to the one before; null for none.
+        layer_decay: Factor on the learning rate from one layer group to the group before it; null to disable.
         sched: A timm scheduler: cosine, tanh, step, multistep, poly, wsd, rsqrt, constant or none.
-        warmup_epochs: Epochs of linear warmup, which are part of the epochs.
-        warmup_lr: Learning rate at the start of it.
+        warmup_epochs: Epochs of linear warmup, counted among the epochs.
+        warmup_lr: Learning rate at the start of the warmup.
         min_lr: Learning rate at the end.
-        decay_epochs: Epochs between decays (step), or of the decay (wsd, rsqrt); null for timm's own.
+        decay_epochs: Epochs between decays (step), or of the decay (wsd, rsqrt); null for timm's default.
         decay_milestones: Epochs of the decays (multistep).
         decay_rate: Factor of a decay.
-        clip_grad: Largest norm of the gradient; null for none.
-        grad_accum_steps: Batches whose gradients make one step.
+        clip_grad: Largest norm of the gradient; null to disable.
+        grad_accum_steps: Batches whose gradients are accumulated for one step.
         smoothing: Label smoothing.
-        amp: Whether to compute in mixed precision.
+        amp: Whether to train in mixed precision.
         amp_dtype: bfloat16 or float16.
         model_ema: Whether to keep, evaluate and save an average of the weights.
         model_ema_decay: Its decay.
         model_ema_warmup: Whether the decay starts lower and grows.
-        channels_last: Whether weights of convolutions lie in memory channels last. On a CPU often faster.
+        channels_last: Whether to use the channels-last memory format, which is often faster on a CPU.
         torchcompile: Whether to compile the model.
         freeze_backbone: Whether to train the head alone, on encodings that are computed once, without augmentation.
-        val_interval: Epochs between evaluations; the last is always evaluated.
-        keep: Which weights to save: of the last epoch, or of the best by validation accuracy, which is then no longer a
-            fair estimate.
+        val_interval: Epochs between evaluations; the last epoch is always evaluated.
+        keep: Which weights to save: those of the last epoch, or of the best by validation accuracy, which is then no
+            longer an unbiased estimate.
         seed: Seed of weights, batches and augmentation.
-        device: A torch device; null for cuda if there is one, else cpu.
+        device: A torch device; null for cuda if available, else cpu.
         tensorboard: Whether to write TensorBoard events.
     """
 
@@ -178,20 +178,20 @@ class TrainingConfig:
 
 @dataclass
 class MemoryConfig:
-    """The memory, while training and after it.
+    """The memory, during training and after it.
 
     Args:
-        mode: What is read in training. none: nothing, the plain classifier is trained and wrapped at the end; batch:
-            the rest of the batch; sample: images drawn anew at each step, the paper's protocol; queue: recent
-            encodings, without gradient.
-        train_size: How many samples a step reads in the modes sample and queue.
-        size: How many samples the memory bank remembers; null for all.
+        mode: What training reads. none: nothing, the plain classifier is trained and wrapped at the end; batch: the
+            rest of the batch; sample: images drawn for each step, the paper's protocol; queue: recent encodings,
+            without gradient.
+        train_size: Number of samples that a step reads in the modes sample and queue.
+        size: Number of samples in the memory bank; null for all.
         selection: How they are chosen: balanced, random, kmeans or all.
-        store_images: Whether small images of them are kept, for people to look at.
-        calibrate: Whether the finished model gets the temperature that fits the validation images best; null for with
-            the mode none, unless model.temperature is given.
-        sampled_evaluations: How often the finished model is also evaluated as in the paper, with train_size training
-            images drawn at random for each batch, and averaged; 0 for not at all.
+        store_images: Whether to store small images of them for people to look at.
+        calibrate: Whether to fit the temperature of the finished model to the validation images; null for only with the
+            mode none, unless model.temperature is given.
+        sampled_evaluations: Number of evaluations of the finished model by the paper's protocol, with train_size
+            training images drawn at random for each batch.
     """
 
     mode: Literal["none", "batch", "sample", "queue"] = "none"
@@ -209,8 +209,8 @@ class HubConfig:
 
     Args:
         push: Repository to push the finished model to, owner/name; null for none.
-        private: Whether a repository that is made is private.
-        include_images: Whether the images in the memory are sent.
+        private: Whether a new repository is private.
+        include_images: Whether to upload the images in the memory.
         license: License for the model card.
         dataset_id: Data set on the Hub for the model card.
     """
@@ -224,13 +224,13 @@ class HubConfig:
 
 @dataclass
 class Recipe:
-    """All that a training can be told.
+    """All options of a training.
 
     Args:
-        model: The backbone, and how a memory is read.
-        data: The images.
-        training: The schedule.
-        memory: The memory.
+        model: The backbone, and how it reads a memory.
+        data: The images, and how they are augmented.
+        training: The optimizer, its schedule, and how it is run.
+        memory: The memory, during training and after it.
         hub: The repository on the Hub.
     """
 

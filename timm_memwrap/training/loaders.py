@@ -1,4 +1,4 @@
-"""Batches for training and evaluation, from timm's loader and transforms.
+"""Makes batches for training and evaluation with timm's loader and transforms.
 
 A training batch is `(images, labels, extra)`, where `extra` holds what the memory mode reads beside the batch.
 """
@@ -12,14 +12,14 @@ from timm.data import Mixup, create_loader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from timm_memwrap.data import Images
 from timm_memwrap.training.configuration import DataConfig
-from timm_memwrap.training.datasets import Images
 
-__all__ = ["MemoryCollate", "Numbered", "create_mixup", "eval_loader", "train_loader"]
+__all__ = ["MemoryCollate", "Numbered", "check_batch_size", "create_mixup", "eval_loader", "train_loader"]
 
 
 class Numbered(Dataset):
-    """A data set that gives each sample's position with it, `(image, label, position)`."""
+    """A data set of `(image, label, position)`."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -33,7 +33,7 @@ class Numbered(Dataset):
 
     @property
     def transform(self) -> Callable[[Image.Image], Any] | None:
-        """The transform of the data set underneath, which timm's loader sets."""
+        """The transform of the underlying data set, which timm's loader sets."""
         return self.dataset.transform
 
     @transform.setter
@@ -42,13 +42,14 @@ class Numbered(Dataset):
 
 
 class MemoryCollate:
-    """Makes a batch, with what the memory mode needs beside it. Runs where the images are loaded.
+    """Collates a batch and what the memory mode reads beside it, in the process that loads the images.
 
     Args:
         numbered: The training samples.
-        mode: `"sample"` adds `memory`: `size` further training images, drawn anew, none of which is in the batch.
-            `"queue"` adds `positions` of the samples. Other modes add nothing.
-        size: How many images are drawn.
+        mode: `"sample"` adds `memory`: `size` other training images, drawn for each batch. `"queue"` adds `positions`
+            of the samples. Other modes add nothing.
+        size: Number of images to draw.
+        batch_size: Number of samples in a batch.
 
     Raises:
         ValueError: If there are fewer samples than a batch and `size` together.
@@ -63,14 +64,14 @@ class MemoryCollate:
         self.numbered, self.mode, self.size = numbered, mode, size
 
     def __call__(self, samples: list[tuple[Any, Any, int]]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Returns images `[B, C, H, W]`, labels `[B]` and what the mode adds, by name."""
+        """Returns images `[B, C, H, W]`, labels `[B]`, and by name what the mode adds."""
         images, labels, positions = default_collate(samples)
         extra = {}
         if self.mode == "queue":
             extra["positions"] = positions
         elif self.mode == "sample":
             taken = set(positions.tolist())
-            # PyTorch's generator, which each worker gets seeded anew in each epoch.
+            # From PyTorch's generator, which each worker seeds again in each epoch.
             order = torch.randperm(len(self.numbered)).tolist()
             drawn = [i for i in order if i not in taken][: self.size]
             extra["memory"] = default_collate([self.numbered[i][0] for i in drawn])
@@ -80,23 +81,20 @@ class MemoryCollate:
 def train_loader(
     images: Images,
     config: DataConfig,
-    image_config: dict[str, Any],
+    model_config: dict[str, Any],
     mode: str,
     train_size: int,
     distributed: bool = False,
-    augment: bool = True,
 ) -> DataLoader:
-    """Makes shuffled training batches with timm's augmentation.
+    """Makes shuffled and augmented training batches.
 
     Args:
         images: The training images.
         config: How they are augmented.
-        image_config: The model's input size, normalisation and interpolation, as of
-            `timm.data.resolve_model_data_config`.
+        model_config: The model's input size, normalisation and interpolation, as `data_config` returns them.
         mode: As in `MemoryConfig`.
         train_size: As in `MemoryConfig`.
-        distributed: Whether each process of the default group gets its share.
-        augment: Whether images are augmented.
+        distributed: Whether each process of the default group gets its part.
 
     Raises:
         ValueError: If there are fewer images than a batch takes, or the batch does not suit the mode.
@@ -105,10 +103,9 @@ def train_loader(
     numbered = Numbered(images)
     return create_loader(
         numbered,  # type: ignore[arg-type]
-        input_size=image_config["input_size"],
+        input_size=model_config["input_size"],
         batch_size=config.batch_size,
         is_training=True,
-        no_aug=not augment,
         re_prob=config.re_prob,
         re_mode="pixel",
         scale=config.scale,
@@ -117,31 +114,31 @@ def train_loader(
         vflip=config.vflip,
         color_jitter=config.color_jitter,
         auto_augment=config.auto_augment,
-        interpolation=image_config["interpolation"],
-        mean=image_config["mean"],
-        std=image_config["std"],
+        interpolation=model_config["interpolation"],
+        mean=model_config["mean"],
+        std=model_config["std"],
         num_workers=config.workers,
         distributed=distributed,
         collate_fn=MemoryCollate(numbered, mode, train_size, config.batch_size),
         use_prefetcher=False,
-        # A worker that lives on would go on with its random numbers, so that a resumed run would differ.
+        # A persistent worker would continue its random numbers, so that a resumed run would differ.
         persistent_workers=False,
     )
 
 
 def eval_loader(
-    images: Images, config: DataConfig, image_config: dict[str, Any], rank: int = 0, world_size: int = 1
+    images: Images, config: DataConfig, model_config: dict[str, Any], rank: int = 0, world_size: int = 1
 ) -> DataLoader:
-    """Makes batches in order with the evaluation transform; of several processes each gets its share, none twice."""
+    """Makes batches in order with the evaluation transform; each process gets its part, no image twice."""
     return create_loader(
         images.at(range(rank, len(images), world_size)),  # type: ignore[arg-type]
-        input_size=image_config["input_size"],
+        input_size=model_config["input_size"],
         batch_size=config.batch_size,
-        interpolation=image_config["interpolation"],
-        mean=image_config["mean"],
-        std=image_config["std"],
-        crop_pct=image_config["crop_pct"],
-        crop_mode=image_config["crop_mode"],
+        interpolation=model_config["interpolation"],
+        mean=model_config["mean"],
+        std=model_config["std"],
+        crop_pct=model_config["crop_pct"],
+        crop_mode=model_config["crop_mode"],
         num_workers=config.workers,
         use_prefetcher=False,
         persistent_workers=False,
@@ -149,7 +146,7 @@ def eval_loader(
 
 
 def check_batch_size(count: int, config: DataConfig, mode: str) -> None:
-    """Refuses batches that cannot be filled, or read from.
+    """Raises if batches cannot be filled, or do not suit the memory mode.
 
     Raises:
         ValueError: If so.
@@ -161,15 +158,15 @@ def check_batch_size(count: int, config: DataConfig, mode: str) -> None:
         )
     if mode == "batch" and size == 1:
         raise ValueError(
-            "data.batch_size=1 with memory.mode=batch: the memory is the rest of the batch, which is nothing. Pass a "
-            "larger batch, or another mode."
+            "data.batch_size=1 with memory.mode=batch leaves nothing to read: the memory is the rest of the batch. Pass "
+            "a larger batch, or another mode."
         )
     if (config.mixup or config.cutmix) and size % 2:
-        raise ValueError(f"data.batch_size={size} is odd, and Mixup pairs the images of a batch. Pass an even one.")
+        raise ValueError(f"data.batch_size={size} is odd, but Mixup pairs the images of a batch. Pass an even one.")
 
 
 def create_mixup(config: DataConfig, smoothing: float, num_classes: int) -> Mixup | None:
-    """Makes timm's Mixup and CutMix of a batch, which also smooth the labels; `None` if neither is asked for."""
+    """Creates timm's Mixup and CutMix, which also smooth the labels; `None` if neither is enabled."""
     if not (config.mixup or config.cutmix):
         return None
     return Mixup(

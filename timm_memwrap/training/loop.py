@@ -5,8 +5,7 @@ import math
 import random
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -20,67 +19,20 @@ from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-from timm_memwrap.training.checkpoint import EXTENSION, SafetensorsSaver, read_state, restore
+from timm_memwrap.training.checkpoint import Checkpoints, SafetensorsSaver
 from timm_memwrap.training.configuration import TrainingConfig
 from timm_memwrap.training.processes import Processes
-from timm_memwrap.training.recipes import first_difference
 
-__all__ = ["Checkpoints", "fit"]
+__all__ = ["fit"]
 
 _logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
-# Seconds between two looks at the loss for the progress bar: each waits for the device.
+# Seconds between two updates of the progress bar's metrics, each of which waits for the device.
 _REFRESH = 0.5
-
-
-class Checkpoints:
-    """Where a training keeps what it needs to go on.
-
-    Args:
-        folder: The folder; made if absent.
-        recipe: The recipe as a dict, without what does not change the result.
-        resume: Whether to go on from what is there.
-        overwrite: Whether to start anew, and leave nothing of what is there.
-
-    Raises:
-        ValueError: If there is a training already and neither is set, or it is of another recipe.
-    """
-
-    def __init__(self, folder: Path, recipe: dict[str, Any], resume: bool, overwrite: bool = False) -> None:
-        self.folder, self.recipe = folder, recipe
-        last = folder / f"last{EXTENSION}"
-        self.state: dict[str, Any] | None = None
-        if resume and overwrite:
-            raise ValueError("Both resume and overwrite are set. Go on with the training that is there, or start anew.")
-        if overwrite:
-            for file in folder.glob(f"*{EXTENSION}"):
-                file.unlink()
-        if last.exists():
-            if not resume:
-                raise ValueError(
-                    f"{str(folder.parent)!r} holds a training already. Pass --resume to go on with it, --overwrite to "
-                    f"start anew, or another --out."
-                )
-            self.state = read_state(last)
-            self._check_recipe(self.state["recipe"])
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def _check_recipe(self, before: dict[str, Any]) -> None:
-        difference = first_difference(before, self.recipe)
-        if difference is not None:
-            name, old, value = difference
-            raise ValueError(
-                f"The training in {str(self.folder.parent)!r} has {name}={old!r}, now it is {value!r}. Resume with the "
-                f"same recipe, or start anew in another --out."
-            )
-
-    def best(self) -> dict[str, Any] | None:
-        """Reads the checkpoint of the best epoch, if epochs were ranked."""
-        path = self.folder / f"model_best{EXTENSION}"
-        return read_state(path) if path.exists() else None
 
 
 def fit(
@@ -94,19 +46,19 @@ def fit(
     progress: bool = True,
     on_epoch: Callable[[list[Row]], None] | None = None,
 ) -> list[Row]:
-    """Trains a task's model, which is then in training mode.
+    """Trains a task's model, which is left in training mode.
 
-    All randomness of an epoch comes from a seed made of `config.seed`, the epoch and the process, so that a training
-    that goes on from a checkpoint does what one without interruption does.
+    All randomness of an epoch comes from a seed made of `config.seed`, the epoch and the process, so that a resumed
+    training does what one without interruption does.
 
     Args:
         task: The task, on its device.
         loader: Batches `(images, labels, extra)`; `extra` is passed to the task by name.
-        config: The schedule.
+        config: The optimizer, its schedule, and how it is run.
         processes: The processes, which all make this call.
         validate: Evaluates a model, and returns `loss` and `accuracy`.
         mixup: Mixes each batch.
-        checkpoints: Where to keep checkpoints, and to go on from.
+        checkpoints: Where to write checkpoints, and the state to resume from.
         progress: Whether to show a progress bar.
         on_epoch: Called on the first process after each epoch with the rows so far.
 
@@ -114,74 +66,27 @@ def fit(
         A row of metrics for each epoch.
 
     Raises:
-        ValueError: If the loss is not finite, or the schedule does not fit.
+        ValueError: If the loss is not finite, or the schedule is not valid.
     """
-    batches = len(loader)
-    steps = math.ceil(batches / config.grad_accum_steps)
-    module = unwrap_model(task.get_trainable_module())
-    optimizer = create_optimizer_v2(
-        module,
-        opt=config.opt,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        momentum=config.momentum,
-        layer_decay=config.layer_decay,
-    )
-    scheduler = _scheduler(optimizer, config, steps)
-    scaler = NativeScaler(processes.device.type) if config.amp and config.amp_dtype == "float16" else None
-    if config.model_ema:
-        task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
-    if config.torchcompile:
-        task.compile()
-    if processes.distributed:
-        ids = [processes.device.index] if processes.device.type == "cuda" else None
-        task.prepare_distributed(device_ids=ids)
-
+    loop = _Loop(task, loader, config, processes, mixup)
     history: list[Row] = []
-    state = checkpoints.state if checkpoints is not None else None
-    if state is not None:
-        restore(state, task, optimizer)
-        if scaler is not None:
-            scaler.load_state_dict(state["amp_scaler"])
-        history += state["history"]
-        _logger.info("Going on after epoch %d of %d.", len(history), config.epochs)
-    saver = None
-    if checkpoints is not None and processes.first:
-        saver = SafetensorsSaver(
-            history=history,
-            recipe=checkpoints.recipe,
-            model=module,
-            optimizer=optimizer,
-            amp_scaler=scaler,
-            task=task,
-            checkpoint_dir=str(checkpoints.folder),
-            max_history=1,
-        )
-        if state is not None:
-            saver.load_state_dict(state["saver"])
-
-    with tqdm(
-        total=config.epochs * batches,
-        initial=len(history) * batches,
-        desc="Training",
-        unit="step",
-        disable=not progress,
-    ) as bar:
+    saver = loop.resume(checkpoints, history) if checkpoints is not None else None
+    total, done = config.epochs * len(loader), len(history) * len(loader)
+    with (
+        logging_redirect_tqdm(),
+        tqdm(total=total, initial=done, desc="Training", unit="step", disable=not progress) as bar,
+    ):
         for epoch in range(len(history), config.epochs):
-            _seed(config.seed, epoch, processes.rank)
-            if hasattr(loader.sampler, "set_epoch"):
-                loader.sampler.set_epoch(epoch)
-            row: Row = {"epoch": epoch + 1}
-            row |= _train_epoch(task, loader, config, processes, optimizer, scheduler, scaler, mixup, epoch, bar)
-            last = epoch + 1 == config.epochs
-            if last or (epoch + 1) % config.val_interval == 0:
+            row = loop.train(epoch, bar)
+            if epoch + 1 == config.epochs or (epoch + 1) % config.val_interval == 0:
                 evaluated = task.get_eval_model(ema=config.model_ema)
                 assert evaluated is not None
-                # By the model itself: a compiled or distributed shell has no memory bank.
-                found = validate(_module(evaluated))
+                # The model itself, because a compiled or distributed one around it has no memory bank.
+                module = unwrap_model(evaluated)
+                found = validate(getattr(module, "_orig_mod", module))
                 row |= {"val_loss": found["loss"], "val_accuracy": found["accuracy"]}
             history.append(row)
-            _logger.info("%s", describe(row, config.epochs))
+            _logger.info("%s", _describe(row, config.epochs))
             if processes.first and on_epoch is not None:
                 on_epoch(history)
             if saver is not None:
@@ -190,19 +95,162 @@ def fit(
     return history
 
 
-def describe(row: Row, epochs: int) -> str:
-    """Says a row of metrics in one line."""
+class _Loop:
+    """The optimizer, scheduler and scaler of a training, and its epochs."""
+
+    def __init__(
+        self,
+        task: ClassificationTask,
+        loader: DataLoader,
+        config: TrainingConfig,
+        processes: Processes,
+        mixup: Mixup | None,
+    ) -> None:
+        self.task, self.loader, self.config = task, loader, config
+        self.processes, self.mixup = processes, mixup
+        self.module = unwrap_model(task.get_trainable_module())
+        self.optimizer = create_optimizer_v2(
+            self.module,
+            opt=config.opt,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            layer_decay=config.layer_decay,
+        )
+        # Steps of an epoch.
+        self.steps = math.ceil(len(loader) / config.grad_accum_steps)
+        self.scheduler = _scheduler(self.optimizer, config, self.steps)
+        half = config.amp and config.amp_dtype == "float16"
+        self.scaler = NativeScaler(processes.device.type) if half else None
+        if config.model_ema:
+            task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
+        if config.torchcompile:
+            task.compile()
+        if processes.distributed:
+            ids = [processes.device.index] if processes.device.type == "cuda" else None
+            task.prepare_distributed(device_ids=ids)
+
+    def resume(self, checkpoints: Checkpoints, history: list[Row]) -> SafetensorsSaver | None:
+        """Restores the state of a checkpoint and adds its rows to `history`; returns the first process's saver."""
+        state = checkpoints.state
+        if state is not None:
+            self.task.load_checkpoint_state(state["state_dict"], state.get("task_state"))
+            if "state_dict_ema" in state:
+                self.task.load_checkpoint_state(state["state_dict_ema"], ema=True)
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.scaler is not None:
+                self.scaler.load_state_dict(state["amp_scaler"])
+            history += state["history"]
+            _logger.info("Resuming after epoch %d of %d.", len(history), self.config.epochs)
+        if not self.processes.first:
+            return None
+        saver = SafetensorsSaver(
+            history=history,
+            recipe=checkpoints.recipe,
+            model=self.module,
+            optimizer=self.optimizer,
+            amp_scaler=self.scaler,
+            task=self.task,
+            checkpoint_dir=str(checkpoints.folder),
+            max_history=1,
+        )
+        if state is not None:
+            saver.load_state_dict(state["saver"])
+        return saver
+
+    def train(self, epoch: int, bar: tqdm) -> Row:
+        """Trains for an epoch, and returns its row of metrics."""
+        config, processes, device = self.config, self.processes, self.processes.device
+        _seed(config.seed, epoch, processes.rank)
+        if hasattr(self.loader.sampler, "set_epoch"):
+            self.loader.sampler.set_epoch(epoch)
+        self.task.train()
+        # Sums of losses and of correct predictions; they stay on the device.
+        sums = torch.zeros(2, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+        seen = 0
+        start = refreshed = time.perf_counter()
+        if self.scheduler is not None:
+            self.scheduler.step_update(epoch * self.steps)
+        for i, (inputs, labels, extra) in enumerate(self.loader):
+            labels = labels.to(device, non_blocking=True)
+            loss, output = self._step(epoch, i, inputs.to(device, non_blocking=True), labels, extra)
+            sums[0] += loss * len(inputs)
+            if self.mixup is None:
+                sums[1] += (output.argmax(dim=-1) == labels).sum()
+            seen += len(inputs)
+            bar.update()
+            now = time.perf_counter()
+            if not bar.disable and now - refreshed > _REFRESH:
+                refreshed = now
+                loss_sum, correct = sums.tolist()
+                found = self._metrics(loss_sum, correct, seen)
+                shown = {"loss": f"{found['train_loss']:.3f}"}
+                if "train_accuracy" in found:
+                    shown["accuracy"] = f"{found['train_accuracy']:.1%}"
+                shown["img/s"] = f"{seen * processes.world_size / (now - start):.0f}"
+                bar.set_postfix({"epoch": f"{epoch + 1}/{config.epochs}", **shown}, refresh=False)
+        seconds = time.perf_counter() - start
+        totals = torch.cat([sums, sums.new_tensor([seen])])
+        if processes.distributed:
+            torch.distributed.all_reduce(totals)
+        loss_sum, correct, count = totals.tolist()
+        lr = max(group["lr"] for group in self.optimizer.param_groups)
+        row = {"epoch": epoch + 1, "lr": lr, **self._metrics(loss_sum, correct, count)}
+        return row | {"seconds": seconds, "images_per_second": count / seconds}
+
+    def _metrics(self, loss: float, correct: float, count: float) -> Row:
+        accuracy = {} if self.mixup is not None else {"train_accuracy": correct / count}
+        return {"train_loss": loss / count, **accuracy}
+
+    def _step(
+        self, epoch: int, i: int, inputs: Tensor, labels: Tensor, extra: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Adds the gradients of a batch, steps with the last batch of a step, and returns loss and output."""
+        task, config, device = self.task, self.config, self.processes.device
+        batches, every = len(self.loader), config.grad_accum_steps
+        first = i // every * every
+        in_step = min(every, batches - first)
+        is_last = i + 1 == first + in_step
+        extra = {name: tensor.to(device, non_blocking=True) for name, tensor in extra.items()}
+        images, targets = self.mixup(inputs, labels) if self.mixup is not None else (inputs, labels)
+        amp = torch.autocast(device.type, dtype=getattr(torch, config.amp_dtype)) if config.amp else nullcontext()
+        with nullcontext() if is_last else task.no_sync():
+            with amp:
+                result = task(images, targets, **extra)
+            loss = result["loss"]
+            if not torch.isfinite(loss):
+                raise ValueError(
+                    f"The loss is {loss.item()} in epoch {epoch + 1}, batch {i + 1} of {batches}. Lower "
+                    f"training.lr={config.lr}, or set training.clip_grad. The last complete epoch is kept."
+                )
+            self._backward(loss / in_step, is_last)
+        if is_last:
+            step = epoch * self.steps + i // every + 1
+            self.optimizer.zero_grad()
+            task.update_ema(step=step)
+            if self.scheduler is not None:
+                self.scheduler.step_update(step)
+        return loss.detach(), result["output"].detach()
+
+    def _backward(self, loss: Tensor, is_last: bool) -> None:
+        clip, parameters = self.config.clip_grad, self.task.get_clip_parameters
+        if self.scaler is not None:
+            self.scaler(loss, self.optimizer, clip, parameters=parameters(), need_update=is_last)
+            return
+        loss.backward()
+        if is_last:
+            if clip is not None:
+                dispatch_clip_grad(parameters(), clip)
+            self.optimizer.step()
+
+
+def _describe(row: Row, epochs: int) -> str:
     text = f"Epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  loss {row['train_loss']:.4f}"
     if "train_accuracy" in row:
         text += f"  accuracy {row['train_accuracy']:.2%}"
     if "val_accuracy" in row:
         text += f"  validation: loss {row['val_loss']:.4f}  accuracy {row['val_accuracy']:.2%}"
     return f"{text}  lr {row['lr']:.2e}  {row['images_per_second']:.0f} img/s"
-
-
-def _module(model: nn.Module) -> nn.Module:
-    module = unwrap_model(model)
-    return getattr(module, "_orig_mod", module)
 
 
 def _scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, steps: int) -> Any:
@@ -223,7 +271,7 @@ def _scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, steps: 
             updates_per_epoch=steps,
         )
     except (AssertionError, ValueError) as error:
-        raise ValueError(f"training.sched={config.sched!r} does not fit: {error}") from error
+        raise ValueError(f"training.sched={config.sched!r} is not valid: {error}") from error
     return scheduler
 
 
@@ -232,96 +280,3 @@ def _seed(seed: int, epoch: int, rank: int) -> None:
     random.seed(state)
     np.random.seed(state)
     torch.manual_seed(state)
-
-
-def _autocast(config: TrainingConfig, device: torch.device) -> AbstractContextManager:
-    if not config.amp:
-        return nullcontext()
-    return torch.autocast(device.type, dtype=getattr(torch, config.amp_dtype))
-
-
-def _train_epoch(
-    task: ClassificationTask,
-    loader: DataLoader,
-    config: TrainingConfig,
-    processes: Processes,
-    optimizer: torch.optim.Optimizer,
-    scheduler: Any,
-    scaler: NativeScaler | None,
-    mixup: Mixup | None,
-    epoch: int,
-    bar: tqdm,
-) -> Row:
-    task.train()
-    batches, every = len(loader), config.grad_accum_steps
-    steps = math.ceil(batches / every)
-    device = processes.device
-    total_loss = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
-    right, seen = torch.zeros((), dtype=torch.long, device=device), 0
-    start = refreshed = time.perf_counter()
-    if scheduler is not None:
-        scheduler.step_update(epoch * steps)
-    for i, (inputs, labels, extra) in enumerate(loader):
-        inputs, labels = inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        extra = {name: tensor.to(device, non_blocking=True) for name, tensor in extra.items()}
-        images, targets = mixup(inputs, labels) if mixup is not None else (inputs, labels)
-        step = epoch * steps + i // every
-        first = i // every * every
-        in_step = min(every, batches - first)
-        whole = i + 1 == first + in_step
-        with task.no_sync() if not whole else nullcontext():
-            with _autocast(config, device):
-                result = task(images, targets, **extra)
-            loss = result["loss"]
-            if not torch.isfinite(loss):
-                raise ValueError(
-                    f"The loss is {loss.item()} in epoch {epoch + 1}, batch {i + 1} of {batches}. Lower "
-                    f"training.lr={config.lr}, or set training.clip_grad. The last whole epoch is kept."
-                )
-            _backward(loss / in_step, whole, task, config, optimizer, scaler)
-        if whole:
-            optimizer.zero_grad()
-            task.update_ema(step=step + 1)
-            if scheduler is not None:
-                scheduler.step_update(step + 1)
-        total_loss += loss.detach() * len(inputs)
-        if mixup is None:
-            right += (result["output"].argmax(dim=-1) == labels).sum()
-        seen += len(inputs)
-        bar.update()
-        now = time.perf_counter()
-        if not bar.disable and now - refreshed > _REFRESH:
-            refreshed = now
-            shown = {"loss": f"{total_loss.item() / seen:.3f}"}
-            if mixup is None:
-                shown["accuracy"] = f"{right.item() / seen:.1%}"
-            shown["img/s"] = f"{seen * processes.world_size / (now - start):.0f}"
-            bar.set_postfix({"epoch": f"{epoch + 1}/{config.epochs}", **shown}, refresh=False)
-    seconds = time.perf_counter() - start
-    sums = torch.stack([total_loss, right.to(total_loss.dtype), total_loss.new_tensor(float(seen))])
-    if processes.distributed:
-        torch.distributed.all_reduce(sums)
-    loss_sum, right_sum, count = sums.tolist()
-    row: Row = {"lr": max(group["lr"] for group in optimizer.param_groups), "train_loss": loss_sum / count}
-    if mixup is None:
-        row["train_accuracy"] = right_sum / count
-    return row | {"seconds": seconds, "images_per_second": count / seconds}
-
-
-def _backward(
-    loss: Tensor,
-    whole: bool,
-    task: ClassificationTask,
-    config: TrainingConfig,
-    optimizer: torch.optim.Optimizer,
-    scaler: NativeScaler | None,
-) -> None:
-    """Adds to the gradients, and steps once the batches of a step are there."""
-    if scaler is not None:
-        scaler(loss, optimizer, config.clip_grad, parameters=task.get_clip_parameters(), need_update=whole)
-        return
-    loss.backward()
-    if whole:
-        if config.clip_grad is not None:
-            dispatch_clip_grad(task.get_clip_parameters(), config.clip_grad)
-        optimizer.step()

@@ -2,9 +2,12 @@
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,12 +20,12 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Processes:
-    """Which process this is.
+    """This process among all processes of a training.
 
     Args:
         device: Where this process computes.
         rank: Its number.
-        world_size: How many there are.
+        world_size: Number of processes.
         distributed: Whether they form a process group.
     """
 
@@ -33,11 +36,11 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this process is the one that writes files and shows progress."""
+        """Whether this process writes files and shows progress."""
         return self.rank == 0
 
     def wait(self) -> None:
-        """Waits until all processes are here."""
+        """Waits until all processes have made this call."""
         if self.distributed:
             dist.barrier()
 
@@ -46,8 +49,10 @@ class Processes:
 def processes(device: str | None) -> Iterator[Processes]:
     """Joins the process group that `torchrun` (or Slurm) describes, through timm, and leaves it at the end.
 
+    Until then, a SIGTERM interrupts as Ctrl-C does.
+
     Args:
-        device: A torch device; `None` for `cuda` if there is one, else `cpu`.
+        device: A torch device; `None` for `cuda` if available, else `cpu`.
 
     Raises:
         ValueError: If there is no such device.
@@ -57,17 +62,35 @@ def processes(device: str | None) -> Iterator[Processes]:
         torch.empty(0, device=wanted)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"training.device={wanted!r} cannot be used: {error}") from error
-    if not is_distributed_env():
-        yield Processes(torch.device(wanted))
+    with _terminated_as_interrupted():
+        if not is_distributed_env():
+            yield Processes(torch.device(wanted))
+            return
+        started = not dist.is_initialized()
+        found = init_distributed_device_so(device=wanted)
+        joined = Processes(torch.device(found["device"]), found["global_rank"], found["world_size"], True)
+        if not joined.first:
+            logging.getLogger("timm_memwrap").setLevel(logging.ERROR)
+        _logger.info("Process %d of %d on %s, pid %d.", joined.rank, joined.world_size, joined.device, os.getpid())
+        try:
+            yield joined
+        finally:
+            if started:
+                dist.destroy_process_group()
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    # Python delivers signals to the main thread alone.
+    if threading.current_thread() is not threading.main_thread():
+        yield
         return
-    started = not dist.is_initialized()
-    found = init_distributed_device_so(device=wanted)
-    joined = Processes(torch.device(found["device"]), found["global_rank"], found["world_size"], True)
-    if not joined.first:
-        logging.getLogger("timm_memwrap").setLevel(logging.ERROR)
-    _logger.info("Process %d of %d on %s, pid %d.", joined.rank, joined.world_size, joined.device, os.getpid())
+
+    def interrupt(signum: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        yield joined
+        yield
     finally:
-        if started:
-            dist.destroy_process_group()
+        signal.signal(signal.SIGTERM, before)

@@ -1,8 +1,8 @@
-"""Where recipes are, and how they are read: YAML files, each of which may inherit from another."""
+"""Finds, reads and writes recipes: YAML files, each of which may inherit from another by `base: NAME`."""
 
 import os
 from argparse import ArgumentError
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentParser
 
-from timm_memwrap.files import write_text
+from timm_memwrap._utils import write_text
 from timm_memwrap.training.configuration import Recipe
 
 __all__ = [
@@ -20,20 +20,16 @@ __all__ = [
     "list_recipes",
     "load_recipe",
     "read_recipe",
-    "settings_of",
+    "to_dict",
     "write_recipe",
 ]
 
-# Names a recipe that is read first, and whose keys this one overrides.
-_BASE = "base"
-# Recipes that only others inherit from.
-_SHARED = "_"
-# Those that compare heads.
+# Start of the names of comparisons; the names of recipes that only others inherit from start with an underscore.
 _COMPARISON = "compare_"
 
 
 def list_recipes() -> list[str]:
-    """Lists the recipes for training that come with the package."""
+    """Lists the training recipes that come with the package."""
     return [name for name in _names() if not name.startswith(_COMPARISON)]
 
 
@@ -43,33 +39,32 @@ def list_comparisons() -> list[str]:
 
 
 def find_recipe(name: str, beside: Path | None = None) -> Path:
-    """Returns the file of a recipe: the given path, or one that comes with the package, by its stem.
+    """Returns the path of a recipe.
 
     Args:
-        name: A path or a stem.
-        beside: A file in whose folder to look first.
+        name: A path, or the name of a recipe that comes with the package.
+        beside: A file whose folder is searched first.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is no such recipe.
     """
     if name.endswith((".yaml", ".yml")) and Path(name).is_file():
         return Path(name)
-    folders = [*([beside.parent] if beside else []), *_folders()]
-    for folder in folders:
+    for folder in [*([beside.parent] if beside else []), *_folders()]:
         for file in (folder / f"{name}.yaml", folder / name):
             if file.is_file():
                 return file
     near = get_close_matches(name, _names(), n=1)
-    hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(map(repr, _names()))}."
+    hint = f"Did you mean {near[0]!r}?" if near else f"Known are {', '.join(map(repr, _names()))}."
     raise ValueError(f"No recipe {name!r}. {hint} Or pass the path of a YAML file.")
 
 
 def load_recipe(path: Path, kind: type[Recipe] = Recipe) -> Recipe:
-    """Reads a recipe, whose fields and types must be known.
+    """Loads a recipe and checks the names and types of its options.
 
     Args:
         path: The file.
-        kind: `Recipe`, or a dataclass that adds sections to it.
+        kind: `Recipe`, or a subclass with more sections.
 
     Raises:
         ValueError: If the file, or one that it inherits from, has unknown keys or wrong types.
@@ -83,64 +78,69 @@ def load_recipe(path: Path, kind: type[Recipe] = Recipe) -> Recipe:
     return parser.instantiate(parsed).recipe
 
 
-def read_recipe(path: Path, kind: type[Recipe] = Recipe) -> dict[str, Any]:
-    """Returns what a recipe and those that it inherits from say, the nearer before the farther.
+def read_recipe(path: Path, kind: type[Recipe] = Recipe, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Returns the options that a recipe and those that it inherits from set, by section.
 
     Args:
         path: The file.
         kind: As in `load_recipe`.
+        heirs: The files that inherit from this one.
 
     Raises:
-        ValueError: If one is not YAML, has a key that is unknown, or inherits from itself.
+        ValueError: If a file is not YAML, has an unknown key, or inherits from itself.
     """
-    return _read(path, (), kind)
+    if path.resolve() in heirs:
+        raise ValueError(f"{path} inherits from itself, through {' and '.join(heir.name for heir in heirs)}.")
+    content = _read_yaml(path)
+    base = content.pop("base", None)
+    _refuse_unknown(content, kind, path)
+    if base is None:
+        return content
+    inherited = read_recipe(find_recipe(str(base), beside=path), kind, (*heirs, path.resolve()))
+    return {
+        section: {**(inherited.get(section) or {}), **(content.get(section) or {})}
+        for section in dict.fromkeys([*inherited, *content])
+    }
+
+
+def to_dict(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Returns all options by section as YAML and JSON give them back, which have no tuples."""
+    return {
+        section: {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        for section, values in asdict(recipe).items()
+    }
 
 
 def write_recipe(recipe: Recipe, path: str | os.PathLike) -> None:
-    """Writes a recipe with all of its values."""
+    """Writes a recipe with all of its options."""
     import yaml
 
-    plain = {
-        section: {key: _read_back(value) for key, value in values.items()} for section, values in asdict(recipe).items()
-    }
-    write_text(path, yaml.safe_dump(plain, sort_keys=False))
-
-
-def settings_of(recipe: Recipe, free: Mapping[str, Sequence[str] | None]) -> dict[str, dict[str, Any]]:
-    """Returns a recipe's values by section and key.
-
-    Args:
-        recipe: The recipe.
-        free: Keys by section that are left out; `None` for the whole section.
-    """
-    found = {}
-    for section, values in asdict(recipe).items():
-        left_out = free.get(section, ())
-        if left_out is not None:
-            found[section] = {key: value for key, value in values.items() if key not in left_out}
-    return found
+    write_text(path, yaml.safe_dump(to_dict(recipe), sort_keys=False))
 
 
 def first_difference(
-    before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]
+    before: Mapping[str, Mapping[str, Any]],
+    now: Mapping[str, Mapping[str, Any]],
+    free: Mapping[str, Collection[str] | None],
 ) -> tuple[str, Any, Any] | None:
-    """Returns the first of the settings `now` that was another before, as read from a file: its name, old and new."""
+    """Returns the name, old and new value of the first option that differs between two results of `to_dict`.
+
+    Args:
+        before: The old options.
+        now: The new options.
+        free: Options by section that may differ; `None` for the whole section.
+    """
     for section, values in now.items():
+        ignored = free.get(section, ())
         for key, value in values.items():
             old = before.get(section, {}).get(key)
-            if old != _read_back(value):
+            if ignored is not None and key not in ignored and old != value:
                 return f"{section}.{key}", old, value
     return None
 
 
-def _read_back(value: Any) -> Any:
-    # Neither YAML nor JSON has tuples.
-    return list(value) if isinstance(value, tuple) else value
-
-
 def _names() -> list[str]:
-    names = {path.stem for folder in _folders() for path in folder.glob("*.yaml")}
-    return sorted(name for name in names if not name.startswith(_SHARED))
+    return sorted({file.stem for folder in _folders() for file in folder.glob("[!_]*.yaml")})
 
 
 def _folders() -> list[Path]:
@@ -149,23 +149,8 @@ def _folders() -> list[Path]:
     return [package / "hub_configs", package.parent / "hub_configs"]
 
 
-def _read(path: Path, heirs: tuple[Path, ...], kind: type[Recipe]) -> dict[str, Any]:
-    if path.resolve() in heirs:
-        raise ValueError(f"{path} inherits from itself, through {' and '.join(heir.name for heir in heirs)}.")
-    content = _read_yaml(path)
-    base = content.pop(_BASE, None)
-    _refuse_unknown(content, kind, path)
-    if base is None:
-        return content
-    inherited = _read(find_recipe(str(base), beside=path), (*heirs, path.resolve()), kind)
-    return {
-        section: {**(inherited.get(section) or {}), **(content.get(section) or {})}
-        for section in dict.fromkeys([*inherited, *content])
-    }
-
-
 def _refuse_unknown(content: dict, config_class: type, path: Path, section: str = "") -> None:
-    """Names an unknown key and the nearest known one; the parser would pass over an empty section."""
+    """Raises at an unknown key and suggests the nearest one; the parser would accept an empty unknown section."""
     types = get_type_hints(config_class)
     for key, value in content.items():
         if key not in types:
@@ -179,11 +164,6 @@ def _refuse_unknown(content: dict, config_class: type, path: Path, section: str 
 
 
 def _read_yaml(path: Path) -> dict:
-    """Reads a YAML file that holds a mapping.
-
-    Raises:
-        ValueError: If the file is not YAML, or not a mapping.
-    """
     import yaml
 
     try:

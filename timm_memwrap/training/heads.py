@@ -1,6 +1,6 @@
-"""Training of the head alone: encodings are computed once, and batches are made of them.
+"""What is trained in place of a whole model: its head on encodings, or a head with nothing to read.
 
-Shapes: N samples, D width of an encoding.
+Shapes: B inputs, M memory samples, D width of an encoding.
 """
 
 from collections.abc import Callable
@@ -12,22 +12,23 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
+from timm_memwrap._utils import evaluating
 from timm_memwrap.model import MemoryReadout, MemoryWrapModel
 
-__all__ = ["FrozenClassifier", "FrozenMemory", "encode_images", "freeze"]
+__all__ = ["FrozenClassifier", "FrozenMemory", "WithoutMemory", "encode_images", "freeze"]
 
-# Largest difference between a model's logits and those of its classifier on its own pre-logits.
+# Largest relative difference between a model's logits and those of its classifier on its own pre-logits.
 _TOLERANCE = 1e-4
 
 
 class FrozenClassifier(nn.Module):
-    """A plain timm model's classifier on encodings: `forward_head(x, pre_logits=True)`, `[N, D]`.
+    """A plain timm model's classifier on encodings `[B, D]`, which are `forward_head(x, pre_logits=True)`.
 
     Args:
         model: The model, whose classifier is trained in place.
 
     Raises:
-        ValueError: If the model has not one classifier.
+        ValueError: If the model has more than one classifier.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -38,16 +39,16 @@ class FrozenClassifier(nn.Module):
                 f"{type(model).__name__} has several classifiers, so its backbone cannot be frozen. Train all of it."
             )
         self.classifier = classifier
-        # With fewer images than features, what a random start has outside the span of the encodings stays to the end:
+        # With fewer images than features, what a random start has outside the span of the encodings is never unlearnt:
         # 10 points of accuracy with the range that timm's EfficientNets start from (1,000 CIFAR-10 images).
         for parameter in classifier.parameters():
             nn.init.zeros_(parameter)
         self.drop_rate = float(getattr(model, "drop_rate", 0.0) or 0.0)
-        # In a function, so that it is not a submodule: its other weights are not trained.
+        # In a function, so that the model is not a submodule: its other weights are not trained.
         self._model: Callable[[], Any] = lambda: model
 
     def encode(self, x: Tensor) -> Tensor:
-        """Encodes images, and makes sure that the classifier on encodings is the model."""
+        """Encodes images, and raises if the classifier on encodings is not the model."""
         model = self._model()
         features = model.forward_features(x)
         encoding = model.forward_head(features, pre_logits=True)
@@ -60,28 +61,29 @@ class FrozenClassifier(nn.Module):
         return encoding
 
     def forward(self, encoding: Tensor) -> Tensor:
-        """Classifies encodings `[N, D]`."""
+        """Classifies encodings `[B, D]`."""
         return self.classifier(F.dropout(encoding, self.drop_rate, self.training))
 
 
 class FrozenMemory(nn.Module):
-    """A Memory Wrap model's head on encodings `[N, D]`.
+    """A Memory Wrap model's head on encodings `[B, D]`.
 
     Args:
         model: The model, whose head is trained in place.
 
     Raises:
-        ValueError: If its encodings are logits of the classifier that is to be trained.
+        ValueError: If the model keeps the backbone's classifier, so that its head has nothing to train.
     """
 
     def __init__(self, model: MemoryWrapModel) -> None:
         super().__init__()
         if model.keeps_classifier:
             raise ValueError(
-                f"read_head={model.memory_args['read_head']!r} reads the logits of the classifier that is to be "
-                f"trained. Pass memory.mode=none, which trains the classifier and wraps it afterwards."
+                f"read_head={model.memory_args['read_head']!r} reads with the backbone's own classifier, which is "
+                f"frozen. Pass memory.mode=none, which trains the classifier and wraps it afterwards."
             )
         self.memory_model = model
+        self.encoding_size = model.encoding_size
         model.backbone.requires_grad_(False)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -89,20 +91,33 @@ class FrozenMemory(nn.Module):
         return self.memory_model.encode(x)
 
     def forward(
-        self,
-        encoding: Tensor,
-        memory: Tensor | None = None,
-        return_readout: bool = False,
-        memory_encoding: Tensor | None = None,
-        hidden: Tensor | None = None,
+        self, x: Tensor, memory: Tensor | None = None, hidden: Tensor | None = None, return_readout: bool = False
     ) -> Tensor | MemoryReadout:
-        """Classifies encodings; `memory` is given as encodings too."""
-        given = memory if memory is not None else memory_encoding
-        return self.memory_model.forward_encoding(encoding, given, return_readout, hidden)
+        """Classifies encodings `x`; `memory` are encodings `[M, D]` too."""
+        readout = self.memory_model.read(x, memory, hidden)
+        return readout if return_readout else readout.logits
+
+
+class WithoutMemory(nn.Module):
+    """Classifies inputs `[B, ...]` with nothing to read: the control for a head with a memory.
+
+    The layers and parameters are the same, only the memory vector is always zero.
+
+    Args:
+        model: A `MemoryWrapModel`, or a `FrozenMemory`.
+    """
+
+    def __init__(self, model: MemoryWrapModel | FrozenMemory) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Classifies images, or encodings if the model takes those."""
+        return self.model(x, memory=x.new_zeros(0, self.model.encoding_size))
 
 
 def freeze(model: nn.Module) -> FrozenClassifier | FrozenMemory:
-    """Returns the part of a model that is trained when its backbone is frozen.
+    """Returns the part of a model that is trained while its backbone is frozen.
 
     Raises:
         ValueError: If the model cannot be divided.
@@ -110,14 +125,15 @@ def freeze(model: nn.Module) -> FrozenClassifier | FrozenMemory:
     return FrozenMemory(model) if isinstance(model, MemoryWrapModel) else FrozenClassifier(model)
 
 
-@torch.no_grad()
 def encode_images(
     head: FrozenClassifier | FrozenMemory, whole: nn.Module, loader: DataLoader, device: Any, progress: bool = True
 ) -> TensorDataset:
     """Encodes all images once, in evaluation mode, to a data set of `(encoding, label)`."""
-    whole.eval()
     encodings, labels = [], []
-    with tqdm(total=len(loader.dataset), desc="Encoding", unit="img", disable=not progress) as bar:  # type: ignore[arg-type]
+    with (
+        evaluating(whole),
+        tqdm(total=len(loader.dataset), desc="Encoding", unit="img", disable=not progress) as bar,  # type: ignore[arg-type]
+    ):
         for images, targets in loader:
             encodings.append(head.encode(images.to(device)).float().cpu())
             labels.append(targets)

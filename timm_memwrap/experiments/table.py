@@ -1,22 +1,16 @@
-"""What a comparison came to: means, standard deviations and paired differences, as a table, JSON and a figure."""
+"""The results of a comparison: means, standard deviations and paired differences, as a table and as JSON."""
 
-import logging
 import statistics
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FIGURE_FILE", "RESULTS_FILE", "TABLE_FILE", "ComparisonReport", "plot_growth"]
+__all__ = ["REFERENCE", "ComparisonReport", "Statistic"]
 
-_logger = logging.getLogger(__name__)
-
-RESULTS_FILE, TABLE_FILE, FIGURE_FILE = "results.json", "table.md", "growth.png"
-
-# What the others are compared with, seed by seed.
+# The head that the others are compared with, seed by seed.
 REFERENCE = "linear"
 
-# Columns of the table: title, measure, factor, decimals.
+# Columns: title, measure, factor, decimals.
 _COLUMNS = (
     ("without memory", "accuracy_without_memory", 100, 1),
     ("classes shuffled", "accuracy_shuffled", 100, 1),
@@ -40,11 +34,11 @@ class Statistic:
 
     @classmethod
     def of(cls, values: list[float]) -> "Statistic":
-        """Computes it."""
+        """Computes the statistic of some values."""
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
     def text(self, factor: float, decimals: int, signed: bool = False) -> str:
-        """Says it, e.g. `71.5 ± 0.6`."""
+        """Returns it as text, e.g. `71.5 ± 0.6`."""
         sign = "+" if signed else ""
         mean = f"{factor * self.mean:{sign}.{decimals}f}"
         return mean if self.deviation is None else f"{mean} ± {factor * self.deviation:.{decimals}f}"
@@ -52,12 +46,12 @@ class Statistic:
 
 @dataclass(frozen=True)
 class ComparisonReport:
-    """What a comparison came to.
+    """The results of a comparison.
 
     Args:
         directory: Folder with all of it.
-        measures: By head and seed, what was measured.
-        times: By head, the time of a prediction as a multiple of the plain model's.
+        measures: The measures by head and seed.
+        times: The time of a prediction by head, as a multiple of the plain model's.
     """
 
     directory: Path
@@ -65,12 +59,12 @@ class ComparisonReport:
     times: dict[str, float]
 
     def statistic(self, head: str, measure: str) -> Statistic | None:
-        """Returns a measure over the seeds; `None` for a head that has none."""
+        """Returns a measure over the seeds; `None` if the head does not have it."""
         values = [found[measure] for found in self.measures[head].values() if measure in found]
         return Statistic.of(values) if values else None
 
     def difference(self, head: str, measure: str = "accuracy", reference: str = REFERENCE) -> Statistic | None:
-        """Returns the difference to another head, paired by seed; `None` if either is not there."""
+        """Returns the difference to another head, paired by seed; `None` if either is missing."""
         if head not in self.measures or reference not in self.measures:
             return None
         own, other = self.measures[head], self.measures[reference]
@@ -78,7 +72,7 @@ class ComparisonReport:
         return Statistic.of([own[seed][measure] - other[seed][measure] for seed in pairs]) if pairs else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all of it, to be written as JSON."""
+        """Returns all results as JSON can hold them."""
         heads: dict[str, Any] = {}
         for head, by_seed in self.measures.items():
             names = dict.fromkeys(name for found in by_seed.values() for name in found if name != "growth")
@@ -99,7 +93,7 @@ class ComparisonReport:
         return {"heads": heads}
 
     def __str__(self) -> str:
-        """Says it as a table in Markdown."""
+        """Returns a Markdown table."""
         titles = ["head", "accuracy %", f"to {REFERENCE}", *(title for title, *_ in _COLUMNS), "training", "prediction"]
         rows = [titles, ["---"] * len(titles)]
         trained = self.statistic(REFERENCE, "train_seconds") if REFERENCE in self.measures else None
@@ -141,7 +135,7 @@ class ComparisonReport:
         for head in self.measures:
             for row in self.growth(head):
                 each = row["samples_per_class"]
-                size = "all" if each is None else f"{each} a class, {row['selection']}"
+                size = "all" if each is None else f"{each} per class, {row['selection']}"
                 lines.append(
                     f"| {head} | {size} | {100 * row['accuracy']:.2f} | {100 * row['explanation_accuracy']:.1f} | "
                     f"{100 * row['identical_class_rate']:.1f} | {row['support_size']:.1f} |"
@@ -154,38 +148,3 @@ class ComparisonReport:
             "|---|---|---|---|---|---|",
             *lines,
         ]
-
-
-def plot_growth(report: ComparisonReport, folder: Path) -> Path | None:
-    """Draws accuracy by the size of the memory bank, or says what is missing to draw it; `None` without a bank."""
-    heads = [head for head in report.measures if len(report.growth(head)) > 1]
-    if not heads:
-        return None
-    if find_spec("matplotlib") is None:
-        _logger.warning("%s is not drawn: pip install 'timm-memwrap[plot]'.", FIGURE_FILE)
-        return None
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    # Colours that colour-blind people tell apart (Okabe and Ito).
-    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-    for i, head in enumerate(heads):
-        rows = report.growth(head)
-        first = rows[0]["selection"]
-        line = [(row["memory_size"], row["accuracy"]) for row in rows if row["selection"] in (first, "all")]
-        axes.plot(*zip(*line, strict=True), marker="os^Dv<>"[i % 7], color=colours[i % 7], markersize=4, label=head)
-    reference = report.statistic(REFERENCE, "accuracy") if REFERENCE in report.measures else None
-    if reference is not None:
-        axes.axhline(reference.mean, color="#555555", linestyle="--", label=REFERENCE)
-    axes.set_xscale("log")
-    axes.set_xlabel("samples in the memory")
-    axes.set_title("Accuracy by the size of the memory", loc="left", fontweight="bold")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
-    path = folder / FIGURE_FILE
-    figure.savefig(path, dpi=150)
-    return path

@@ -1,4 +1,4 @@
-"""Evidence for a classifier that is trained already: a memory in one pass over its data, and no training."""
+"""Gives a trained classifier a memory in one pass over its training images, with nothing to train."""
 
 import os
 from dataclasses import dataclass
@@ -7,37 +7,33 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import create_transform
 from torch import nn
 from torch.utils.data import DataLoader
 
 from timm_memwrap.building import build_memory_bank
+from timm_memwrap.data import BATCH_SIZE, Images, data_config, image_mode, open_source
 from timm_memwrap.explaining import ExplanationMetrics, evaluate_explanations
 from timm_memwrap.explaining import calibrate as calibrate_model
-from timm_memwrap.hub import save_pretrained
-from timm_memwrap.loading import FileError
+from timm_memwrap.hub import FileError, save_pretrained
 from timm_memwrap.model import MemoryWrapModel
-from timm_memwrap.registration import wrap
-from timm_memwrap.training.creation import image_mode
-from timm_memwrap.training.datasets import Images, open_source
 from timm_memwrap.training.evaluation import evaluate
 from timm_memwrap.training.processes import Processes
+from timm_memwrap.wrapping import wrap
 
 __all__ = ["WrapReport", "wrap_classifier"]
-
-BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
 class WrapReport:
-    """What wrapping a classifier came to.
+    """The result of wrapping a classifier.
 
     Args:
         directory: Folder with the model and its memory.
         model: The model.
-        plain_accuracy: Accuracy of the classifier as it was, 0 to 1; `None` without data to evaluate with, or if it was
-            a Memory Wrap model already.
-        metrics: What predictions and explanations are worth on these data; `None` without such data.
+        plain_accuracy: Accuracy of the classifier before, 0 to 1; `None` without data to evaluate with, or if it was a
+            Memory Wrap model already.
+        metrics: Metrics of the model and its explanations; `None` without data to evaluate with.
     """
 
     directory: Path
@@ -64,19 +60,19 @@ def wrap_classifier(
 ) -> WrapReport:
     """Gives a trained classifier a memory of training samples, through which it predicts from then on.
 
-    A plain timm model keeps its weights and is read through its own classifier (`timm_memwrap.wrap`); of a model that
-    has a memory already, the memory is built anew.
+    A plain timm model keeps its weights and is read through its own classifier (`timm_memwrap.wrap`). The memory of a
+    model that has one already is built again.
 
     Args:
         model_id: What `timm.create_model` takes: an architecture with its tag, `"hf-hub:..."`, `"local-dir:..."`; or a
             folder.
         data: The training images: an image folder, a tar file, `"digits"`, or a data set that timm can read.
         out: Folder for the model with its memory.
-        checkpoint: A safetensors file with the weights of the architecture `model_id`, instead of pretrained ones.
+        checkpoint: A safetensors file with weights for the architecture `model_id`, instead of pretrained ones.
         split: Split of `data` to remember.
-        val_split: Split to measure with; `None` for none.
-        calibrate: Whether to fit the temperature to `val_split`, if there is one; no predicted class changes.
-        size: How many samples to remember; `None` for all.
+        val_split: Split to evaluate with; `None` for none.
+        calibrate: Whether to fit the temperature to `val_split`, if it is given; no predicted class changes.
+        size: Number of samples to remember; `None` for all.
         selection: As in `build_memory_bank`.
         store_images: As in `build_memory_bank`.
         seed: As in `build_memory_bank`.
@@ -86,19 +82,17 @@ def wrap_classifier(
 
     Raises:
         ValueError: If there is no such model or data, or their classes differ.
-        HubError: If the Hub does not give the model; it is an `OSError`.
+        HubError: If the model cannot be downloaded; it is an `OSError`.
     """
     found = _load(model_id, checkpoint, data, split)
-    in_chans = getattr(found, "in_chans", 3)
-    if in_chans not in (1, 3):
-        raise ValueError(f"{model_id} takes {in_chans} channels; images are read in grey (1) or colour (3).")
+    mode = image_mode(getattr(found, "in_chans", 3))
     names = found.memory_bank.class_names or None if isinstance(found, MemoryWrapModel) else None
-    images = open_source(data, split, names, image_mode(in_chans))
+    images = open_source(data, split, names, mode)
     _check_classes(found, images, model_id)
-    held_out = open_source(data, val_split, images.classes, image_mode(in_chans)) if val_split is not None else None
+    held_out = open_source(data, val_split, images.classes, mode) if val_split is not None else None
 
     found.to(device).eval()
-    transform = create_transform(**resolve_model_data_config(found))
+    transform = create_transform(**data_config(found))
     batches = held_out and DataLoader(held_out.with_transform(transform), BATCH_SIZE, num_workers=workers)
     plain_accuracy = None
     if batches and not isinstance(found, MemoryWrapModel):

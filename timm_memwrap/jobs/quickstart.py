@@ -1,4 +1,4 @@
-"""The main job from end to end, on images that come with scikit-learn."""
+"""Trains, wraps, explains, saves and reloads a small model on images that come with scikit-learn."""
 
 import copy
 import os
@@ -12,34 +12,34 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from timm_memwrap.data import data_config
 from timm_memwrap.explaining import explain, plot_explanations
 from timm_memwrap.hub import save_pretrained
+from timm_memwrap.jobs.train import train
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.training.configuration import Recipe
-from timm_memwrap.training.creation import image_config
-from timm_memwrap.training.training import open_data, train
+from timm_memwrap.training.fitting import open_data
 
 __all__ = ["QuickstartReport", "run_quickstart"]
 
-# Images in the figure.
-_SHOWN = 4
+_SHOWN = 4  # images in the figure
 
 
 @dataclass(frozen=True)
 class QuickstartReport:
-    """What the quickstart measured and left.
+    """The result of the quickstart.
 
     Args:
         plain: Test accuracy of the plain timm model, 0 to 1.
-        memory: Test accuracy of the same weights read through the memory alone.
+        memory: Test accuracy of the same weights, read through the memory alone.
         test_size: Number of test images.
         published: Test accuracy of a model trained with the published Memory Wrap head.
         strongest_agrees: Fraction of test images whose strongest memory sample is of the predicted class.
         support: Mean number of memory samples that a prediction used.
         memory_size: Number of samples in the bank.
         directory: Folder of the saved model.
-        figure: Picture of predictions with the memory samples that they used.
-        reloaded_equal: Whether the model reloaded by stock timm gives bit-identical logits.
+        figure: Figure of predictions with the memory samples that they used.
+        reloaded_equal: Whether the model reloaded with timm gives bit-identical logits.
     """
 
     plain: float
@@ -55,20 +55,19 @@ class QuickstartReport:
 
 
 def run_quickstart(recipe: Recipe, out: str | os.PathLike, progress: bool = True) -> QuickstartReport:
-    """Trains, wraps, remembers, explains, saves and reloads a small model, and trains another with the published head.
+    """Trains, wraps, explains, saves and reloads a model, and trains another with the published head.
 
     Args:
         recipe: What to train and how, with `memory.mode` none.
-        out: Folder for the model and the figure. A training that it holds is replaced.
+        out: Folder for the model and the figure. A training in it is replaced.
         progress: Whether to show progress bars.
 
     Raises:
-        ValueError: If the recipe does not fit.
+        ValueError: If the recipe trains with a memory, or contradicts itself.
     """
     if recipe.memory.mode != "none":
         raise ValueError(
-            f"memory.mode={recipe.memory.mode!r}: the quickstart trains the plain classifier first. Pass none, or use "
-            f"timm-memwrap train."
+            f"memory.mode={recipe.memory.mode!r}: the quickstart trains the plain classifier. Pass none, or call train."
         )
     report = train(recipe, out, overwrite=True, progress=progress)
     assert report.plain_accuracy is not None
@@ -79,7 +78,7 @@ def run_quickstart(recipe: Recipe, out: str | os.PathLike, progress: bool = True
 
     model = report.model
     _, test_data = open_data(recipe, progress=False)
-    loader: DataLoader = DataLoader(test_data.with_transform(create_transform(**image_config(model))), 128)
+    loader: DataLoader = DataLoader(test_data.with_transform(create_transform(**data_config(model))), 128)
     figure = report.directory / "explanations.png"
     shown, labels = _interesting(model, loader)
     plot_explanations(model, shown, explain(model, shown), labels=labels, path=figure)
@@ -104,7 +103,7 @@ def run_quickstart(recipe: Recipe, out: str | os.PathLike, progress: bool = True
 
 @torch.inference_mode()
 def _interesting(model: MemoryWrapModel, loader: DataLoader) -> tuple[Tensor, Tensor]:
-    """Returns the test images that the model is least sure of, one a class: they show the most."""
+    """Returns the images and labels that the model is least sure of, one per class, because they show the most."""
     images = torch.cat([x for x, _ in loader])
     labels = torch.cat([y for _, y in loader])
     best = torch.cat([model(x) for x, _ in loader]).softmax(dim=-1).amax(dim=-1)

@@ -1,0 +1,7 @@
+"""`python -m timm_memwrap.cli`, for torchrun."""
+
+import sys
+
+from timm_memwrap.cli import main
+
+sys.exit(main())

@@ -1,0 +1,110 @@
+"""How a command's arguments are read: recipes by name, hyphens as well as underscores, and one line per mistake."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+__all__ = ["Parser", "expand", "make_parser", "show_progress"]
+
+# Short names of options that recipes have in a section.
+_SHORT = {
+    "--freeze_backbone": "--training.freeze_backbone",
+    "--push": "--hub.push",
+    "--data_dir": "--data.data_dir",
+}
+# Commands that have these sections.
+_WITH_RECIPE = ("train", "compare")
+
+
+class Parser(ArgumentParser):
+    """A parser that reports a mistake in one line."""
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        """Adds an argument; `images` are words, as a shell lists files, where jsonargparse expects one JSON list."""
+        if args == ("images",):
+            kwargs = {"nargs": "+", "type": str, "metavar": "IMAGE", "help": kwargs.get("help")}
+        return super().add_argument(*args, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Prints what is wrong, and exits with status 2."""
+        sys.stderr.write(f"{self.prog}: {' '.join(str(message).split())}\n")
+        sys.exit(2)
+
+
+def make_parser(name: str, function: Callable[..., None]) -> Parser:
+    """Makes the parser of a command from the signature and docstring of its function."""
+    parser = Parser(
+        prog=f"timm-memwrap {name}", description=(function.__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
+    help = "Options from a YAML file, or a recipe that comes with the package, by its name."
+    parser.add_argument("--config", action=ActionConfigFile, help=help)
+    parser.add_function_arguments(function, as_group=False, as_positional=True, sub_configs=True)
+    if name in _WITH_RECIPE:
+        # All options twice would fill the screen.
+        parser.usage = f"{parser.prog} [--config RECIPE] [--SECTION.OPTION VALUE ...]"
+    return parser
+
+
+def expand(args: list[str], command: str, parser: Parser) -> list[str]:
+    """Writes out what may be written in short, and exits with status 2 at an unknown option.
+
+    `--freeze-backbone` becomes `--training.freeze_backbone=true`, `--resume` becomes `--resume=true`, and `--config`
+    takes a recipe that inherits from another, or the name of one that comes with the package.
+
+    Raises:
+        ValueError: If there is no such recipe, or it has unknown keys.
+    """
+    return list(_expanded(args, command, parser))
+
+
+def show_progress(progress: bool | None) -> bool:
+    """Returns whether to show progress bars; by default only in a terminal."""
+    return sys.stderr.isatty() if progress is None else progress
+
+
+def _expanded(args: list[str], command: str, parser: Parser) -> Iterator[str]:
+    short = _SHORT if command in _WITH_RECIPE else {}
+    options = [option for option in parser._option_string_actions if option.startswith("--")]
+    waiting = list(args)
+    while waiting:
+        option = waiting.pop(0)
+        if option == "--":
+            # The rest is not options, whatever it begins with.
+            yield from (option, *waiting)
+            return
+        if not option.startswith("--"):
+            yield option
+            continue
+        given, equals, value = option.partition("=")
+        name = "--" + given[2:].replace("-", "_")
+        name = short.get(name, name)
+        if not _is_known(name, options):
+            near = get_close_matches(name, options, n=1)
+            parser.error(f"there is no option {given}. {f'Did you mean {near[0]}?' if near else 'See --help.'}")
+        if name in ("--help", "--print_config"):
+            yield name + equals + value
+            continue
+        if not equals:
+            # An option without a value is a switch that is turned on.
+            value = waiting.pop(0) if waiting and not waiting[0].startswith("--") else "true"
+        yield f"{name}={_recipe(value) if name == '--config' else value}"
+
+
+def _is_known(name: str, options: list[str]) -> bool:
+    if name in options:
+        return True
+    # Keys of an option that is a dict, e.g. --model.kwargs.depth.
+    parent = name.rpartition(".")[0]
+    return parent in options and not any(option.startswith(f"{parent}.") for option in options)
+
+
+def _recipe(name: str) -> str:
+    """Returns a recipe, with all that it inherits, as text that the parser accepts in place of a file."""
+    from timm_memwrap.experiments.configuration import Comparison
+    from timm_memwrap.training.recipes import find_recipe, read_recipe
+
+    return json.dumps(read_recipe(find_recipe(name), Comparison))

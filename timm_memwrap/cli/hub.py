@@ -1,0 +1,65 @@
+"""The commands that talk to the Hugging Face Hub."""
+
+__all__ = ["inspect", "pull", "push"]
+
+
+def push(
+    folder: str,
+    repo_id: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    message: str = "Push model with its memory",
+    include_images: bool = False,
+) -> None:
+    """Pushes a model with its memory from a folder to the Hugging Face Hub, in one commit.
+
+    Log in first with `hf auth login`, or set HF_TOKEN.
+
+    Args:
+        folder: Folder that save_pretrained or pull wrote.
+        repo_id: The repository, owner/name; created if it does not exist.
+        private: Whether a new repository is private.
+        revision: Branch to push to; created if it does not exist.
+        create_pr: Whether to open a pull request instead.
+        message: First line of the commit message.
+        include_images: Whether to upload the images in the memory.
+    """
+    from timm_memwrap.hub import push_folder
+
+    commit = push_folder(
+        folder,
+        repo_id,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=message,
+        include_images=include_images,
+    )
+    print(f"Pushed {folder} to {repo_id}: {commit.pr_url or commit.commit_url}")
+    print(f'Load it with timm.create_model("hf-hub:{repo_id}", pretrained=True), after import timm_memwrap.')
+
+
+def pull(repo_id: str, folder: str, overwrite: bool = False) -> None:
+    """Downloads a model with its memory from the Hugging Face Hub to a folder, and checks it.
+
+    Args:
+        repo_id: The repository, owner/name or owner/name@revision.
+        folder: Folder to write to; created if it does not exist.
+        overwrite: Whether to replace a model in the folder.
+    """
+    from timm_memwrap.hub import pull as download
+
+    path = download(repo_id, folder, overwrite=overwrite)
+    print(f"Pulled {repo_id} to {path}: {', '.join(sorted(file.name for file in path.iterdir()))}")
+
+
+def inspect(source: str) -> None:
+    """Shows what a model in a folder or on the Hugging Face Hub is, and what it remembers.
+
+    Args:
+        source: A folder, or a repository, owner/name or owner/name@revision.
+    """
+    from timm_memwrap.hub import summarize
+
+    print(summarize(source).report())

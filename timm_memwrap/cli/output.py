@@ -1,0 +1,23 @@
+"""Prints results, as text or as JSON."""
+
+import json
+from typing import Any
+
+__all__ = ["print_result"]
+
+
+def print_result(text: object, values: Any, target: str | None) -> None:
+    """Prints a result as text, and writes its values to a file as JSON, or prints the JSON alone.
+
+    Args:
+        text: The result for people.
+        values: What JSON can hold.
+        target: The file; `"-"` to print the JSON, `None` for no JSON.
+    """
+    from timm_memwrap._utils import write_text
+
+    # ASCII, so that any terminal and any encoding can hold it.
+    dumped = json.dumps(values, indent=2)
+    print(dumped if target == "-" else text)
+    if target not in (None, "-"):
+        print(f"\nWritten: {write_text(target, dumped + chr(10))}")

@@ -1,0 +1,104 @@
+"""The commands that make a model: the quickstart, training, and wrapping a trained classifier."""
+
+from typing import Any
+
+from timm_memwrap.cli.arguments import show_progress
+
+__all__ = ["quickstart", "train", "wrap"]
+
+
+def quickstart(out: str = "quickstart", recipe: str = "quickstart", progress: bool = True) -> None:
+    """Trains a small model on digits, gives it a memory, explains, saves and reloads it, with nothing to download.
+
+    Args:
+        out: Folder for the model and the figure.
+        recipe: Name of a recipe in hub_configs, or path of a YAML file of that form.
+        progress: Whether to show progress bars.
+    """
+    from timm_memwrap.jobs.quickstart import run_quickstart
+    from timm_memwrap.training.recipes import find_recipe, load_recipe
+
+    path = find_recipe(recipe)
+    print(f"Recipe {path}")
+    loaded = load_recipe(path)
+    report = run_quickstart(loaded, out, progress)
+    name = loaded.model.name
+    print(
+        f"\nTest accuracy on scikit-learn's digits, {report.test_size} images\n"
+        f"  {report.plain:7.2%}  plain {name}, trained here\n"
+        f"  {report.memory:7.2%}  the same weights, through a memory of {report.memory_size} training images alone\n"
+        f"  {report.published:7.2%}  memwrap_{name}, trained with the published head\n"
+        f"Evidence: the strongest sample is of the predicted class in {report.strongest_agrees:.1%} of predictions, "
+        f"which use {report.support:.1f} samples on average.\n"
+        f"Reloaded with timm.create_model: logits are "
+        f"{'bit-identical' if report.reloaded_equal else 'DIFFERENT, which is a bug: please report it'}.\n"
+        f"Figure: {report.figure}\n\n"
+        f"Next, in Python:\n"
+        f"  import timm, timm_memwrap\n"
+        f'  model = timm.create_model("local-dir:{report.directory}", pretrained=True).eval()\n'
+        f"  for e in timm_memwrap.explain(model, images): print(e.prediction, e.examples, e.counterfactuals)"
+    )
+
+
+def train(
+    out: str = "output", resume: bool = False, overwrite: bool = False, progress: bool | None = None, **sections: Any
+) -> None:
+    """Trains a model from a recipe, and leaves it with its memory, model card, metrics and curves in a folder.
+
+    Args:
+        out: Folder for all of it.
+        resume: Whether to resume an interrupted training in this folder.
+        overwrite: Whether to start over in a folder that holds a training.
+        progress: Whether to show progress bars; null for only in a terminal.
+        **sections: As of Recipe.
+    """
+    from timm_memwrap.jobs.train import train as run
+    from timm_memwrap.training.configuration import Recipe
+
+    recipe = Recipe(**sections)
+    report = run(recipe, out, resume, overwrite, show_progress(progress))
+    if not report.first:
+        return
+    print(
+        f"\nValidation accuracy\n  {report.accuracy:7.2%}  with the memory of {len(report.model.memory_bank)} samples"
+    )
+    if report.plain_accuracy is not None:
+        print(f"  {report.plain_accuracy:7.2%}  plain {recipe.model.name}")
+    if report.sampled_accuracies:
+        mean = sum(report.sampled_accuracies) / len(report.sampled_accuracies)
+        print(f"  {mean:7.2%}  with {recipe.memory.train_size} training images drawn for each batch, as in the paper")
+    print(
+        f"Evidence: the strongest sample is of the predicted class in {report.metrics.explanation_accuracy:.1%} of "
+        f"predictions, which use {report.metrics.support_size:.1f} samples on average."
+    )
+    _print_saved(report.directory)
+
+
+def wrap(model: str, data: str = "", out: str = "output", progress: bool | None = None, **options: Any) -> None:
+    """Gives a trained classifier a memory in one pass over its training images, with nothing to train.
+
+    Args:
+        model: What timm.create_model takes, e.g. resnet50.a1_in1k, hf-hub:owner/name or local-dir:path; or a folder.
+        data: The training images: an image folder, a tar file, digits, or a data set that timm can read.
+        out: Folder for the model with its memory.
+        progress: Whether to show progress bars; null for only in a terminal.
+        **options: As of wrap_classifier.
+    """
+    from timm_memwrap.jobs.wrap import wrap_classifier
+
+    report = wrap_classifier(model, data, out, progress=show_progress(progress), **options)
+    if report.plain_accuracy is not None:
+        print(f"{report.plain_accuracy:7.2%}  accuracy of the classifier as it was")
+    if report.metrics is not None:
+        print(
+            f"{report.metrics.accuracy:7.2%}  accuracy through its memory of {len(report.model.memory_bank)} samples\n"
+            f"{report.metrics.explanation_accuracy:7.1%}  of the strongest samples are of the predicted class; "
+            f"{report.metrics.support_size:.1f} samples a prediction"
+        )
+    _print_saved(report.directory)
+
+
+def _print_saved(directory: object) -> None:
+    print(
+        f'Saved in {directory}: timm.create_model("local-dir:{directory}", pretrained=True), after import timm_memwrap.'
+    )

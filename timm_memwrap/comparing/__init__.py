@@ -1,1 +1,0 @@
-"""Heads side by side: the same backbone, data, budget and seeds, and what each head's evidence is worth."""

@@ -1,0 +1,1 @@
+"""Experiments: the comparison of heads and the benchmark of costs, which the tables of results are made with."""

@@ -1,0 +1,257 @@
+"""Trains and measures heads side by side, and writes the results to a folder."""
+
+import json
+import logging
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from timm_memwrap import __version__
+from timm_memwrap._utils import check_count, write_text
+from timm_memwrap.experiments.configuration import Comparison
+from timm_memwrap.experiments.heads import CONTROL, Head, parse_head, recipe_of
+from timm_memwrap.experiments.measures import (
+    Encoded,
+    classification_measures,
+    memory_measures,
+    redrawn_measures,
+    remember,
+)
+from timm_memwrap.experiments.plots import plot_growth
+from timm_memwrap.experiments.table import ComparisonReport
+from timm_memwrap.model import MemoryWrapModel
+from timm_memwrap.selection import SELECTIONS, select
+from timm_memwrap.training.fitting import Fitted, check_recipe, fit_recipe
+from timm_memwrap.training.processes import processes
+from timm_memwrap.training.recipes import first_difference, to_dict, write_recipe
+from timm_memwrap.wrapping import wrap
+
+__all__ = ["compare"]
+
+_logger = logging.getLogger(__name__)
+
+_TIMED_BATCH = 32  # inputs of a timed prediction
+# Options in which a comparison may differ from what its folder holds.
+_FREE = {
+    "comparison": ("heads", "seeds", "timing_rounds"),
+    "data": ("workers",),
+    "training": ("device",),
+    "hub": None,
+}
+
+
+def compare(config: Comparison, out: str | os.PathLike, progress: bool = True) -> ComparisonReport:
+    """Trains and measures heads side by side on the same backbone, images, schedule and seeds.
+
+    An interrupted comparison continues in the same folder, and heads or seeds can be added later: `runs/` holds the
+    trainings and `measures/` what was measured, neither of which is repeated; `results.json`, `table.md` and
+    `growth.png` are the results.
+
+    Args:
+        config: What to train, and what to measure.
+        out: The folder; created if it does not exist.
+        progress: Whether to show progress bars.
+
+    Raises:
+        ValueError: If the recipe contradicts itself or the data, a head is unknown, or the folder holds a comparison by
+            another recipe.
+    """
+    out, settings = Path(out), config.comparison
+    heads = {name: parse_head(name) for name in settings.heads}
+    _check(config)
+    _check_folder(config, out)
+    report = ComparisonReport(out, {}, {})
+    with tqdm(total=len(settings.seeds) * len(heads), desc="Comparison", unit="head", disable=not progress) as bar:
+        for seed in settings.seeds:
+            session = _Seed(config, out, seed, progress)
+            for name, head in heads.items():
+                bar.set_postfix({"seed": seed, "head": name})
+                path = out / "measures" / f"seed_{seed}" / f"{name.replace(':', ',')}.json"
+                if not path.exists():
+                    _write_json(path, session.measure(head))
+                report.measures.setdefault(name, {})[seed] = json.loads(path.read_text(encoding="utf-8"))
+                bar.update()
+            if settings.timing_rounds and seed == settings.seeds[0]:
+                path = out / "measures" / f"times_{seed}.json"
+                if not path.exists() or set(heads) - set(json.loads(path.read_text(encoding="utf-8"))):
+                    _write_json(path, session.times(heads, settings.timing_rounds))
+                report.times.update(json.loads(path.read_text(encoding="utf-8")))
+    versions = {"timm_memwrap": __version__, "timm": timm.__version__, "torch": torch.__version__}
+    _write_json(out / "results.json", {"config": asdict(config), "versions": versions, **report.to_dict()})
+    write_text(out / "table.md", f"{report}\n")
+    plot_growth(report, out / "growth.png")
+    return report
+
+
+def _write_json(path: Path, values: Any) -> None:
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def _check(config: Comparison) -> None:
+    settings = config.comparison
+    for name in ("heads", "seeds"):
+        values = getattr(settings, name)
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"comparison.{name}={values!r} is empty or repeats a value. Pass different ones.")
+    check_count("comparison.draws", settings.draws)
+    check_count("comparison.timing_rounds", settings.timing_rounds, at_least=0)
+    for size in settings.samples_per_class:
+        check_count("comparison.samples_per_class", size)
+    unknown = [name for name in settings.selections if name not in SELECTIONS or name == "all"]
+    if unknown:
+        raise ValueError(f"comparison.selections has {unknown[0]!r}. Pass some of balanced, random, kmeans.")
+    if config.hub.push is not None:
+        raise ValueError(f"hub.push={config.hub.push!r}, but a comparison pushes nothing. Train the head you choose.")
+    for name in settings.heads:
+        check_recipe(recipe_of(config, parse_head(name).run, settings.seeds[0]))
+
+
+def _check_folder(config: Comparison, out: Path) -> None:
+    """Raises if the folder holds measures of another comparison; heads and seeds may differ."""
+    path = out / "comparison.yaml"
+    if path.exists():
+        import yaml
+
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        difference = first_difference(before, to_dict(config), _FREE)
+        if difference is not None:
+            name, old, value = difference
+            raise ValueError(
+                f"{str(out)!r} holds a comparison with {name}={old!r}, now it is {value!r}. Pass another --out."
+            )
+    write_recipe(config, path)
+
+
+class _Seed:
+    """The trainings of one seed and the encodings of their images, which several heads share."""
+
+    def __init__(self, config: Comparison, out: Path, seed: int, progress: bool) -> None:
+        self.config, self.out, self.seed, self.progress = config, out, seed, progress
+        self._fitted: dict[str, Fitted] = {}
+        self._encoded: dict[tuple[str, str], Encoded] = {}
+
+    def measure(self, head: Head) -> dict[str, Any]:
+        """Trains what a head needs, unless that is done, and measures the head."""
+        fitted, settings, recipe = self._fit(head.run), self.config.comparison, self.config
+        seconds = sum(row["seconds"] for row in fitted.history)
+        images = len(fitted.images) * len(fitted.history)
+        result: dict[str, Any] = {"train_seconds": seconds, "train_images_per_second": images / seconds}
+        if head.read is None:
+            logits, labels = self._logits(fitted)
+            return result | classification_measures(logits, labels, self.seed)
+        model = head.read(fitted.model).eval()
+        inputs, memory = (self._encode(head.run, part, model.encoding_size) for part in ("held_out", "images"))
+        if head.redrawn:
+            size, batch_size = recipe.memory.train_size, recipe.data.batch_size
+            return result | redrawn_measures(model, inputs, memory, size, batch_size, settings.draws, self.seed)
+        growth = []
+        classes = int(memory.labels.max()) + 1
+        for selection in settings.selections:
+            for each in settings.samples_per_class:
+                if each * classes < memory.size:
+                    chosen = select(selection, memory.labels, memory.encodings, each * classes, self.seed)
+                    remember(model, memory, chosen)
+                    row = {"selection": selection, "samples_per_class": each, "memory_size": len(chosen)}
+                    growth.append(row | memory_measures(model, inputs, self.seed))
+        remember(model, memory, range(memory.size))
+        found = memory_measures(model, inputs, self.seed)
+        return result | found | {"memory_size": memory.size, "growth": growth}
+
+    def times(self, heads: dict[str, Head], rounds: int) -> dict[str, float]:
+        """Times predictions of a batch of images in turn, and returns the median ratios to the plain model's time.
+
+        A head that draws a memory for each batch encodes it with the batch, as it does in evaluation.
+        """
+        plain = self._fit("plain")
+        batch = self._some_images(plain, "held_out", _TIMED_BATCH)
+        drawn = self._some_images(plain, "images", self.config.memory.train_size)
+        calls: dict[str, Callable[[], Any]] = {"plain": lambda: plain.model(batch)}
+        for name, head in heads.items():
+            calls[name] = self._prediction(head, batch, drawn)
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
+        with torch.no_grad():
+            for name, call in [*calls.items()] * (rounds + 1):
+                start = time.perf_counter()
+                call()
+                seconds[name].append(time.perf_counter() - start)
+        # The first round warms up.
+        ratios = {
+            name: [one / plain for one, plain in zip(values[1:], seconds["plain"][1:], strict=True)]
+            for name, values in seconds.items()
+        }
+        return {name: statistics.median(ratios[name]) for name in heads}
+
+    def _prediction(self, head: Head, batch: Tensor, drawn: Tensor) -> Callable[[], Any]:
+        fitted = self._fit(head.run)
+        if head.read is None:
+            return lambda: _without_memory(fitted.model, batch)
+        model = head.read(fitted.model).eval()
+        if head.redrawn:
+            return lambda: model(batch, memory=drawn)
+        memory = self._encode(head.run, "images", model.encoding_size)
+        remember(model, memory, range(memory.size))
+        return lambda: model(batch)
+
+    def _fit(self, run: str) -> Fitted:
+        if run not in self._fitted:
+            _logger.info("%s, seed %d", run, self.seed)
+            recipe = recipe_of(self.config, run, self.seed)
+            folder = self.out / "runs" / run / f"seed_{self.seed}"
+            with processes(recipe.training.device) as env:
+                self._fitted[run] = fit_recipe(recipe, folder, env, progress=self.progress, reads_memory=run != CONTROL)
+        return self._fitted[run]
+
+    def _some_images(self, fitted: Fitted, part: str, count: int) -> Tensor:
+        images = getattr(fitted, part)
+        some = images.at(range(min(count, len(images))))
+        return torch.cat([batch for batch, _ in fitted.batches(some)]).to(fitted.processes.device)
+
+    @torch.no_grad()
+    def _encode(self, run: str, part: str, width: int) -> Encoded:
+        """Encodes training or validation images once for all heads of a run, which read the first `width` columns."""
+        if (run, part) not in self._encoded:
+            fitted = self._fit(run)
+            model = wrap(fitted.model) if run == "plain" else fitted.model
+            assert isinstance(model, MemoryWrapModel)
+            model.eval()
+            batches = tqdm(
+                fitted.batches(getattr(fitted, part)),
+                desc=f"Encoding: {run}, {part}",
+                unit="batch",
+                disable=not self.progress,
+                leave=False,
+            )
+            device = fitted.processes.device
+            pairs = [(model.encode(images.to(device)).float(), labels.to(device)) for images, labels in batches]
+            encodings, labels = map(torch.cat, zip(*pairs, strict=True))
+            self._encoded[run, part] = Encoded(encodings, labels)
+        found = self._encoded[run, part]
+        return Encoded(found.encodings[:, :width], found.labels)
+
+    @torch.no_grad()
+    def _logits(self, fitted: Fitted) -> tuple[Tensor, Tensor]:
+        """Classifies the validation images without a memory."""
+        device = fitted.processes.device
+        pairs = [
+            (_without_memory(fitted.model, images.to(device)).float(), labels.to(device))
+            for images, labels in fitted.batches(fitted.held_out)
+        ]
+        logits, labels = map(torch.cat, zip(*pairs, strict=True))
+        return logits, labels
+
+
+def _without_memory(model: nn.Module, images: Tensor) -> Tensor:
+    if not isinstance(model, MemoryWrapModel):
+        return model(images)
+    logits = model(images, memory=images.new_zeros(0, model.encoding_size))
+    assert isinstance(logits, Tensor)
+    return logits

@@ -1,0 +1,191 @@
+"""The heads that can be compared: what each is trained as, and how it then reads a memory.
+
+Shapes: B inputs, M memory samples.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from timm_memwrap.attention import MASKED, scores
+from timm_memwrap.layers import LabelVote
+from timm_memwrap.memory_args import OWN_READ_HEADS
+from timm_memwrap.memory_layer import PreparedMemory, Read
+from timm_memwrap.model import MemoryWrapModel
+from timm_memwrap.training.configuration import Recipe
+from timm_memwrap.wrapping import wrap
+
+__all__ = ["HEADS", "RUNS", "Head", "NearestNeighbours", "SoftmaxVote", "parse_head", "recipe_of"]
+
+NEIGHBOURS = 10
+# Scale of the softmax vote, as is usual for cosine similarities (a temperature of 0.05).
+SOFTMAX_SCALE = 20.0
+
+
+class _Vote(LabelVote):
+    """A vote with other weights than the sparsemax, which no index finds."""
+
+    def read(self, query: Tensor, memory: PreparedMemory, hidden: Tensor | None = None, ranked: bool = True) -> Read:
+        """Reads a memory. See `MemoryLayer.read`."""
+        return super().read(query, memory._replace(index=None), hidden, ranked)
+
+
+class NearestNeighbours(_Vote):
+    """The k nearest neighbours, which have the same vote each.
+
+    Args:
+        encoder_output_dim: As in `LabelVote`.
+        output_dim: As in `LabelVote`.
+        neighbours: Number of samples that vote; all of a memory that has fewer.
+    """
+
+    def __init__(self, encoder_output_dim: int, output_dim: int, neighbours: int = NEIGHBOURS) -> None:
+        super().__init__(encoder_output_dim, output_dim, head=nn.Identity())
+        self.neighbours = neighbours
+
+    def _weigh_all(self, query: Tensor, memory: PreparedMemory, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        found = scores(query, memory.keys)
+        visible = found if mask is None else found.masked_fill(mask, MASKED)
+        best, positions = visible.topk(min(self.neighbours, memory.size), dim=-1)
+        votes = (best > MASKED / 2).float()
+        weights = votes / votes.sum(dim=-1, keepdim=True).clamp(min=1)
+        return torch.zeros_like(found).scatter(1, positions, weights), found
+
+
+class SoftmaxVote(_Vote):
+    """The Nadaraya-Watson estimator: all samples vote, by the softmax of their similarities.
+
+    This is the kernel of the NW head (Wang and Sabuncu 2022, https://arxiv.org/abs/2212.03411), on the features of the
+    plain classifier instead of its own.
+
+    Args:
+        encoder_output_dim: As in `LabelVote`.
+        output_dim: As in `LabelVote`.
+        scale: Factor on the similarities.
+    """
+
+    def __init__(self, encoder_output_dim: int, output_dim: int, scale: float = SOFTMAX_SCALE) -> None:
+        super().__init__(encoder_output_dim, output_dim, head=nn.Identity(), scale=scale)
+
+    def _weigh_all(self, query: Tensor, memory: PreparedMemory, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        found = scores(query, memory.keys)
+        visible = found * self.scale if mask is None else (found * self.scale).masked_fill(mask, MASKED)
+        return visible.softmax(dim=-1), found
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head of a comparison.
+
+    Args:
+        run: The training that it needs, one of `RUNS`. Heads of the same run share its weights.
+        read: Makes the model that reads a memory from the trained one; `None` for a head that reads none.
+        redrawn: Whether a memory is drawn for each batch, as in the paper, instead of a bank.
+    """
+
+    run: str
+    read: Callable[[nn.Module], MemoryWrapModel] | None = None
+    redrawn: bool = False
+
+
+# How a training differs from the recipe, by section.
+RUNS: dict[str, dict[str, dict[str, Any]]] = {
+    "plain": {"memory": {"mode": "none"}},
+    "mlp": {"memory": {"mode": "batch"}, "model": {"read_head": "identity"}},
+    "batch": {"memory": {"mode": "batch"}},
+    "queue": {"memory": {"mode": "queue"}},
+    "sample": {"memory": {"mode": "sample"}, "model": {"read_head": "identity"}},
+    "sample_baseline": {"memory": {"mode": "sample"}, "model": {"read_head": "identity", "memory_only": True}},
+}
+# The run that is trained and evaluated with nothing to read.
+CONTROL = "mlp"
+
+
+def _as_trained(model: nn.Module) -> MemoryWrapModel:
+    assert isinstance(model, MemoryWrapModel)
+    # Two heads of the same run have a bank each.
+    return copy.deepcopy(model)
+
+
+def _vote(layer: Callable[[int, int], LabelVote]) -> Callable[[nn.Module], MemoryWrapModel]:
+    def read(model: nn.Module) -> MemoryWrapModel:
+        voting = wrap(model, read_head="identity", classifier="vote")
+        voting.head = layer(voting.encoding_size, voting.num_classes)
+        return voting
+
+    return read
+
+
+def _wrapped(**options: Any) -> Callable[[nn.Module], MemoryWrapModel]:
+    def read(model: nn.Module) -> MemoryWrapModel:
+        temperature = options.get("temperature", 1.0)
+        wrapped = wrap(model, **{name: value for name, value in options.items() if name != "temperature"})
+        wrapped.temperature = temperature
+        return wrapped
+
+    return read
+
+
+HEADS: dict[str, Head] = {
+    "linear": Head("plain"),  # the plain timm classifier
+    "mlp": Head("mlp"),  # the published head's MLP with nothing to read
+    "knn": Head("plain", _vote(NearestNeighbours)),
+    "nadaraya_watson": Head("plain", _vote(SoftmaxVote)),
+    "published": Head("sample", _as_trained, redrawn=True),
+    "published_bank": Head("sample", _as_trained),  # the same weights, reading a bank
+    "published_baseline": Head("sample_baseline", _as_trained, redrawn=True),  # the paper's memory-only head
+    "batch": Head("batch", _as_trained),
+    "queue": Head("queue", _as_trained),
+    "vote": Head("plain", _wrapped(classifier="vote")),
+    **{name: Head("plain", _wrapped(read_head=name)) for name in ("logits", "pre_logits", "probabilities")},
+}
+_OPTIONS: dict[str, Callable[[str], Any]] = {
+    "scale": float,
+    "temperature": float,
+    "classifier": str,
+    "distance": str,
+}
+
+
+def parse_head(text: str) -> Head:
+    """Returns a head by its name; options of `wrap` may follow that of a wrapped classifier, as in `logits:scale=5`.
+
+    Raises:
+        ValueError: If there is no such head or option.
+    """
+    name, *options = text.split(":")
+    if name not in HEADS:
+        near = get_close_matches(name, HEADS, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Known are {', '.join(map(repr, HEADS))}."
+        raise ValueError(f"Unknown head {name!r} in comparison.heads. {hint}")
+    if not options:
+        return HEADS[name]
+    if name not in OWN_READ_HEADS:
+        raise ValueError(f"{text!r} in comparison.heads: {name!r} takes no options, {', '.join(OWN_READ_HEADS)} do.")
+    given: dict[str, Any] = {}
+    for option in options:
+        key, _, value = option.partition("=")
+        try:
+            given[key] = _OPTIONS[key](value)
+        except (KeyError, ValueError):
+            raise ValueError(
+                f"{option!r} in comparison.heads is not an option. Expected key=value with one of "
+                f"{', '.join(_OPTIONS)}, e.g. {name}:scale=5."
+            ) from None
+    return replace(HEADS[name], read=_wrapped(read_head=name, **given))
+
+
+def recipe_of(recipe: Recipe, run: str, seed: int) -> Recipe:
+    """Returns the recipe of a run: the comparison's with the run's differences and the seed."""
+    changes = RUNS[run]
+    return Recipe(
+        model=replace(recipe.model, **changes.get("model", {})),
+        data=replace(recipe.data, subset_seed=seed),
+        training=replace(recipe.training, seed=seed),
+        memory=replace(recipe.memory, **changes["memory"]),
+    )

@@ -1,0 +1,120 @@
+"""Times calls in turn, and shows the measurements as a table."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = ["Call", "Row", "make_rows", "measure", "table"]
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement.
+
+    Args:
+        part: The part of the benchmark.
+        what: Which of the things compared.
+        milliseconds: Median time.
+        ratio: Median over rounds of the time divided by the anchor's time in the same round.
+        anchor: What it is divided by.
+        budget: Largest ratio that the project allows itself, if there is one.
+        model: The backbone.
+        img_size: Size of the images.
+        batch_size: Images, or queries, at a time.
+        bank_size: Samples in the memory.
+        recall: Fraction of the exact weights that an approximate read finds.
+        agreement: Fraction of queries for which an approximate read gives most weight to the same class.
+    """
+
+    part: str
+    what: str
+    milliseconds: float
+    ratio: float
+    anchor: str
+    budget: float | None = None
+    model: str = ""
+    img_size: int | None = None
+    batch_size: int | None = None
+    bank_size: int | None = None
+    recall: float | None = None
+    agreement: float | None = None
+
+
+def measure(calls: Mapping[str, Call], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
+    """Times each call once per round, in turn, after a first round that does not count; in milliseconds."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(rounds + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            if i:
+                times[name].append((time.perf_counter() - start) * 1000)
+    return times
+
+
+def make_rows(
+    times: Mapping[str, Sequence[float]],
+    part: str,
+    anchor: str,
+    budgets: Mapping[str, float | None] | None = None,
+    **setting: Any,
+) -> list[Row]:
+    """Makes a row of each series of times.
+
+    Args:
+        times: What `measure` returned.
+        part: The part of the benchmark.
+        anchor: The series that the others are divided by.
+        budgets: Largest allowed ratios by name.
+        **setting: Further fields that the rows share.
+    """
+    return [
+        Row(
+            part=part,
+            what=what,
+            milliseconds=statistics.median(values),
+            ratio=statistics.median(a / b for a, b in zip(values, times[anchor], strict=True)),
+            anchor=anchor,
+            budget=(budgets or {}).get(what),
+            **setting,
+        )
+        for what, values in times.items()
+    ]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Returns the measurements as a Markdown table."""
+    header = ("part", "model", "images", "batch", "memory", "what", "ms", "ratio", "budget or recall")
+    lines = [
+        (
+            row.part,
+            row.model,
+            "" if row.img_size is None else f"{row.img_size} px",
+            "" if row.batch_size is None else str(row.batch_size),
+            "" if row.bank_size is None else f"{row.bank_size:,}",
+            row.what,
+            f"{row.milliseconds:.2f}",
+            "1" if row.what.endswith(row.anchor) else f"{row.ratio:.3f}",
+            _remark(row),
+        )
+        for row in rows
+    ]
+    widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
+    shown = (header, tuple("-" * width for width in widths), *lines)
+    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in shown)
+
+
+def _remark(row: Row) -> str:
+    if row.budget is not None:
+        return f"{row.budget:.3g} {'met' if row.ratio <= row.budget else 'MISSED'}"
+    if row.recall is not None:
+        return f"recall {row.recall:.1%}, same class {row.agreement:.0%}"
+    return ""

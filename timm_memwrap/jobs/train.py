@@ -1,0 +1,184 @@
+"""Trains the model of a recipe, and leaves it with its memory, card, metrics and curves in a folder."""
+
+import json
+import logging
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from timm_memwrap import __version__
+from timm_memwrap._utils import write_text
+from timm_memwrap.explaining import ExplanationMetrics, calibrate, evaluate_explanations
+from timm_memwrap.hub import check_repo_id, push_to_hub, save_pretrained
+from timm_memwrap.jobs.curves import plot_curves
+from timm_memwrap.model import MemoryWrapModel
+from timm_memwrap.training.configuration import Recipe
+from timm_memwrap.training.creation import wrap_trained
+from timm_memwrap.training.evaluation import evaluate, sampled_accuracy
+from timm_memwrap.training.fitting import Fitted, check_recipe, fit_recipe
+from timm_memwrap.training.processes import processes
+
+__all__ = ["TrainingReport", "train"]
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """The result of a training.
+
+    Args:
+        directory: Folder with the model and all else.
+        model: The model with its memory.
+        accuracy: Validation accuracy of the model with its memory, 0 to 1.
+        plain_accuracy: Validation accuracy of the plain classifier, with `memory.mode` none.
+        sampled_accuracies: Validation accuracies by the paper's protocol, if they were asked for.
+        metrics: Metrics of the explanations on the validation images.
+        history: A row of metrics for each epoch.
+        seconds: Duration of the training, with its evaluations.
+        first: Whether this process wrote the files.
+    """
+
+    directory: Path
+    model: MemoryWrapModel
+    accuracy: float
+    plain_accuracy: float | None
+    sampled_accuracies: list[float]
+    metrics: ExplanationMetrics
+    history: list[dict[str, Any]]
+    seconds: float
+    first: bool
+
+
+def train(
+    recipe: Recipe,
+    out: str | os.PathLike,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> TrainingReport:
+    """Trains the model of a recipe, builds its memory, evaluates and saves it, and pushes it if the recipe says so.
+
+    The folder gets `model.safetensors`, `config.json` and `README.md`, which timm and the Hub read; `recipe.yaml`,
+    `metrics.csv`, `summary.json`, `curves.png`; and `checkpoints/`, from which an interrupted training resumes. Started
+    with `torchrun`, all processes make this call; the first writes.
+
+    Args:
+        recipe: What to train and how.
+        out: The folder; created if it does not exist.
+        resume: Whether to resume an interrupted training in the folder. The result is that of one without interruption,
+            bit for bit with one process on a CPU in full precision (PyTorch's own bfloat16 gradients differ from run to
+            run).
+        overwrite: Whether to start over in a folder that holds a training.
+        progress: Whether to show progress bars; `None` for only in a terminal.
+
+    Raises:
+        ValueError: If the recipe contradicts itself or the data, or the loss is not finite.
+    """
+    check_recipe(recipe)
+    if recipe.hub.push is not None:
+        check_repo_id(recipe.hub.push)
+    out, progress = Path(out), sys.stderr.isatty() if progress is None else progress
+    start = time.perf_counter()
+    with processes(recipe.training.device) as env:
+        try:
+            fitted = fit_recipe(recipe, out, env, resume, overwrite, progress)
+            report = _finish(fitted, out, time.perf_counter() - start)
+            env.wait()
+        except KeyboardInterrupt:
+            _logger.warning("Interrupted. The last complete epoch is kept in %s; continue with --resume.", out)
+            raise
+    return report
+
+
+def _finish(fitted: Fitted, out: Path, seconds: float) -> TrainingReport:
+    """Gives a fitted model its memory and temperature, evaluates it, and writes it on the first process."""
+    recipe, env, model, progress = fitted.recipe, fitted.processes, fitted.model, fitted.progress
+    memory, plain_accuracy = recipe.memory, None
+    if not isinstance(model, MemoryWrapModel):
+        plain_accuracy = evaluate(model, fitted.eval_batches, env)["accuracy"]
+        model = wrap_trained(model, recipe.model).eval()
+    fitted.remember(model, memory.store_images, progress)
+    # Each process evaluates all images, so that none waits for another through a long evaluation.
+    loader = fitted.batches(fitted.held_out)
+    if memory.calibrate or (memory.calibrate is None and memory.mode == "none" and recipe.model.temperature is None):
+        calibrate(model, loader, progress)
+    metrics = evaluate_explanations(model, loader, progress=progress)
+    sampled = []
+    if memory.sampled_evaluations:
+        sampled = sampled_accuracy(
+            model, loader, fitted.memory_images, memory.train_size, memory.sampled_evaluations, recipe.training.seed
+        )
+    report = TrainingReport(
+        out, model, metrics.accuracy, plain_accuracy, sampled, metrics, fitted.history, seconds, env.first
+    )
+    if env.first:
+        _write(fitted, report)
+    return report
+
+
+def _write(fitted: Fitted, report: TrainingReport) -> None:
+    """Writes the model with its card, the summary and the curves, and pushes if the recipe says so."""
+    recipe, metrics, plain = fitted.recipe, report.metrics, report.plain_accuracy
+    data, hub = recipe.data, recipe.hub
+    curves = plot_curves(report.history, report.directory / "curves.png", None if plain is None else report.accuracy)
+    common = {"dataset": data.dataset or Path(data.data_dir or "data").name, "split": data.val_split or "held out"}
+    if hub.dataset_id is not None:
+        common["dataset_id"] = hub.dataset_id
+    values = {"accuracy": metrics.accuracy}
+    if plain is not None:
+        values["accuracy of the plain classifier"] = plain
+    values |= {"explanation accuracy": metrics.explanation_accuracy, "samples a prediction": metrics.support_size}
+    card: dict[str, Any] = {
+        "results": [{"metric": name, "value": value, **common} for name, value in values.items()],
+        "description": _describe(fitted),
+    }
+    if hub.license is not None:
+        card["license"] = hub.license
+    if hub.dataset_id is not None:
+        card["datasets"] = [hub.dataset_id]
+    save_pretrained(report.model, report.directory, model_card=card, overwrite_card=True)
+    summary = {
+        "model": recipe.model.name,
+        "memory_mode": recipe.memory.mode,
+        "train_images": len(fitted.images),
+        "val_images": len(fitted.held_out),
+        "classes": len(fitted.images.classes),
+        "memory_size": len(report.model.memory_bank),
+        "accuracy": report.accuracy,
+        "plain_accuracy": plain,
+        "sampled_accuracies": report.sampled_accuracies,
+        "explanations": metrics.to_dict(),
+        "seconds": report.seconds,
+        "curves": curves.name if curves is not None else None,
+        "versions": {"timm_memwrap": __version__, "timm": timm.__version__, "torch": torch.__version__},
+    }
+    write_text(report.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
+    if hub.push is not None:
+        commit = push_to_hub(
+            report.model, hub.push, private=hub.private, include_images=hub.include_images, model_card=card
+        )
+        _logger.info("Pushed to %s: %s", hub.push, commit.commit_url)
+
+
+def _describe(fitted: Fitted) -> str:
+    recipe, config = fitted.recipe, fitted.recipe.training
+    start = "from pretrained weights" if recipe.model.pretrained or recipe.model.pretrained_path else "from scratch"
+    part = "the head alone, on a frozen backbone" if config.freeze_backbone else "all weights"
+    how = {
+        "none": "The plain classifier was trained, and is read through the memory.",
+        "batch": "In training, the memory was the rest of the batch.",
+        "sample": f"In training, the memory was {recipe.memory.train_size} images drawn for each step.",
+        "queue": f"In training, the memory was the {recipe.memory.train_size} most recent encodings.",
+    }[recipe.memory.mode]
+    chosen = " The weights are of the best epoch by validation accuracy." if config.keep == "best" else ""
+    return (
+        f"Trained {start} ({part}) on {len(fitted.images)} images for {config.epochs} epochs, evaluated on "
+        f"{len(fitted.held_out)} others. {how}{chosen}"
+    )

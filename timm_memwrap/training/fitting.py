@@ -1,0 +1,299 @@
+"""From a recipe to a fitted model: its data, its model, the loop, and the weights that are kept."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import create_transform
+from timm.task import ClassificationTask
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from timm_memwrap._utils import check_count
+from timm_memwrap.building import build_memory_bank
+from timm_memwrap.data import DIGITS, Images, data_config, image_mode, open_dataset, split_off
+from timm_memwrap.model import MemoryWrapModel
+from timm_memwrap.selection import select
+from timm_memwrap.training.checkpoint import Checkpoints
+from timm_memwrap.training.configuration import Recipe
+from timm_memwrap.training.creation import check_model_config, create_model
+from timm_memwrap.training.evaluation import evaluate
+from timm_memwrap.training.heads import FrozenMemory, WithoutMemory, encode_images, freeze
+from timm_memwrap.training.loaders import (
+    MemoryCollate,
+    Numbered,
+    check_batch_size,
+    create_mixup,
+    eval_loader,
+    train_loader,
+)
+from timm_memwrap.training.loop import fit
+from timm_memwrap.training.outputs import tensorboard, write_metrics
+from timm_memwrap.training.processes import Processes
+from timm_memwrap.training.recipes import write_recipe
+from timm_memwrap.training.task import MemoryWrapTask
+
+__all__ = ["Fitted", "check_recipe", "fit_recipe", "in_chans_of", "open_data"]
+
+_logger = logging.getLogger(__name__)
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raises if a recipe contradicts itself, before any data is read.
+
+    Raises:
+        ValueError: If so.
+    """
+    config, memory = recipe.training, recipe.memory
+    check_model_config(recipe.model, memory.mode)
+    for name in ("epochs", "val_interval", "grad_accum_steps"):
+        check_count(f"training.{name}", getattr(config, name))
+    check_count("memory.train_size", memory.train_size)
+    check_count("memory.size", memory.size, none=True)
+    check_count("memory.sampled_evaluations", memory.sampled_evaluations, at_least=0)
+    if memory.calibrate and recipe.model.temperature is not None:
+        raise ValueError(
+            f"model.temperature={recipe.model.temperature}, but memory.calibrate would replace it. Set one of the two."
+        )
+    if config.freeze_backbone and (recipe.data.mixup or recipe.data.cutmix):
+        raise ValueError(
+            "training.freeze_backbone trains on encodings, which Mixup cannot mix. Set data.mixup and data.cutmix to 0."
+        )
+
+
+def in_chans_of(recipe: Recipe) -> int:
+    """Returns the number of channels of a recipe's images."""
+    return recipe.model.in_chans or (1 if recipe.data.dataset == DIGITS else 3)
+
+
+def open_data(recipe: Recipe, progress: bool) -> tuple[Images, Images]:
+    """Opens the training and validation images of a recipe.
+
+    Raises:
+        ValueError: If there are none, or of one class only.
+    """
+    data, mode = recipe.data, image_mode(in_chans_of(recipe))
+    images = open_dataset(data.dataset, data.data_dir, data.train_split, mode=mode, download=data.download)
+    if len(set(images.targets)) < 2:
+        raise ValueError(
+            f"{images.name} has images of one class only, {images.classes[images.targets[0]]!r}. Pass a folder with a "
+            f"folder for each class."
+        )
+    held_out = None
+    if data.val_split is not None:
+        if data.dataset != DIGITS and data.val_split == data.train_split:
+            raise ValueError(f"data.val_split and data.train_split are both {data.train_split!r}. Pass two splits.")
+        held_out = open_dataset(
+            data.dataset, data.data_dir, data.val_split, images.classes, mode=mode, download=data.download
+        )
+    if data.unreadable == "skip":
+        images, held_out = images.readable(progress), held_out and held_out.readable(progress)
+    if held_out is None:
+        images, held_out = split_off(images, data.val_fraction, data.subset_seed)
+    return images.subset(data.train_samples, data.subset_seed), held_out.subset(data.val_samples, data.subset_seed)
+
+
+def fit_recipe(
+    recipe: Recipe,
+    out: str | os.PathLike,
+    processes: Processes,
+    resume: bool = True,
+    overwrite: bool = False,
+    progress: bool = True,
+    reads_memory: bool = True,
+) -> "Fitted":
+    """Trains the model of a recipe.
+
+    Writes `recipe.yaml`, `metrics.csv`, TensorBoard events if enabled, and `checkpoints/`, from which it resumes: a
+    second call with the same arguments only loads.
+
+    Args:
+        recipe: What to train and how.
+        out: The folder; created if it does not exist.
+        processes: The processes, which all make this call; the first writes.
+        resume: Whether to resume an interrupted training in the folder.
+        overwrite: Whether to start over in a folder that holds a training.
+        progress: Whether to show progress bars.
+        reads_memory: Whether a head with a memory reads it. Otherwise it is a control: the same layers, trained and
+            evaluated with nothing to read.
+
+    Raises:
+        ValueError: If the recipe contradicts itself or the data, the folder holds another training, or the loss is not
+            finite.
+    """
+    out, config = Path(out), recipe.training
+    check_recipe(recipe)
+    # The first process before the others, because it may delete what they would read.
+    checkpoints = Checkpoints(out / "checkpoints", recipe, resume, overwrite) if processes.first else None
+    processes.wait()
+    checkpoints = checkpoints or Checkpoints(out / "checkpoints", recipe, resume)
+    if processes.first:
+        write_recipe(recipe, out / "recipe.yaml")
+    images, held_out = open_data(recipe, progress and processes.first)
+    if recipe.memory.size is not None and recipe.memory.size > len(images):
+        raise ValueError(
+            f"memory.size={recipe.memory.size}, but there are {len(images)} training images. Pass at most that, or "
+            f"null for all."
+        )
+    torch.manual_seed(config.seed)
+    model = create_model(recipe.model, recipe.data, recipe.memory.mode, len(images.classes), in_chans_of(recipe))
+    layout = torch.channels_last if config.channels_last else torch.preserve_format
+    model.to(processes.device, memory_format=layout)  # type: ignore[call-overload]
+    _logger.info(
+        "%s on %d images of %d classes (%s), %d for validation, on %s.",
+        recipe.model.name,
+        len(images),
+        len(images.classes),
+        images.name,
+        len(held_out),
+        processes.device,
+    )
+    write_events = tensorboard(out) if config.tensorboard and processes.first else None
+
+    def on_epoch(rows: list[dict[str, Any]]) -> None:
+        write_metrics(rows, out)
+        if write_events is not None:
+            write_events(rows)
+
+    fitted = Fitted(recipe, processes, model, images, held_out, progress and processes.first, reads_memory)
+    task, loader, validate = fitted.head_alone() if config.freeze_backbone else fitted.whole()
+    fitted.history += fit(
+        task,
+        loader,
+        config,
+        processes,
+        validate,
+        create_mixup(recipe.data, config.smoothing, len(images.classes)),
+        checkpoints,
+        fitted.progress,
+        on_epoch,
+    )
+    processes.wait()
+    _load_kept_weights(task, config.keep, config.model_ema, checkpoints)
+    model.requires_grad_(True).eval()
+    return fitted
+
+
+class Fitted:
+    """A model that is trained, its data, and how it is evaluated.
+
+    Attributes:
+        model: The model; after training in evaluation mode, without a memory bank.
+        images: The training images.
+        held_out: The validation images.
+        memory_images: The training images with the evaluation transform.
+        eval_batches: This process's batches of the validation images.
+        history: A row of metrics for each epoch.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        processes: Processes,
+        model: nn.Module,
+        images: Images,
+        held_out: Images,
+        progress: bool,
+        reads_memory: bool,
+    ) -> None:
+        self.recipe, self.processes, self.model = recipe, processes, model
+        self.images, self.held_out = images, held_out
+        self.progress, self.reads_memory = progress, reads_memory
+        self.history: list[dict[str, Any]] = []
+        self.data_config = data_config(model)
+        self.memory_images = images.with_transform(create_transform(**self.data_config))
+        self.eval_batches = self.batches(held_out, processes.rank, processes.world_size)
+
+    def batches(self, images: Images, rank: int = 0, world_size: int = 1) -> DataLoader:
+        """Makes batches of images in order, as for evaluation."""
+        return eval_loader(images, self.recipe.data, self.data_config, rank, world_size)
+
+    def remember(self, model: MemoryWrapModel, store_images: bool, progress: bool) -> None:
+        """Builds the memory bank for the weights that the model has now."""
+        recipe = self.recipe
+        build_memory_bank(
+            model,
+            DataLoader(self.memory_images, recipe.data.batch_size, num_workers=recipe.data.workers),
+            size=recipe.memory.size,
+            selection=recipe.memory.selection,
+            store_images=store_images,
+            seed=recipe.training.seed,
+            progress=progress,
+            class_names=self.images.classes,
+            dataset_name=recipe.data.dataset or self.images.name,
+            distributed=self.processes.distributed,
+        )
+
+    def whole(self) -> tuple[ClassificationTask, DataLoader, Any]:
+        """Returns what `fit` needs to train all weights."""
+        memory, distributed = self.recipe.memory, self.processes.distributed
+        loader = train_loader(
+            self.images, self.recipe.data, self.data_config, memory.mode, memory.train_size, distributed
+        )
+        return self._task(self.model), loader, self._validate
+
+    def head_alone(self) -> tuple[ClassificationTask, DataLoader, Any]:
+        """Returns what `fit` needs to train the head on encodings."""
+        recipe, processes = self.recipe, self.processes
+        memory, batch_size = recipe.memory, recipe.data.batch_size
+        check_batch_size(len(self.images), recipe.data, memory.mode)
+        head = freeze(self.model)
+        known, unseen = (
+            encode_images(head, self.model, self.batches(part), processes.device, self.progress)
+            for part in (self.images, self.held_out)
+        )
+        numbered = Numbered(known)
+        sampler: Any = DistributedSampler(numbered, drop_last=True) if processes.distributed else None
+        loader: DataLoader = DataLoader(
+            numbered,
+            batch_size,
+            shuffle=sampler is None,
+            sampler=sampler,
+            drop_last=True,
+            collate_fn=MemoryCollate(numbered, memory.mode, memory.train_size, batch_size),
+        )
+        kwargs: dict[str, Any] = {}
+        if isinstance(head, FrozenMemory) and self.reads_memory:
+            encodings, size = known.tensors[0], None if memory.selection == "all" else memory.size
+            labels = torch.tensor(self.images.targets)
+            chosen = select(memory.selection, labels, encodings, size, recipe.training.seed)
+            kwargs["memory"] = encodings[chosen].to(processes.device)
+        mine = TensorDataset(*(tensor[processes.rank :: processes.world_size] for tensor in unseen.tensors))
+        batches = DataLoader(mine, batch_size)
+        return self._task(head), loader, lambda module: evaluate(module, batches, processes, **kwargs)
+
+    def _task(self, module: Any) -> ClassificationTask:
+        recipe = self.recipe
+        mixed = bool(recipe.data.mixup or recipe.data.cutmix)
+        criterion = {"soft_targets": True} if mixed else {"smoothing": recipe.training.smoothing}
+        common: dict[str, Any] = {
+            "criterion_kwargs": criterion,
+            "device": self.processes.device,
+            "verbose": False,
+        }
+        if not self.reads_memory:
+            return ClassificationTask(WithoutMemory(module), **common)
+        if recipe.memory.mode == "none":
+            return ClassificationTask(module, **common)
+        return MemoryWrapTask(module, queue_size=recipe.memory.train_size, **common)
+
+    def _validate(self, model: nn.Module) -> dict[str, float]:
+        """Evaluates with a bank of these weights, which is then cleared."""
+        # A control is not a MemoryWrapModel but has one inside, and needs no bank.
+        if not isinstance(model, MemoryWrapModel):
+            return evaluate(model, self.eval_batches, self.processes)
+        self.remember(model, store_images=False, progress=False)
+        found = evaluate(model, self.eval_batches, self.processes)
+        model.memory_bank.clear()
+        return found
+
+
+def _load_kept_weights(task: ClassificationTask, keep: str, ema: bool, checkpoints: Checkpoints) -> None:
+    """Loads the weights that are to be saved into the trained model."""
+    best = checkpoints.best() if keep == "best" else None
+    if best is not None:
+        task.load_checkpoint_state(best["state_dict_ema" if ema else "state_dict"])
+    elif ema:
+        task.load_checkpoint_state(task.get_checkpoint_state(ema=True)["state_dict_ema"])
