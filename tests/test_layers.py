@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from timm_memwrap import BaselineMemory, MemoryWrapLayer
 from timm_memwrap.attention import DISTANCES
-from timm_memwrap.layers import CentreClasses, LabelVote, MeanOfHalves
+from timm_memwrap.layers import LabelVote
 
 LAYERS = {"memory_wrap": MemoryWrapLayer, "baseline": BaselineMemory}
 PUBLISHED = {"memory_wrap": memorywrap.MemoryWrapLayer, "baseline": memorywrap.BaselineMemory}
@@ -177,9 +177,6 @@ def test_scale_multiplies_the_similarity(scale: float) -> None:
     torch.testing.assert_close(other(inputs, memory, return_weights=True)[1], expected)
 
 
-# -- what is refused, where it enters ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize(
     ("arguments", "quoted"),
@@ -247,27 +244,28 @@ def test_looking_at_a_head_leaves_its_mode_and_state_alone() -> None:
     assert all(torch.equal(state[name], tensor) for name, tensor in head.state_dict().items())
 
 
-def test_vote_needs_labels_and_sums_their_weights() -> None:
+def test_a_vote_needs_labels_and_sums_their_weights() -> None:
     layer = LabelVote(8, 3, head=nn.Identity())
     inputs, memory, labels = torch.randn(4, 8), torch.randn(9, 8), torch.tensor([0, 1, 2] * 3)
     with pytest.raises(ValueError, match="labels=None"):
         layer(inputs, memory)
     weights = BaselineMemory(8, 8, head=nn.Identity(), classifier=nn.Identity())(inputs, memory, True)[1]
-    probability = layer.classify(inputs, weights @ layer.values(memory, labels)).exp()
+    vector = layer.read(layer.query(inputs), layer.prepare(memory, labels)).vector
+    probability = layer.classify(inputs, vector).exp()
     for label in range(3):
-        expected = weights[:, labels == label].sum(dim=1).clamp_min(LabelVote.LEAST_PROBABILITY)
-        torch.testing.assert_close(probability[:, label], expected)
+        expected = weights[:, labels == label].sum(dim=1)
+        torch.testing.assert_close(vector[:, label], expected)
+        torch.testing.assert_close(probability[:, label], expected.clamp_min(LabelVote.LEAST_PROBABILITY))
 
 
-def test_small_modules_do_what_their_names_say() -> None:
-    logits = torch.randn(3, 4)
-    torch.testing.assert_close(CentreClasses()(logits).sum(dim=1), torch.zeros(3), atol=1e-6, rtol=0)
-    torch.testing.assert_close(CentreClasses()(logits).softmax(dim=1), logits.softmax(dim=1))
-    pair = torch.cat([logits, torch.zeros(3, 4)], dim=1)
-    torch.testing.assert_close(MeanOfHalves()(pair), logits / 2)
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_the_logits_of_an_affine_classifier_are_the_weighted_sum_of_the_samples_logits(distance: str) -> None:
+    """What a prediction from the memory alone is made of: shares of what is predicted for each sample."""
+    layer = BaselineMemory(8, CLASSES, classifier=nn.Linear(8, CLASSES), distance=distance)
+    memory = torch.randn(20, 8)
+    output, weights = layer(torch.randn(4, 8), memory, return_weights=True)
+    torch.testing.assert_close(output, weights @ layer.classifier(memory), atol=1e-5, rtol=1e-5)
 
-
-# -- memory -----------------------------------------------------------------------------------------------------------
 
 _MEASURE = """
 import torch, memorywrap, timm_memwrap
@@ -297,28 +295,3 @@ def test_no_read_makes_an_intermediate_of_batch_x_memory_x_width() -> None:
     assert l2 < 150e6, "B x M x D would be 2.6 GB"
     assert dot < 150e6
     assert published > 0.9 * 4 * 128 * 2_000 * 512, "the measure must see such an intermediate where there is one"
-
-
-@pytest.mark.parametrize("kind", [MemoryWrapLayer, BaselineMemory])
-@pytest.mark.parametrize("distance", ["cosine", "l2", "dot"])
-def test_a_learned_scale_is_the_number_it_stands_for_and_learns(kind, distance: str) -> None:
-    learned = kind(6, 3, distance=distance, scale="learned")
-    fixed = kind(6, 3, distance=distance, scale=10.0)
-    fixed.load_state_dict({name: t for name, t in learned.state_dict().items() if name != "log_scale"})
-    x, memory = torch.randn(4, 6), torch.randn(9, 6)
-    torch.testing.assert_close(learned(x, memory), fixed(x, memory), atol=1e-4, rtol=1e-4)
-    # So far apart that one sample has all the weight, no scale would change it.
-    learned.scale = 0.1
-    _, weights = learned(x, memory, return_weights=True)
-    weights.square().sum().backward()
-    assert learned.log_scale.grad.abs() > 0
-    with torch.no_grad():
-        learned.log_scale.fill_(-50.0)
-    assert 0 < float(learned.scale) < 1e-6
-    assert "learned" in repr(learned)
-
-
-@pytest.mark.parametrize("scale", ["auto", "", 0, -1.0, float("nan"), True, None])
-def test_a_scale_that_is_no_factor_is_refused(scale) -> None:
-    with pytest.raises(ValueError, match="learned"):
-        MemoryWrapLayer(6, 3, scale=scale)
