@@ -111,8 +111,9 @@ def test_gradcheck_of_a_read_by_the_query(how: str, kind: str, distance: str, hi
 @pytest.mark.parametrize("scale", [2.0, "learned"])
 def test_the_gradient_through_an_index_is_that_of_all_scores(distance: str, scale: float | str) -> None:
     layer = BaselineMemory(WIDTH, CLASSES, distance=distance, scale=scale).double().eval()
-    # So near the origin that several samples are read: one alone has weight 1, whatever its score.
-    inputs = (0.1 * torch.randn(4, WIDTH, dtype=torch.float64)).requires_grad_()
+    # So small that several samples are read: one alone has weight 1, whatever its score.
+    layer.scale = 0.3
+    inputs = torch.randn(4, WIDTH, dtype=torch.float64, requires_grad=True)
     parameters = [inputs, *layer.head.parameters(), *([] if scale == 2.0 else [layer.log_scale])]
     gradients = []
     for how in ("dense", "sparse"):
