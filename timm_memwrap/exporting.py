@@ -2,18 +2,18 @@
 
 Shapes: B inputs, M memory samples, C classes, K samples shown per input.
 
-What is in a `.pt2` file of `torch.export.save` (PyTorch 2.14): a zip of the graph as JSON, of each tensor as raw bytes,
-of extra files, and of the inputs that the graph was traced with. Only these inputs are a pickle, and they are left out
-here, so what this module writes holds none; a file in which one is found all the same is refused. `torch.export.load`,
-however, unpickles what a file asks it to, so the library loads no such file but the one that it has just written, to
-check it. ONNX is protobuf and runs no code when it is loaded.
+A `.pt2` file of `torch.export.save` (PyTorch 2.14) is a zip of the graph as JSON, of each tensor as raw bytes, of extra
+files, and of the inputs that the graph was traced with. Only these inputs are a pickle. They are left out here, and a
+file in which a pickle is found all the same is refused. `torch.export.load`, however, unpickles what a file asks it to,
+so the library loads no such file but the one that it has just made, to check it. ONNX is protobuf and runs no code when
+it is loaded.
 """
 
 import copy
+import io
 import json
 import logging
 import os
-import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,10 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from timm_memwrap.attention import Keys, content_weights, float32_island
-from timm_memwrap.explaining.inputs import check_model, data_config
-from timm_memwrap.hub import check_memory, from_pretrained
-from timm_memwrap.model import MemoryReadout, MemoryWrapModel, encode
+from timm_memwrap._utils import check_choice, check_count, optional_import, replacing
+from timm_memwrap.data import data_config, known_class_names
+from timm_memwrap.hub import from_pretrained
+from timm_memwrap.memory_checks import check_memory
+from timm_memwrap.model import MemoryReadout, MemoryWrapModel
 
 __all__ = ["FORMATS", "METADATA_KEY", "ExportError", "ExportReport", "default_path", "export_model"]
 
@@ -47,6 +48,8 @@ _TRACED_BATCH = 2
 _CHECKED_BATCHES = (1, 3)
 # Protobuf holds 2 GB. Above, the weights go to a file beside; some room is left for the graph, as timm does.
 _MOST_BYTES = 2**31 - 2**27
+
+_Runner = Callable[[Tensor], list[Tensor]]
 
 
 class ExportError(ValueError):
@@ -71,37 +74,18 @@ class ExportReport:
 
 
 class _Exported(nn.Module):
-    """What of a model is exported: its evaluation, with a bank whose keys are projected and normalised already."""
-
-    vectors: Tensor
-    offsets: Tensor | None
-    centre: Tensor | None
-    values: Tensor
+    """A model with the outputs that are exported."""
 
     def __init__(self, model: MemoryWrapModel, top_k: int | None) -> None:
         super().__init__()
-        bank = model.memory_bank
-        assert bank.encodings is not None
-        self.backbone = model.backbone
-        self.with_pre_logits = model.encodes_pre_logits
-        self.head: Any = model.head
-        self.top_k = None if top_k is None else min(top_k, len(bank))
-        keys = self.head.keys(bank.encodings)
-        for name, tensor in (*keys._asdict().items(), ("values", self.head.values(bank.encodings, bank.labels))):
-            if tensor is None:
-                # As a buffer that is None it would shift torch.export's names of those behind it.
-                setattr(self, name, None)
-            else:
-                self.register_buffer(name, tensor)
+        self.model, self.top_k = model, top_k
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Classifies images `[B, C, H, W]`: logits `[B, C]`, and on request weights and indices `[B, K]`."""
-        encoding = encode(self.backbone, image, self.with_pre_logits)
-        similarity = self.head.similarity(encoding, Keys(self.vectors, self.offsets, self.centre))
-        with float32_island(similarity):
-            weights = content_weights(similarity)
-            logits = self.head.classify(encoding, weights @ self.values)
-        return (logits,) if self.top_k is None else (logits, *weights.topk(self.top_k, dim=-1))
+        if self.top_k is None:
+            return (self.model(image),)
+        readout = self.model(image, return_readout=True)
+        return readout.logits, readout.weights[:, : self.top_k], readout.positions[:, : self.top_k]
 
 
 def export_model(
@@ -117,17 +101,17 @@ def export_model(
 ) -> ExportReport:
     """Exports a model in evaluation mode, with its memory bank inside, and checks the file against the model.
 
-    The file takes a batch `image` of any size `[B, C, H, W]` and gives `logits` `[B, C]`. What the memory means is in
-    it as JSON: ids, labels and predictions of the samples, names of the classes, the encoder's fingerprint, and how
-    images are prepared; the bank's images are not. It is written whole or not at all. The model in hand keeps its mode
-    and device.
+    The file takes a batch `image` of any size `[B, C, H, W]` and returns `logits` `[B, C]`. JSON in it says what the
+    memory means: ids, labels and predictions of the samples, names of the classes, the encoder's fingerprint, and how
+    images are prepared. The bank's images are left out. The file is written whole or not at all, and the model given
+    keeps its mode and device.
 
     Args:
         model_or_dir: A model with a memory bank, or what `from_pretrained` takes.
         path: The file to write: `.onnx`, or `.pt2` for `torch.export`.
         format: `"onnx"` or `"export"`.
-        with_evidence: Whether the file also gives the content `weights` `[B, K]` of the `top_k` strongest samples, and
-            their `indices` `[B, K]` in the memory. All weights sum to 1, so these say how much is not shown.
+        with_evidence: Whether the file also returns the content `weights` `[B, K]` of the `top_k` strongest samples,
+            and their `indices` `[B, K]` in the memory. All weights sum to 1, so these tell how much is not shown.
         top_k: How many samples K; all, if the bank holds fewer.
         input_size: Size `(C, H, W)` of an image; `None` for the one in the model's `pretrained_cfg`.
         opset: ONNX opset version; `None` for the exporter's default.
@@ -135,8 +119,8 @@ def export_model(
 
     Raises:
         ExportError: If PyTorch cannot trace the model, or the file computes something else; it is a `ValueError`.
-        ImportError: If a package for ONNX is absent.
-        ValueError: If the bank is empty or stale, or an argument does not fit.
+        ImportError: If a package for ONNX is not installed.
+        ValueError: If the bank is empty or stale, or an argument is not valid.
 
     Example:
         ```python
@@ -148,31 +132,28 @@ def export_model(
     path = Path(path)
     _check_arguments(path, format, top_k, input_size, opset)
     if format == "onnx":
-        _require_onnx()
+        for package in ("onnx", "onnxscript"):
+            optional_import(package, extra="onnx", what="Export to ONNX")
     model = model_or_dir if isinstance(model_or_dir, nn.Module) else from_pretrained(model_or_dir)
-    check_model(model)
-    check_memory(model)
+    check_memory(model, stale="refuse")
     config = data_config(model)
     size = tuple(config["input_size"] if input_size is None else input_size)
-    # A copy: neither mode, device nor gradients of the model in hand are touched.
-    model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    # A copy: mode, device and gradients of the model given are left alone.
+    model = copy.deepcopy(model).cpu().eval().requires_grad_(False).use_index(None)
+    model.memory_bank = model.memory_bank.without_images()
     _check_precision(model)
     with torch.no_grad():
         expected = {batch: _expected(model, batch, size) for batch in _CHECKED_BATCHES}
-        exported = _Exported(model, top_k if with_evidence else None).eval()
-        program = _trace(exported, size)
+        metadata = json.dumps(_describe(model, {**config, "input_size": size}))
+        program = _trace(_Exported(model, top_k if with_evidence else None).eval(), size)
     outputs = (LOGITS, WEIGHTS, INDICES) if with_evidence else (LOGITS,)
-    metadata = json.dumps(_describe(model, {**config, "input_size": size}))
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".exporting-") as folder:
-        temporary = Path(folder) / path.name
+    with replacing(path) as temporary:
         if format == "onnx":
             _write_onnx(program, temporary, outputs, metadata, opset)
             run = _onnx_runner(temporary, outputs)
         else:
-            _write_program(program, temporary, metadata)
-            run = _program_runner(temporary)
+            run = _write_program(program, temporary, metadata)
         difference = None
         if run is not None:
             votes = model.memory_args["classifier"] == "vote"
@@ -185,13 +166,14 @@ def export_model(
                     f"pass a larger tolerance. Nothing was written to {str(path)!r}."
                 )
         # Weights in a file of their own come first: the model that names them must not stand there without.
-        for file in sorted(Path(folder).iterdir(), key=lambda file: file == temporary):
-            os.replace(file, path.parent / file.name)
+        for file in temporary.parent.iterdir():
+            if file != temporary:
+                os.replace(file, path.parent / file.name)
     return ExportReport(path, size, outputs, difference)
 
 
 def default_path(source: str | os.PathLike, format: str = "onnx") -> Path:
-    """Returns where a model is exported to if nothing else is said: its name, here, with the suffix of the format.
+    """Returns where a model is exported to by default: its name in the current folder, with the format's suffix.
 
     Args:
         source: What `from_pretrained` takes: a folder or a repository.
@@ -200,31 +182,20 @@ def default_path(source: str | os.PathLike, format: str = "onnx") -> Path:
     Raises:
         ValueError: If the format is unknown.
     """
-    _check_format(format)
+    check_choice("format", format, FORMATS)
     text = os.fspath(source)
-    # A folder may have an "@" in its name; after that of a repository comes the revision.
+    # A folder may have an "@" in its name; in a repository it begins the revision.
     name = Path(text).resolve().name if Path(text).is_dir() else Path(text.partition(":")[2] or text).name.split("@")[0]
     return Path(f"{name}{FORMATS[format]}")
-
-
-# -- what cannot be right ---------------------------------------------------------------------------------------------
-
-
-def _check_format(format: str) -> None:
-    if format not in FORMATS:
-        raise ValueError(f"Unknown format={format!r}. Pass one of {', '.join(map(repr, FORMATS))}.")
 
 
 def _check_arguments(
     path: Path, format: str, top_k: int, input_size: tuple[int, int, int] | None, opset: int | None
 ) -> None:
-    _check_format(format)
+    check_choice("format", format, FORMATS)
     if path.suffix != FORMATS[format]:
-        raise ValueError(
-            f"path={str(path)!r} does not end in {FORMATS[format]!r}, as a file of format={format!r} must."
-        )
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
-        raise ValueError(f"top_k={top_k!r} is not a number of samples. Pass an integer of at least 1.")
+        raise ValueError(f"path={str(path)!r} does not end in {FORMATS[format]!r}, as format={format!r} requires.")
+    check_count("top_k", top_k)
     if input_size is not None and (len(input_size) != 3 or not all(isinstance(n, int) and n > 0 for n in input_size)):
         raise ValueError(f"input_size={input_size!r} is not the size of an image. Pass (channels, height, width).")
     if opset is not None and format != "onnx":
@@ -235,18 +206,7 @@ def _check_precision(model: MemoryWrapModel) -> None:
     dtypes = {tensor.dtype for tensor in model.parameters()}
     if dtypes != {torch.float32}:
         names = ", ".join(sorted(str(dtype) for dtype in dtypes))
-        raise ValueError(f"The model's weights are {names}; what is exported takes float32. Call model.float() first.")
-
-
-def _require_onnx() -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"{error.name} is needed for ONNX: pip install 'timm-memwrap[onnx]'.") from error
-
-
-# -- what is written --------------------------------------------------------------------------------------------------
+        raise ValueError(f"The model's weights are {names}; an exported model takes float32. Call model.float() first.")
 
 
 def _trace(exported: nn.Module, size: tuple[int, ...]) -> ExportedProgram:
@@ -257,7 +217,7 @@ def _trace(exported: nn.Module, size: tuple[int, ...]) -> ExportedProgram:
     except (RuntimeError, ValueError, AssertionError) as error:
         first = str(error).strip().split("\n")[0]
         raise ExportError(f"torch.export cannot trace the model with a batch of any size: {first}") from error
-    # They name the files of this machine.
+    # Stack traces name files of this machine.
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
             for node in module.graph.nodes:
@@ -269,11 +229,11 @@ def _trace(exported: nn.Module, size: tuple[int, ...]) -> ExportedProgram:
 
 def _describe(model: MemoryWrapModel, config: dict[str, Any]) -> dict[str, Any]:
     bank = model.memory_bank
-    assert bank.labels is not None and bank.predictions is not None
+    assert bank.labels is not None
     return {
         "format_version": _METADATA_VERSION,
         "architecture": model.pretrained_cfg["architecture"],
-        "class_names": bank.class_names or list(model.pretrained_cfg.get("label_names") or []),
+        "class_names": known_class_names(model),
         "input": {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in config.items()
@@ -282,15 +242,17 @@ def _describe(model: MemoryWrapModel, config: dict[str, Any]) -> dict[str, Any]:
         "memory": {
             "ids": bank.ids,
             "labels": bank.labels.tolist(),
-            "predictions": bank.predictions.tolist(),
+            "predictions": model.own_predictions().tolist(),
             **asdict(bank.provenance),
         },
     }
 
 
-def _write_program(program: ExportedProgram, path: Path, metadata: str) -> None:
-    torch.export.save(program, path, extra_files={f"{METADATA_KEY}.json": metadata})
-    with zipfile.ZipFile(path) as file:
+def _write_program(program: ExportedProgram, path: Path, metadata: str) -> _Runner:
+    # To memory first: on a full disk torch.export.save would abort the process.
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files={f"{METADATA_KEY}.json": metadata})
+    with zipfile.ZipFile(buffer) as file:
         for name in file.namelist():
             data = file.read(name)
             if name.endswith("_config.json"):
@@ -303,6 +265,14 @@ def _write_program(program: ExportedProgram, path: Path, metadata: str) -> None:
                     f"torch.export.save of PyTorch {torch.__version__} would write a pickle ({name}), which runs code "
                     f"when it is loaded. Upgrade PyTorch, or pass format='onnx'."
                 )
+    path.write_bytes(buffer.getbuffer())
+    module = torch.export.load(path).module()
+
+    def run(images: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            return list(module(images))
+
+    return run
 
 
 def _write_onnx(
@@ -332,21 +302,6 @@ def _write_onnx(
     onnx.checker.check_model(path, full_check=True)
 
 
-# -- whether it is right ----------------------------------------------------------------------------------------------
-
-_Runner = Callable[[Tensor], list[Tensor]]
-
-
-def _expected(model: MemoryWrapModel, batch: int, size: tuple[int, ...]) -> tuple[Tensor, MemoryReadout]:
-    images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(batch))
-    try:
-        return images, model.read_memory(images)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"input_size={size} does not fit the model: {error}. Pass the (channels, height, width) of its images."
-        ) from error
-
-
 def _onnx_runner(path: Path, outputs: tuple[str, ...]) -> _Runner | None:
     try:
         import onnxruntime
@@ -357,15 +312,16 @@ def _onnx_runner(path: Path, outputs: tuple[str, ...]) -> _Runner | None:
     return lambda images: [torch.from_numpy(array) for array in session.run(list(outputs), {INPUT: images.numpy()})]
 
 
-def _program_runner(path: Path) -> _Runner:
-    # The file was written just now, and looked through for pickles.
-    module = torch.export.load(path).module()
-
-    def run(images: Tensor) -> list[Tensor]:
-        with torch.no_grad():
-            return list(module(images))
-
-    return run
+def _expected(model: MemoryWrapModel, batch: int, size: tuple[int, ...]) -> tuple[Tensor, MemoryReadout]:
+    images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(batch))
+    try:
+        readout = model(images, return_readout=True)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"input_size={size} does not fit the model: {error}. Pass the (channels, height, width) of its images."
+        ) from error
+    assert isinstance(readout, MemoryReadout)
+    return images, readout
 
 
 def _difference(run: _Runner, images: Tensor, readout: MemoryReadout, votes: bool) -> float:
@@ -378,8 +334,8 @@ def _difference(run: _Runner, images: Tensor, readout: MemoryReadout, votes: boo
     differences = [logits - expected]
     if evidence:
         weights, indices = evidence
-        size = max(int(indices.max()) + 1, int(readout.indices.max()) + 1, weights.shape[1], readout.weights.shape[1])
-        dense = readout.weights.new_zeros(len(images), size).scatter(1, readout.indices, readout.weights)
+        size = max(int(indices.max()) + 1, int(readout.positions.max()) + 1, weights.shape[1], readout.weights.shape[1])
+        dense = readout.weights.new_zeros(len(images), size).scatter(1, readout.positions, readout.weights)
         # Samples that tie may come in any order: each must have its weight, and the weights be the largest.
         differences += [weights - dense.gather(1, indices), weights - dense.topk(weights.shape[1], dim=1).values]
     return max(float(difference.abs().max()) for difference in differences)

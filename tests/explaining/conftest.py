@@ -16,12 +16,10 @@ KINDS = {
     "memory only": lambda: timm.create_model("memwrap_baseline_test_resnet", num_classes=CLASSES),
     "l2": lambda: timm.create_model("memwrap_test_resnet", num_classes=CLASSES, distance="l2", scale=0.5),
     "wrapped": lambda: timm_memwrap.wrap(timm.create_model("test_resnet", num_classes=CLASSES)),
-    "classifier": lambda: timm_memwrap.wrap(
-        timm.create_model("test_resnet", num_classes=CLASSES), read_head="classifier"
-    ),
+    "logits": lambda: timm_memwrap.wrap(timm.create_model("test_resnet", num_classes=CLASSES), read_head="logits"),
     # By logits: features of a grey image are zero in a fresh model, and there the cosine of features jumps.
     "vote": lambda: timm_memwrap.wrap(
-        timm.create_model("test_resnet", num_classes=CLASSES), read_head="classifier", classifier="vote"
+        timm.create_model("test_resnet", num_classes=CLASSES), read_head="logits", classifier="vote"
     ),
 }
 
@@ -32,15 +30,18 @@ def images(count: int, seed: int = 0) -> torch.Tensor:
 
 def make(kind: str, size: int = 12, **kwargs: object) -> MemoryWrapModel:
     torch.manual_seed(0)
-    model = KINDS[kind]()
-    # Classes of a fresh model are so near each other that rounding would decide.
-    for parameter in model.get_classifier().parameters():
-        parameter.data.mul_(30)
+    model = KINDS[kind]().eval()
     data = TensorDataset(images(size, seed=1), torch.arange(size) % CLASSES)
+    classifier = model.backbone.get_classifier() if model.keeps_classifier else model.get_classifier()
+    with torch.no_grad():
+        # Classes of a fresh model are so near each other that rounding would decide, and one of them has nearly all
+        # samples: nothing would be a counterfactual.
+        classifier.weight *= 30
+        timm_memwrap.build_memory_bank(model, data, size=None, progress=False, **kwargs)
+        if model.memory_args["classifier"] != "vote":
+            classifier.bias -= model.own_logits(torch.arange(size)).mean(dim=0)
     timm_memwrap.build_memory_bank(model, data, size=None, progress=False, **kwargs)
-    # Random weights put nearly all samples in one class, and nothing would be a counterfactual.
-    model.memory_bank.set_predictions(torch.arange(size) * 3 // 2 % CLASSES)
-    return model.eval()
+    return model
 
 
 @pytest.fixture(params=list(KINDS))

@@ -46,10 +46,11 @@ def test_calibrating_changes_the_temperature_alone(
     data = _labelled(make_images)
     images, labels = data.tensors
     with torch.no_grad():
-        before = model.read_memory(images)
+        before = model(images, return_readout=True)
         temperature = timm_memwrap.calibrate(model, data, progress=False)
-        after = model.read_memory(images)
-    assert temperature == model.temperature == fit_temperature(before.logits, labels)
+        after = model(images, return_readout=True)
+    assert temperature == pytest.approx(fit_temperature(before.logits, labels))
+    assert temperature == model.temperature
     torch.testing.assert_close(after.logits * temperature, before.logits)
     assert torch.equal(after.weights, before.weights)
     assert not model.memory_is_stale()
@@ -88,3 +89,17 @@ def test_nothing_to_calibrate_with_is_refused(
     model.memory_bank.clear()
     with pytest.raises(ValueError, match="build_memory_bank"):
         timm_memwrap.calibrate(model, _labelled(make_images), progress=False)
+
+
+def test_a_stale_memory_is_warned_of(
+    make_model: Callable[..., MemoryWrapModel],
+    make_images: Callable[..., torch.Tensor],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The temperature would be fitted to wrong evidence."""
+    model = make_model("wrapped")
+    with torch.no_grad():
+        next(model.backbone.parameters()).mul_(2)
+    with caplog.at_level(logging.WARNING):
+        timm_memwrap.calibrate(model, _labelled(make_images), progress=False)
+    assert "stale" in caplog.text

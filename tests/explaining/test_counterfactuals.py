@@ -33,12 +33,12 @@ OF_ALL = _Shrink(0.55)
 @torch.no_grad()
 def naive(model: MemoryWrapModel, images: Tensor, memory: TensorDataset) -> tuple[int, float, float]:
     """Takes the strongest counterfactual of each input by itself, and the metrics by their formulas."""
-    own = model.memory_bank.predictions.tolist()
+    own = model.own_predictions().tolist()
     ratios, distances = [], []
     for image in images:
-        readout = model.read_memory(image.unsqueeze(0))
+        readout = model(image.unsqueeze(0), return_readout=True)
         prediction = int(readout.logits[0].argmax())
-        weights = {int(i): float(w) for i, w in zip(readout.indices[0], readout.weights[0], strict=True) if w > 0}
+        weights = {int(i): float(w) for i, w in zip(readout.positions[0], readout.weights[0], strict=True) if w > 0}
         others = [i for i in sorted(weights, key=lambda i: -weights[i]) if own[i] != prediction]
         if not others:
             continue
@@ -80,9 +80,8 @@ def test_without_counterfactuals_there_is_nothing_to_measure(
     make_model: Callable[..., MemoryWrapModel], make_images: Callable[..., Tensor]
 ) -> None:
     model, images = make_model("wrapped"), make_images(3)
-    # One sample is always used; it is of the predicted class.
+    # One sample is always used, and the prediction is its own.
     model.memory_bank.select([0])
-    model.memory_bank.set_predictions(model(images[:1]).argmax(dim=1))
     data = TensorDataset(images[:1], torch.zeros(1, dtype=torch.long))
     metrics = evaluate_counterfactuals(model, data, {}, {}, OF_ALL, progress=False)
     assert metrics.to_dict() == {"count": 1, "with_counterfactual": 0, "im1": None, "im2": None}

@@ -31,21 +31,23 @@ def test_it_agrees_with_the_model_read_one_image_at_a_time(
     batch = make_images(5)
     for image, explanation in zip(batch, explain(model, batch, top_k=3), strict=True):
         with torch.no_grad():
-            readout = model.read_memory(image.unsqueeze(0))
+            readout = model(image.unsqueeze(0), return_readout=True)
         probabilities = readout.logits[0].softmax(dim=0)
         assert explanation.prediction == int(probabilities.argmax())
         assert explanation.probability == pytest.approx(float(probabilities.max()), abs=1e-5)
-        weights = {int(i): float(w) for i, w in zip(readout.indices[0], readout.weights[0], strict=True) if w > 1e-5}
+        weights = {int(i): float(w) for i, w in zip(readout.positions[0], readout.weights[0], strict=True) if w > 1e-5}
+        similarities = dict(zip(readout.positions[0].tolist(), readout.similarities[0].tolist(), strict=True))
         assert explanation.support_size == len(weights)
         by_weight = sorted(weights, key=lambda i: -weights[i])
         assert [sample.position for sample in explanation.samples] == by_weight[:3]
-        own = model.memory_bank.predictions.tolist()
+        own = model.own_predictions().tolist()
         same = [i for i in by_weight if own[i] == explanation.prediction]
         other = [i for i in by_weight if own[i] != explanation.prediction]
         assert [sample.position for sample in explanation.examples] == same[:3]
         assert [sample.position for sample in explanation.counterfactuals] == other[:3]
         for sample in (*explanation.samples, *explanation.examples, *explanation.counterfactuals):
             assert sample.weight == pytest.approx(weights[sample.position], abs=1e-5)
+            assert sample.similarity == pytest.approx(similarities[sample.position], abs=1e-5)
             assert sample.id == model.memory_bank.ids[sample.position]
             assert sample.label == int(model.memory_bank.labels[sample.position])
             assert sample.prediction == own[sample.position]
@@ -68,8 +70,11 @@ def test_without_memory_is_a_read_of_zeros(model: MemoryWrapModel, make_images: 
     batch = make_images(3)
     with torch.no_grad():
         encoding = model.encode(batch)
-        width = model.head.values(encoding, torch.zeros(3, dtype=torch.long)).shape[1]
+        width = 4 if model.memory_args["classifier"] == "vote" else model.encoding_size
         logits = model.head.classify(encoding, torch.zeros(3, width))
+        if model.memory_args["classifier"] == "own":
+            # The sum of the classifier's logits over no samples: its bias says nothing of the input.
+            logits = torch.zeros(3, 4)
     for row, explanation in zip(logits, explain(model, batch), strict=True):
         probability = float(row.softmax(dim=0)[explanation.prediction])
         assert explanation.probability_without_memory == pytest.approx(probability, abs=1e-5)
@@ -113,7 +118,7 @@ def test_blocks_of_reads_do_not_change_the_result(
 ) -> None:
     model = make_model("memory wrap")
     whole = explain(model, make_images(3))
-    monkeypatch.setattr("timm_memwrap.explaining.explanation._MOST_SCORES", 40)
+    monkeypatch.setattr("timm_memwrap.explaining.reading._MOST_SCORES", 40)
     for a, b in zip(whole, explain(model, make_images(3)), strict=True):
         assert [sample.position for sample in a.samples] == [sample.position for sample in b.samples]
         assert [s.influence for s in a.samples] == pytest.approx([s.influence for s in b.samples], abs=1e-6)
@@ -138,7 +143,7 @@ def test_tensors_pictures_and_paths_agree(make_model: Callable[..., MemoryWrapMo
 
 def test_grey_images_for_a_model_of_one_channel() -> None:
     model = timm.create_model("memwrap_test_resnet", num_classes=2, in_chans=1)
-    model.memory_bank.replace(torch.randn(4, 96), torch.arange(4) % 2, torch.arange(4) % 2, range(4))
+    model.memory_bank.replace(torch.randn(4, 96), torch.arange(4) % 2, range(4))
     assert len(explain(model, Image.new("RGB", (40, 30)))) == 1
 
 
@@ -166,6 +171,7 @@ def test_json_holds_everything_but_the_images(
     assert json.loads(explanation.to_json()) == explanation.to_dict()
     assert "image" not in explanation.to_json()
     assert explanation.to_dict()["samples"][0]["weight"] == explanation.samples[0].weight
+    assert explanation.to_dict()["samples"][0]["similarity"] == explanation.samples[0].similarity
     assert explanation.class_name in str(explanation)
     with pytest.raises(FrozenInstanceError):
         explanation.prediction = 1  # type: ignore[misc]

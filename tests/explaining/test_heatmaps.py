@@ -49,8 +49,8 @@ def _logit(model: MemoryWrapModel, image: torch.Tensor, memory: dict[int, torch.
     for position, memory_image in memory.items():
         encodings[position] = model.encode(memory_image.unsqueeze(0))[0]
     # As a memory set that is not stored, so that double precision survives.
-    prepared = model._prepare(encodings, bank.labels)
-    return _score(model, model._read(model.encode(image.unsqueeze(0)), prepared).logits)[target]
+    prepared = model.head.prepare(encodings, bank.labels)
+    return _score(model, model.read(model.encode(image.unsqueeze(0)), memory=prepared).logits)[target]
 
 
 def _baseline(model: MemoryWrapModel, name: str) -> torch.Tensor:
@@ -141,7 +141,7 @@ def test_a_linear_model_with_one_sample_has_attributions_by_its_weights(
 ) -> None:
     """With one sample its weight is 1 whatever the images: `f = C m`, or `f = (C x + C m) / 2` if the input is read."""
     plain = timm.create_model("test_resnet", num_classes=4)
-    model = timm_memwrap.wrap(plain, memory_only=memory_only, read_head="classifier").eval()
+    model = timm_memwrap.wrap(plain, memory_only=memory_only, read_head="logits").eval()
     matrix = torch.randn(4, 3 * 32 * 32) / 50
     monkeypatch.setattr(model.backbone, "forward", lambda x: x.flatten(1) @ matrix.T)
     memory = make_images(1, seed=1)
@@ -249,7 +249,7 @@ def test_images_other_than_the_remembered_are_refused(
 ) -> None:
     model, right = make_model("wrapped"), _memory(make_images)
     flipped = {i: torch.roll(right[i][0], 5, dims=-1) for i in range(SIZE)}
-    with pytest.raises(ValueError, match=r"encodes otherwise.*differ by \d+%.*not augmented"):
+    with pytest.raises(ValueError, match=r"encoded differently in the bank: by \d+%.*not augmented"):
         attribute(model, make_images(1), flipped, progress=False)
     with pytest.raises(ValueError, match=r"has shape \[3, 16, 16\], the input \[3, 32, 32\]"):
         attribute(model, make_images(1), {i: torch.zeros(3, 16, 16) for i in range(SIZE)}, progress=False)
@@ -266,8 +266,8 @@ def test_images_other_than_the_remembered_are_refused(
     [
         ({"method": "grad_cam"}, r"Unknown method='grad_cam'. Pass one of 'integrated_gradients'"),
         ({"baseline": "white"}, r"Unknown baseline='white'. Pass one of 'black', 'mean'"),
-        ({"n_steps": 0}, r"n_steps=0 is not a count"),
-        ({"batch_size": True}, r"batch_size=True is not a count"),
+        ({"n_steps": 0}, r"n_steps=0 is not valid"),
+        ({"batch_size": True}, r"batch_size=True is not valid"),
         ({"target": 4}, r"target=4 is not a class. Pass 0 to 3"),
         ({"target": -1}, r"target=-1 is not a class"),
         ({"top_k": 0}, r"top_k=0"),
@@ -301,7 +301,7 @@ def test_attributions_that_miss_their_sum_are_said(
     n_steps: int,
     said: bool,
 ) -> None:
-    found = attribute(make_model("classifier"), make_images(2), _memory(make_images), n_steps=n_steps, progress=False)
+    found = attribute(make_model("logits"), make_images(2), _memory(make_images), n_steps=n_steps, progress=False)
     wide = [abs(a.completeness_gap) > 0.2 * abs(a.score - a.baseline_score) for a in found]
     assert any(wide) == said
     assert [record.levelname for record in caplog.records] == ["WARNING"] * said

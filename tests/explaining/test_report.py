@@ -15,17 +15,17 @@ from timm_memwrap.model import MemoryWrapModel
 def test_it_agrees_with_a_count_by_hand(model: MemoryWrapModel, make_images: Callable[..., torch.Tensor]) -> None:
     images, labels = make_images(9, seed=5), torch.arange(9) % 4
     report = memory_report(model, DataLoader(TensorDataset(images, labels), batch_size=4), progress=False)
-    bank = model.memory_bank
+    bank, own = model.memory_bank, model.own_predictions()
     vote = model.memory_args["classifier"] == "vote"
     wrong = 0
     table = {i: [0, 0.0, 0.0, 0.0] for i in range(len(bank))}
     for image, label in zip(images, labels.tolist(), strict=True):
         with torch.no_grad():
-            readout = model.read_memory(image.unsqueeze(0))
+            readout = model(image.unsqueeze(0), return_readout=True)
         prediction = int(readout.logits.argmax())
         wrong += prediction != label
-        for weight, i in zip(readout.weights[0].tolist(), readout.indices[0].tolist(), strict=True):
-            speaks_for = int((bank.labels if vote else bank.predictions)[i])
+        for weight, i in zip(readout.weights[0].tolist(), readout.positions[0].tolist(), strict=True):
+            speaks_for = int((bank.labels if vote else own)[i])
             table[i][0] += weight > 1e-6
             table[i][1] += weight
             if speaks_for == prediction:
@@ -36,7 +36,7 @@ def test_it_agrees_with_a_count_by_hand(model: MemoryWrapModel, make_images: Cal
         assert sample.reads == expected[0]
         assert (sample.weight, sample.helping, sample.misleading) == pytest.approx(expected[1:], abs=1e-4)
         assert sample.id == bank.ids[sample.position]
-        assert sample.disputed == (int(bank.labels[sample.position]) != int(bank.predictions[sample.position]))
+        assert sample.disputed == (int(bank.labels[sample.position]) != int(own[sample.position]))
     assert report.never_read == [sample for sample in report.samples if sample.reads == 0]
     assert {sample.position for sample in report.disputed} == {s.position for s in report.samples if s.disputed}
     harms = [sample.harm for sample in report.misleading]
@@ -52,7 +52,7 @@ def test_a_wrong_label_is_found_and_removing_it_helps(make_model: Callable[..., 
     encodings = centres[labels] + torch.randn(12, 4)
     labels[5] = 2
     bank = model.memory_bank
-    bank.replace(encodings, labels, torch.arange(12) % 4, [f"s{i}" for i in range(12)])
+    bank.replace(encodings, labels, [f"s{i}" for i in range(12)])
     model.encode = lambda x: x.flatten(1)[:, :4]  # type: ignore[method-assign]
     inputs = torch.zeros(4, 3, 32, 32)
     inputs.view(4, -1)[:, :4] = encodings[[5, 5, 5, 5]] + 0.01 * torch.randn(4, 4)

@@ -1,38 +1,38 @@
 """Finds what is wrong with a memory: samples that mislead, that are never read, or whose label the model disputes."""
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from timm_memwrap.explaining.explanation import class_names
-from timm_memwrap.explaining.inputs import check_model, encoded_batches, evaluating, size_of
+from timm_memwrap._utils import printable
+from timm_memwrap.data import class_names
+from timm_memwrap.explaining.reading import encodings_of
+from timm_memwrap.explaining.results import Result
 from timm_memwrap.memory_bank import SampleId
 from timm_memwrap.model import MemoryWrapModel
-from timm_memwrap.text import printable
 
 __all__ = ["MemoryReport", "SampleUse", "memory_report"]
 
 
 @dataclass(frozen=True)
-class SampleUse:
+class SampleUse(Result):
     """How a memory sample was used over a data set.
 
-    A sample speaks for the class that the model predicts for it; in a vote, for its label.
+    A sample supports the class that the model predicts for it; in a vote, its label.
 
     Args:
         position: Position in the memory bank.
         id: What names the sample in its data set.
         label: Its label.
         class_name: Name of its label.
-        prediction: The model's own prediction for it, made without the sample itself.
+        prediction: The model's own prediction for it: that of the backbone's classifier where the model keeps it, else
+            what the model reads for the sample with the sample itself hidden.
         predicted_class_name: Name of that class.
         reads: Number of predictions that used it.
         weight: Sum of its weights in them.
-        helping: Sum of its weights in right predictions of the class that it speaks for.
-        misleading: Sum of its weights in wrong predictions of the class that it speaks for.
+        helping: Sum of its weights in right predictions of the class that it supports.
+        misleading: Sum of its weights in wrong predictions of the class that it supports.
     """
 
     position: int
@@ -58,7 +58,7 @@ class SampleUse:
 
 
 @dataclass(frozen=True)
-class MemoryReport:
+class MemoryReport(Result):
     """How the samples of a memory were used over a data set.
 
     Args:
@@ -87,7 +87,7 @@ class MemoryReport:
         return sorted((sample for sample in self.samples if sample.disputed), key=lambda sample: -sample.weight)
 
     def __str__(self) -> str:
-        """Says it as a table of the worst samples."""
+        """Returns a table of the worst samples."""
         lines = [
             f"{len(self.samples)} samples, {self.count} inputs, {self.wrong} wrong predictions: "
             f"{len(self.misleading)} mislead more than they help, {len(self.never_read)} never read, "
@@ -105,20 +105,12 @@ class MemoryReport:
             ]
         return "\n".join(map(printable, lines))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns what JSON can hold."""
-        return asdict(self)
-
-    def to_json(self, indent: int | None = None) -> str:
-        """Returns `to_dict()` as JSON."""
-        return json.dumps(self.to_dict(), ensure_ascii=False, indent=indent)
-
 
 def memory_report(model: MemoryWrapModel, data: Any, progress: bool = True) -> MemoryReport:
     """Finds memory samples that mislead, that are never read, or whose label the model disputes.
 
     `model.memory_bank.remove(ids)` then forgets the worst, and the accuracy changes without training. Judge that on
-    other data than `data`, or the memory is fitted to it.
+    data other than `data`, or the memory is fitted to it.
 
     Args:
         model: A model with a memory bank.
@@ -129,35 +121,30 @@ def memory_report(model: MemoryWrapModel, data: Any, progress: bool = True) -> M
     Raises:
         ValueError: If the bank or the data is empty, or a label is outside `num_classes`.
     """
-    check_model(model)
-    bank, names = model.memory_bank, class_names(model)
-    assert bank.labels is not None and bank.predictions is not None
-    speaks_for = bank.labels if model.memory_args["classifier"] == "vote" else bank.predictions
-    reads = torch.zeros(len(bank), dtype=torch.long, device=bank.labels.device)
-    weight, helping, misleading = (reads.double() for _ in range(3))
     count = wrong = 0
-    with evaluating(model), tqdm(total=size_of(data), desc="Memory report", unit="img", disable=not progress) as bar:
-        for encoding, labels in encoded_batches(model, data):
-            readout = model.read_encoding(encoding)
+    with encodings_of(model, data, "Memory report", progress) as batches:
+        bank, names, own = model.memory_bank, class_names(model), model.own_predictions()
+        assert bank.labels is not None
+        supports = bank.labels if model.memory_args["classifier"] == "vote" else own
+        reads = torch.zeros(len(bank), dtype=torch.long, device=bank.labels.device)
+        weight, helping, misleading = (reads.double() for _ in range(3))
+        for encoding, labels in batches:
+            readout = model.read(encoding)
             prediction = readout.logits.argmax(dim=-1)
             right = (prediction == labels).unsqueeze(1)
-            spoken = speaks_for[readout.indices] == prediction.unsqueeze(1)
-            weights, position = readout.weights.double(), readout.indices.flatten()
+            supported = supports[readout.positions] == prediction.unsqueeze(1)
+            weights, position = readout.weights.double(), readout.positions.flatten()
             reads.index_add_(0, position, (weights > 0).long().flatten())
             weight.index_add_(0, position, weights.flatten())
-            helping.index_add_(0, position, (weights * (spoken & right)).flatten())
-            misleading.index_add_(0, position, (weights * (spoken & ~right)).flatten())
+            helping.index_add_(0, position, (weights * (supported & right)).flatten())
+            misleading.index_add_(0, position, (weights * (supported & ~right)).flatten())
             count += len(labels)
             wrong += int((~right).sum())
-            bar.update(len(labels))
-    if not count:
-        raise ValueError("The data is empty, so no memory sample was used. Check its path and split.")
-    columns = (bank.labels, bank.predictions, reads, weight, helping, misleading)
-    rows = zip(bank.ids, *(column.tolist() for column in columns), strict=True)
+    columns = (column.tolist() for column in (bank.labels, own, reads, weight, helping, misleading))
     return MemoryReport(
         samples=tuple(
-            SampleUse(position, sample_id, label, names[label], own, names[own], n_reads, total, helped, misled)
-            for position, (sample_id, label, own, n_reads, total, helped, misled) in enumerate(rows)
+            SampleUse(position, sample_id, label, names[label], predicted, names[predicted], *use)
+            for position, (sample_id, label, predicted, *use) in enumerate(zip(bank.ids, *columns, strict=True))
         ),
         count=count,
         wrong=wrong,

@@ -13,8 +13,8 @@ import timm_memwrap
 from timm_memwrap import explain
 from timm_memwrap.cli import main
 from timm_memwrap.explaining import evaluate_explanations, memory_report
-from timm_memwrap.explaining.commands import find_images
-from timm_memwrap.training.datasets import open_source
+from timm_memwrap.data import open_source
+from timm_memwrap.jobs.explain import find_images
 
 CLASSES = ["ant", "bee", "cow"]
 

@@ -1,28 +1,27 @@
-"""What the commands `explain`, `evaluate` and `report` do, but for reading arguments and printing."""
+"""Image files explained: found, explained, written as a report, and described for a terminal."""
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from timm_memwrap.explaining.explanation import Explanation, class_names, explain
+from timm_memwrap._utils import printable
+from timm_memwrap.data import class_names
+from timm_memwrap.explaining.explanation import Explanation, MemorySample, explain
+from timm_memwrap.explaining.figures.html import write_html
 from timm_memwrap.explaining.heatmaps import attribute
-from timm_memwrap.explaining.html import write_html
-from timm_memwrap.files import write_text
 from timm_memwrap.model import MemoryWrapModel
-from timm_memwrap.text import printable
 
-__all__ = ["describe", "explain_files", "find_images", "to_json"]
+__all__ = ["describe", "explain_files", "find_images"]
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def find_images(paths: Sequence[str | os.PathLike]) -> list[tuple[Path, str]]:
-    """Lists image files, and those in folders, each with a name for people that says nothing of where a folder is.
+    """Lists image files, and those in folders, each with a name to show that does not tell where the folder is.
 
     Raises:
-        ValueError: If a path does not exist, or there is no image.
+        ValueError: If a path does not exist, or there are no images.
     """
     found = []
     for path in map(Path, paths):
@@ -66,12 +65,12 @@ def explain_files(
     paths, names = [path for path, _ in images], [name for _, name in images]
     if heatmaps is None:
         explanations, attributions = explain(model, paths, top_k), None
+    elif memory is None or out is None:
+        raise ValueError(
+            f"heatmaps={heatmaps!r} needs the images that the memory was built from, and a report to show them in: "
+            f"pass --memory_data and --out too."
+        )
     else:
-        if memory is None or out is None:
-            raise ValueError(
-                f"heatmaps={heatmaps!r} needs the images that the memory was built from, and a report to show them in: "
-                f"pass --memory_data and --out too."
-            )
         attributions = attribute(model, paths, memory, heatmaps, top_k, progress=progress)
         explanations = [attribution.explanation for attribution in attributions]
     if out is not None:
@@ -80,49 +79,26 @@ def explain_files(
 
 
 def describe(model: MemoryWrapModel, name: str, explanation: Explanation) -> str:
-    """Says an explanation as a short table, for a terminal."""
+    """Returns an explanation as a short table, for a terminal."""
     names = class_names(model)
-    without = explanation.prediction_without_memory
-    if without is None:
-        alone = "it could not tell"
-    elif without == explanation.prediction:
-        alone = f"still {names[without]} ({explanation.probability_without_memory:.0%})"
-    else:
-        alone = names[without]
+
+    def instead(prediction: int | None, probability: float, nothing: str) -> str:
+        if prediction == explanation.prediction:
+            return f"still {explanation.class_name} ({probability:.0%})"
+        return nothing if prediction is None else names[prediction]
+
+    def row(sample: MemorySample) -> str:
+        sees = f"{'' if sample.is_example else '≠ '}{sample.predicted_class_name}"[:18]
+        left = instead(sample.prediction_without, explanation.probability - sample.influence, "no class leads")
+        return f"  {sample.weight:6.1%}  {str(sample.id)[-28:]:28}  {sample.class_name[:16]:16}  {sees:18}  {left}"
+
+    alone = instead(explanation.prediction_without_memory, explanation.probability_without_memory, "it could not tell")
     lines = [
         f"{name}: {explanation.class_name} ({explanation.probability:.0%}), without its memory {alone}",
         f"  {'weight':>6}  {'id':28}  {'labelled':16}  {'model sees':18}  without it",
+        *map(row, explanation.samples),
     ]
-    for sample in explanation.samples:
-        if sample.prediction_without is None:
-            left = "no class is ahead"
-        elif sample.prediction_without == explanation.prediction:
-            left = f"still {explanation.class_name} ({explanation.probability - sample.influence:.0%})"
-        else:
-            left = names[sample.prediction_without]
-        sees = sample.predicted_class_name if sample.is_example else f"≠ {sample.predicted_class_name}"
-        lines.append(
-            f"  {sample.weight:6.1%}  {str(sample.id)[-28:]:28}  {sample.class_name[:16]:16}  {sees[:18]:18}  {left}"
-        )
     rest = explanation.support_size - len(explanation.samples)
     if rest > 0:
         lines.append(f"  {max(0.0, 1 - sum(sample.weight for sample in explanation.samples)):6.1%}  {rest} more")
     return "\n".join(map(printable, lines))
-
-
-def to_json(values: Any, target: str) -> str:
-    """Writes JSON to a file, whole or not at all.
-
-    It is ASCII, so that any terminal and any encoding can hold it; nothing is lost by that.
-
-    Args:
-        values: What JSON can hold.
-        target: The file, or `"-"` for none.
-
-    Returns:
-        The JSON.
-    """
-    text = json.dumps(values, indent=2)
-    if target != "-":
-        write_text(target, text + "\n")
-    return text

@@ -1,4 +1,4 @@
-"""Writes explanations as one HTML file that needs nothing else: no script, no resource from elsewhere."""
+"""Writes explanations as one self-contained HTML file, without scripts and without resources from elsewhere."""
 
 import base64
 import io
@@ -12,19 +12,20 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from timm_memwrap.explaining.explanation import Explanation, MemorySample, aligned, class_names
-from timm_memwrap.explaining.heatmaps import Attribution, overlays
-from timm_memwrap.explaining.inputs import SampleImages, picture_of, to_picture
-from timm_memwrap.files import write_text
+from timm_memwrap._utils import write_text
+from timm_memwrap.data import SampleImages, class_names, picture_of, to_picture
+from timm_memwrap.explaining.explanation import Explanation, MemorySample
+from timm_memwrap.explaining.figures.pictures import aligned, overlays
+from timm_memwrap.explaining.heatmaps import Attribution
 from timm_memwrap.model import MemoryWrapModel
 
 __all__ = ["write_html"]
 
-# In pixels. What is shown is half of it, for screens of double density.
+# In pixels: twice the size on the page, for screens of double density.
 _INPUT_SIZE, _SAMPLE_SIZE = 448, 256
 
-# Embeddings, overrides and isolates of text direction. The page isolates each name itself.
-_TURNING = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
+# Embeddings, overrides and isolates of text direction. The page itself isolates each name.
+_BIDI_CONTROLS = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
 
 
 def write_html(
@@ -39,10 +40,10 @@ def write_html(
     top_k: int = 5,
     title: str = "Explanations",
 ) -> Path:
-    """Writes a report of explanations: one HTML file with its pictures inside, to be read in any browser or sent on.
+    """Writes a report of explanations: one HTML file with its pictures inside, for any browser.
 
-    It holds no script, and forbids the browser to load anything. Class names, ids and file names are a stranger's: they
-    are text, whatever they look like. The file shows pictures of the memory, so share it as you would share those.
+    It has no scripts, and does not let the browser load anything. Class names, ids and file names are untrusted and
+    shown as text. The file holds pictures of the memory, so share it as you would share those.
 
     Args:
         model: The model that was explained.
@@ -50,7 +51,7 @@ def write_html(
         explanations: What `explain` returned for them; `None` to call it.
         path: File to write. It is written whole or not at all.
         labels: True classes of the inputs, if known.
-        names: Titles of the inputs. `None` is their file names, or their numbers.
+        names: Titles of the inputs; `None` for their file names, or their numbers.
         attributions: What `attribute` returned for them, to show heatmaps too.
         dataset: As in `plot_explanations`.
         top_k: How many samples to explain with if `explanations` is `None`.
@@ -78,39 +79,31 @@ def write_html(
     for name, given in (("names", names), ("attributions", attributions)):
         if given is not None and len(given) != len(several):
             raise ValueError(f"{len(given)} {name} for {len(several)} images. Pass one for each image, or None.")
-    titles = [_title(image, i) for i, image in enumerate(several)] if names is None else list(names)
+    if names is None:
+        names = [PurePath(image).name if isinstance(image, str | os.PathLike) else f"Image {i}"
+                 for i, image in enumerate(several, start=1)]  # fmt: skip
     stored = None if dataset is None else SampleImages(model, dataset)
     heat: Sequence[Attribution | None] = [None] * len(several) if attributions is None else attributions
-    known = class_names(model)
     html = _render(
         title=title,
         architecture=model.pretrained_cfg.get("architecture", type(model.backbone).__name__),
         memory_size=len(model.memory_bank),
         stale=model.memory_is_stale(),
         heatmaps=attributions is not None,
-        inputs=[
-            _input(model, name, image, explanation, label, attribution, stored, known)
-            for name, image, explanation, label, attribution in zip(
-                titles, several, explanations, true, heat, strict=True
-            )
-        ],
+        classes=dict(enumerate(class_names(model))),
+        inputs=[_input(model, stored, *parts) for parts in zip(names, several, explanations, true, heat, strict=True)],
     )
     return write_text(path, html)
 
 
-def _title(image: Any, position: int) -> str:
-    return PurePath(image).name if isinstance(image, str | os.PathLike) else f"Image {position + 1}"
-
-
 def _input(
     model: MemoryWrapModel,
+    stored: SampleImages | None,
     name: str,
     image: Any,
     explanation: Explanation,
     label: int | None,
     attribution: Attribution | None,
-    stored: SampleImages | None,
-    known: list[str],
 ) -> dict[str, Any]:
     heat: list[str | None] = [None] * (1 + len(explanation.samples))
     shares = [0.0] * len(heat)
@@ -131,9 +124,6 @@ def _input(
             "picture": None if picture is None else _data_url(picture, _SAMPLE_SIZE),
             "overlay": overlay,
             "share": share,
-            "without": None if sample.prediction_without is None else known[sample.prediction_without],
-            "flips": sample.prediction_without != explanation.prediction,
-            "probability_without": explanation.probability - sample.influence,
         }
 
     rows = zip(explanation.samples, heat[1:], shares[1:], strict=True)
@@ -141,17 +131,13 @@ def _input(
         ("More examples: the model sees the predicted class in them too", explanation.examples),
         ("More counterfactuals: the model sees another class in them", explanation.counterfactuals),
     ]
-    without = explanation.prediction_without_memory
     return {
         "name": name,
         "picture": _data_url(to_picture(model, image), _INPUT_SIZE),
         "overlay": heat[0],
         "share": shares[0],
         "explanation": explanation,
-        "label": None if label is None else (known[label] if 0 <= label < len(known) else f"class {label}"),
-        "right": label == explanation.prediction,
-        "without_memory": None if without is None else known[without],
-        "rest": explanation.support_size - len(explanation.samples),
+        "label": label,
         "samples": [row(*parts) for parts in rows],
         "groups": [
             (heading, [row(sample) for sample in samples if sample.position not in shown])
@@ -162,7 +148,7 @@ def _input(
 
 
 def _data_url(picture: np.ndarray, size: int) -> str:
-    """Encodes a picture `[H, W, 3]` as a PNG in a link, at most `size` pixels a side."""
+    """Encodes a picture `[H, W, 3]` as the URL of a PNG, with at most `size` pixels a side."""
     image = Image.fromarray(picture)
     image.thumbnail((size, size))
     buffer = io.BytesIO()
@@ -171,9 +157,9 @@ def _data_url(picture: np.ndarray, size: int) -> str:
 
 
 def _text(value: Any) -> Any:
-    """Replaces the characters of a text that HTML cannot hold, or that turn what is read round: U+202A to U+202E etc.
+    """Replaces characters that HTML cannot hold, or that change the direction of text: U+202A to U+202E etc.
 
-    The rest stays as it is, also what joins and separates the letters of a script.
+    The rest stays as it is, including what joins and separates the letters of a script.
     """
     if type(value) is not str:
         return value
@@ -183,7 +169,7 @@ def _text(value: Any) -> Any:
 def _is_control(char: str) -> bool:
     if char in "\t\n":
         return False
-    return unicodedata.category(char) in ("Cc", "Cs") or unicodedata.bidirectional(char) in _TURNING
+    return unicodedata.category(char) in ("Cc", "Cs") or unicodedata.bidirectional(char) in _BIDI_CONTROLS
 
 
 def _percent(value: float) -> str:
@@ -191,7 +177,7 @@ def _percent(value: float) -> str:
 
 
 def _points(value: float) -> str:
-    """Says a change of a probability in percentage points, with a true minus sign."""
+    """Formats a change of a probability in percentage points, with a true minus sign."""
     points = round(100 * value)
     sign = "\N{MINUS SIGN}" if points < 0 else "+"
     return f"{sign}{abs(points)}" if points else "±0"
@@ -201,7 +187,7 @@ def _render(**values: Any) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent.parent / "templates"),
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
         undefined=StrictUndefined,
         autoescape=True,
         trim_blocks=True,

@@ -14,18 +14,18 @@ from PIL import Image
 from torch.utils.data import TensorDataset
 
 from timm_memwrap import explain
+from timm_memwrap.data import to_picture
 from timm_memwrap.explaining import (
     attribute,
-    figures,
     memory_report,
     plot_explanation,
     plot_explanations,
     plot_heatmaps,
     plot_memory_report,
 )
-from timm_memwrap.explaining.heatmaps import overlays
-from timm_memwrap.explaining.inputs import to_picture
-from timm_memwrap.explaining.page import BLUE, ORANGE
+from timm_memwrap.explaining.figures import plots
+from timm_memwrap.explaining.figures.page import BLUE, ORANGE
+from timm_memwrap.explaining.figures.pictures import overlays
 from timm_memwrap.model import MemoryWrapModel
 
 
@@ -118,7 +118,7 @@ def test_file_names_find_the_dataset_s_picture(
 ) -> None:
     model, names = make_model("wrapped"), [f"{'ab'[i % 2]}/{i // 2}.png" for i in range(12)]
     bank = model.memory_bank
-    bank.replace(bank.encodings, bank.labels, bank.predictions, names)
+    bank.replace(bank.encodings, bank.labels, names)
     sample = explain(model, make_images(1))[0].samples[0]
     figure = plot_explanations(model, make_images(1), dataset=_Folder(names))
     shown = [axes.images[0].get_array() for axes in figure.axes if axes.images]
@@ -179,7 +179,7 @@ def test_a_report_is_drawn_for_the_bank_as_it_is(
 
 
 def test_matplotlib_is_imported_for_a_figure_only() -> None:
-    for file in Path(figures.__file__).parent.glob("*.py"):
+    for file in Path(plots.__file__).parent.glob("*.py"):
         for node in ast.parse(file.read_text()).body:
             assert "matplotlib" not in ast.unparse(node) or not isinstance(node, ast.Import | ast.ImportFrom), file
 
@@ -213,9 +213,9 @@ def test_heatmaps_are_drawn_below_their_pictures(
     assert len(shown) == 2 * 2 * 4
     assert all(any(np.array_equal(picture, part) for part in shown) for picture in overlays(model, found[0]))
     assert (tmp_path / "heat.png").stat().st_size > 0
-    with pytest.raises(ValueError, match="0 attributions and 0 labels"):
+    with pytest.raises(ValueError, match="0 images, 0 explanations and 0 labels"):
         plot_heatmaps(model, [])
-    with pytest.raises(ValueError, match="2 attributions and 1 labels"):
+    with pytest.raises(ValueError, match="2 explanations and 1 labels"):
         plot_heatmaps(model, found, labels=[0])
 
 

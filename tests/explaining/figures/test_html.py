@@ -63,7 +63,7 @@ def _write(
     model: MemoryWrapModel, images: torch.Tensor, path: Path, classes: list[str], ids: list[str], **kwargs: Any
 ) -> str:
     bank = model.memory_bank
-    bank.replace(bank.encodings, bank.labels, bank.predictions, ids, bank.images, classes)
+    bank.replace(bank.encodings, bank.labels, ids, bank.images, classes)
     write_html(model, images, None, path, labels=[0, 1], **kwargs)
     return path.read_text(encoding="utf-8")
 

@@ -1,0 +1,1 @@
+"""Figures and reports of explanations, for people to look at."""

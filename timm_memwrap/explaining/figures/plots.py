@@ -1,0 +1,256 @@
+"""Figures of explanations, with matplotlib. Frames and words tell examples from counterfactuals, not colour alone."""
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from timm_memwrap.data import SampleImages, class_names, picture_of, to_picture
+from timm_memwrap.explaining.explanation import Explanation, MemorySample
+from timm_memwrap.explaining.figures.drawing import (
+    GAP,
+    MARGIN,
+    draw_legend,
+    draw_titles,
+    input_card,
+    sample_card,
+    short,
+    use_card,
+)
+from timm_memwrap.explaining.figures.page import BLUE, GREY, LINE, ORANGE, Card, Line, Page
+from timm_memwrap.explaining.figures.pictures import aligned, overlays
+from timm_memwrap.explaining.heatmaps import Attribution
+from timm_memwrap.explaining.report import MemoryReport
+from timm_memwrap.model import MemoryWrapModel
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["plot_explanation", "plot_explanations", "plot_heatmaps", "plot_memory_report"]
+
+# Sizes of pictures in inches: of an input in a grid, a memory sample, either above its heatmap, an input alone.
+_INPUT, _SAMPLE, _HEAT, _ALONE = 1.25, 0.95, 1.2, 1.7
+
+
+def plot_explanations(
+    model: MemoryWrapModel,
+    images: Any,
+    explanations: Sequence[Explanation] | None = None,
+    labels: Sequence[int] | Tensor | None = None,
+    path: str | os.PathLike | None = None,
+    dataset: Any = None,
+    top_k: int = 5,
+    dpi: int = 150,
+) -> "Figure":
+    """Draws a grid: a row per input, with the memory samples that its prediction used, strongest first.
+
+    Args:
+        model: The model that was explained.
+        images: What was explained: see `explain`. Float tensors are model inputs, and their normalisation is undone;
+            uint8 tensors, PIL images and paths are shown as they are.
+        explanations: What `explain` returned for them; `None` to call it.
+        labels: True classes of the inputs, if known.
+        path: File to write the figure to, by its suffix a PNG, PDF or SVG; `None` to write none.
+        dataset: Where to find the memory samples' pictures by id, if the bank has none: the dataset that it was built
+            from, or a mapping from id to image. Without it, a tile shows the sample's id.
+        top_k: How many samples to draw for an input.
+        dpi: Resolution of the file.
+
+    Returns:
+        The matplotlib figure, which belongs to no pyplot state.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If images, explanations and labels differ in number.
+    """
+    several, explanations, true = aligned(model, images, explanations, labels, top_k)
+    stored, names = None if dataset is None else SampleImages(model, dataset), class_names(model)
+    columns = max(1, min(top_k, max(len(explanation.samples) for explanation in explanations)))
+    left, row_height = MARGIN + _INPUT + 2.2 * GAP, _INPUT + 3 * LINE + 0.12
+    width = left + columns * (_SAMPLE + GAP) + 0.35 + MARGIN
+    page = Page(max(width, 7.2), 0.5 + len(several) * row_height + 0.62)
+    draw_titles(page, left)
+    for row, (image, explanation, label) in enumerate(zip(several, explanations, true, strict=True)):
+        top, x = 0.5 + row * row_height, left
+        page.card(MARGIN, top, _INPUT, to_picture(model, image), input_card(explanation, label, names))
+        page.text(left - 1.1 * GAP, top + _INPUT / 2, "←", size=16, color=GREY, ha="center", va="center")
+        drawn = explanation.samples[:columns]
+        for sample in drawn:
+            picture = picture_of(model, sample.image, sample.id, stored)
+            page.card(x, top, _SAMPLE, picture, sample_card(sample))
+            x += _SAMPLE + GAP
+        rest = explanation.support_size - len(drawn)
+        if rest:
+            share = max(0.0, 1 - sum(sample.weight for sample in drawn))
+            text = f"+ {rest}\nmore\n{share:.0%}"
+            page.text(x - 0.5 * GAP + 0.05, top + _SAMPLE / 2, text, size=7, color=GREY, va="center")
+    draw_legend(page)
+    return page.finish(path, dpi)
+
+
+def plot_explanation(
+    model: MemoryWrapModel,
+    image: Any,
+    explanation: Explanation | None = None,
+    label: int | None = None,
+    path: str | os.PathLike | None = None,
+    dataset: Any = None,
+    top_k: int = 5,
+    dpi: int = 150,
+) -> "Figure":
+    """Draws one explanation: examples above, counterfactuals below, and what each sample changed.
+
+    Arguments, return value and errors are as in `plot_explanations`, for one image.
+    """
+    one = image.unsqueeze(0) if isinstance(image, Tensor) and image.ndim == 3 else image
+    given = None if explanation is None else [explanation]
+    several, (explanation, *more), (true, *_) = aligned(model, one, given, None if label is None else [label], top_k)
+    if more:
+        raise ValueError(f"{1 + len(more)} images for one explanation. Call plot_explanations for several.")
+    stored, names = None if dataset is None else SampleImages(model, dataset), class_names(model)
+    groups = (
+        (f"Examples: the model sees “{short(explanation.class_name, 24)}” in them too", explanation.examples, BLUE),
+        ("Counterfactuals: it sees another class in them", explanation.counterfactuals, ORANGE),
+    )
+    columns = max(1, *(min(top_k, len(samples)) for _, samples, _ in groups))
+    left, row_height = MARGIN + _ALONE + 2 * GAP, _SAMPLE + 5.3 * LINE + 0.45
+    page = Page(max(left + columns * (_SAMPLE + GAP) + MARGIN, 7.2), 0.22 + 2 * row_height + 0.55)
+    page.card(MARGIN, 0.45, _ALONE, to_picture(model, several[0]), input_card(explanation, true, names))
+    page.text(MARGIN, 0.45 + _ALONE + 3.6 * LINE, _without_memory(explanation, names), size=7.5, color=GREY)
+    for row, (title, samples, color) in enumerate(groups):
+        top = 0.22 + row * row_height
+        page.text(left, top - 0.08, title, size=9, weight="bold", color=color)
+        if not samples:
+            page.text(left, top + 0.25, "None among the samples that the prediction used.", size=8, color=GREY)
+        for column, sample in enumerate(samples[:columns]):
+            card, picture = sample_card(sample), picture_of(model, sample.image, sample.id, stored)
+            flips = sample.prediction_without != explanation.prediction
+            style = ("black", "bold") if flips else (GREY, "normal")
+            card.lines.append(Line(f"without it:\n{_without(explanation, sample, names)}", 7, *style, gap=1.05))
+            page.card(left + column * (_SAMPLE + GAP), top + 0.23, _SAMPLE, picture, card)
+    draw_legend(page)
+    return page.finish(path, dpi)
+
+
+def plot_memory_report(
+    model: MemoryWrapModel,
+    report: MemoryReport,
+    path: str | os.PathLike | None = None,
+    dataset: Any = None,
+    top_k: int = 6,
+    dpi: int = 150,
+) -> "Figure":
+    """Draws the memory samples that mislead most, and those whose label the model disputes.
+
+    Args:
+        model: The model that the report is on.
+        report: What `memory_report` returned, for the bank as it is.
+        path: As in `plot_explanations`.
+        dataset: As in `plot_explanations`.
+        top_k: How many samples of each kind to draw.
+        dpi: As in `plot_explanations`.
+
+    Returns:
+        The matplotlib figure, which belongs to no pyplot state.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If the bank has changed since the report.
+    """
+    bank, size = model.memory_bank, len(report.samples)
+    if [sample.id for sample in report.samples] != bank.ids:
+        raise ValueError(f"The report is on {size} samples that are not those of {bank!r}. Call memory_report again.")
+    stored = None if dataset is None else SampleImages(model, dataset)
+    groups = (
+        ("Misleading", report.misleading, ORANGE,
+         "Used more by wrong predictions of the class they support than by right ones: remove the worst, or look why."),
+        ("Disputed", report.disputed, BLUE,
+         "The model sees another class in it than its label says: is the label wrong?"),
+    )  # fmt: skip
+    drawn = [sample for _, samples, _, _ in groups for sample in samples[:top_k]]
+    most = max((max(sample.misleading, sample.helping) for sample in drawn), default=0.0)
+    columns = max(1, *(min(top_k, len(samples)) for _, samples, _, _ in groups))
+    row_height = _SAMPLE + 5.4 * LINE + 0.75
+    page = Page(max(MARGIN + columns * (_SAMPLE + GAP) + MARGIN, 6.8), 0.18 + 2 * row_height + 0.5)
+    for row, (title, samples, color, meaning) in enumerate(groups):
+        top = 0.18 + row * row_height
+        page.text(MARGIN, top, f"{title}: {len(samples)} of {size} remembered images", 9, color, weight="bold")
+        page.text(MARGIN, top + 0.19, meaning if samples else "None.", size=7.5, color=GREY)
+        for column, sample in enumerate(samples[:top_k]):
+            thumbnail = None if bank.images is None else bank.images[sample.position]
+            picture, x = picture_of(model, thumbnail, sample.id, stored), MARGIN + column * (_SAMPLE + GAP)
+            page.card(x, top + 0.45, _SAMPLE, picture, use_card(sample, most, color, dashed=row == 0))
+    y = page.height - 0.52
+    for x, color, text in (
+        (MARGIN, ORANGE, "weight in wrong predictions of its class"),
+        (MARGIN + 2.9, BLUE, "weight in right ones"),
+    ):
+        page.block(x, y + 0.01, 0.25, 0.09, facecolor=color)
+        page.text(x + 0.32, y, text, size=7.5)
+    summary = f"{report.wrong} of {report.count} predictions are wrong; {len(report.never_read)} remembered images were"
+    page.text(MARGIN, y + 0.2, f"{summary} never read.", size=7.5, color=GREY)
+    return page.finish(path, dpi)
+
+
+def plot_heatmaps(
+    model: MemoryWrapModel,
+    attributions: Sequence[Attribution],
+    labels: Sequence[int] | Tensor | None = None,
+    path: str | os.PathLike | None = None,
+    dpi: int = 150,
+) -> "Figure":
+    """Draws what `attribute` found: each input and the memory samples that it read, and below each its heatmap.
+
+    Args:
+        model: The model that was explained.
+        attributions: What `attribute` returned.
+        labels: As in `plot_explanations`.
+        path: As in `plot_explanations`.
+        dpi: As in `plot_explanations`.
+
+    Returns:
+        The matplotlib figure, which belongs to no pyplot state.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If there are no attributions, or labels differ in number.
+    """
+    images = [attribution.image for attribution in attributions]
+    given = [attribution.explanation for attribution in attributions]
+    _, explanations, true = aligned(model, images, given, labels)
+    names, columns = class_names(model), max(len(explanation.samples) for explanation in explanations)
+    left, row_height = MARGIN + _HEAT + 2.2 * GAP, 2 * _HEAT + 5.4 * LINE + 0.3
+    width = left + columns * (_HEAT + GAP) + MARGIN
+    page = Page(max(width, 7.6), 0.5 + len(attributions) * row_height + 0.4)
+    draw_titles(page, left)
+    for row, (attribution, explanation, label) in enumerate(zip(attributions, explanations, true, strict=True)):
+        top = 0.5 + row * row_height
+        page.text(left - 1.1 * GAP, top + _HEAT / 2, "←", size=16, color=GREY, ha="center", va="center")
+        inputs = (attribution.image, *attribution.memory_images)
+        cards = (input_card(explanation, label, names), *map(sample_card, explanation.samples))
+        heat = zip(inputs, cards, overlays(model, attribution), attribution.shares, strict=True)
+        for column, (image, card, overlay, share) in enumerate(heat):
+            x = left + (column - 1) * (_HEAT + GAP) if column else MARGIN
+            page.card(x, top, _HEAT, to_picture(model, image), card)
+            below = Card([Line(f"{share:.0%} of the heat", color=GREY)])
+            page.card(x, top + _HEAT + 3.5 * LINE, _HEAT, overlay, below)
+    draw_legend(page, heat=True)
+    return page.finish(path, dpi)
+
+
+def _without(explanation: Explanation, sample: MemorySample, names: list[str]) -> str:
+    if sample.prediction_without is None:
+        return "no class"
+    if sample.prediction_without != explanation.prediction:
+        return short(names[sample.prediction_without], 15)
+    return f"{short(explanation.class_name, 12)} {explanation.probability - sample.influence:.0%}"
+
+
+def _without_memory(explanation: Explanation, names: list[str]) -> str:
+    if explanation.prediction_without_memory is None:
+        return "Without its memory\nit could not tell."
+    without = short(names[explanation.prediction_without_memory])
+    if explanation.prediction_without_memory != explanation.prediction:
+        return f"Without its memory\n“{without}”."
+    return f"Without its memory\nstill “{without}” ({explanation.probability_without_memory:.0%})."

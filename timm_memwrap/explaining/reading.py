@@ -1,0 +1,89 @@
+"""Reads of the memory that all measures of explanations share.
+
+Shapes: B inputs, E width of an encoding, C classes, K samples read per input, H hidden samples per input.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from timm_memwrap._utils import evaluating
+from timm_memwrap.data import encoded_batches, size_of
+from timm_memwrap.memory_checks import check_memory
+from timm_memwrap.model import MemoryReadout, MemoryWrapModel
+
+__all__ = ["encodings_of", "no_class_leads", "own_predictions", "read_nothing", "read_without"]
+
+# Scores computed at a time when samples are left out one by one: 64 MB of float32.
+_MOST_SCORES = 2**24
+
+
+@contextmanager
+def encodings_of(
+    model: MemoryWrapModel, data: Any, title: str, progress: bool
+) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+    """Opens a pass over labelled data: an iterator over encodings `[B, E]` and labels `[B]`, behind a progress bar.
+
+    Inside, the model is in evaluation mode without gradients. Warns if its memory is stale.
+
+    Raises:
+        ValueError: If the model has no memory to read, the data is empty, or a label is outside `num_classes`.
+    """
+    check_memory(model)
+    with evaluating(model), tqdm(total=size_of(data), desc=title, unit="img", disable=not progress) as bar:
+        yield _batches(model, data, bar)
+
+
+def _batches(model: MemoryWrapModel, data: Any, bar: tqdm) -> Iterator[tuple[Tensor, Tensor]]:
+    empty = True
+    for encoding, labels in encoded_batches(model, data):
+        yield encoding, labels
+        empty = False
+        bar.update(len(labels))
+    if empty:
+        raise ValueError("The data is empty, so there is nothing to measure. Check its path and split.")
+
+
+def own_predictions(model: MemoryWrapModel, readout: MemoryReadout) -> Tensor:
+    """Returns the model's own predictions `[B, K]` for the samples that were read, and -1 where the weight is zero."""
+    used = readout.weights > 0
+    own = torch.full_like(readout.positions, -1)
+    own[used] = model.own_predictions(readout.positions[used])
+    return own
+
+
+def read_without(model: MemoryWrapModel, encoding: Tensor, hidden: Tensor) -> Tensor:
+    """Computes logits `[B, C]` in float32 with the samples at positions `hidden` `[B, H]` left out, block by block."""
+    block = max(1, _MOST_SCORES // len(model.memory_bank))
+    pairs = zip(encoding.split(block), hidden.split(block), strict=True)
+    logits = [_logits(model, model.read(rows, hidden=positions)) for rows, positions in pairs]
+    return torch.cat(logits) if logits else encoding.new_zeros(0, model.num_classes, dtype=torch.float32)
+
+
+def read_nothing(model: MemoryWrapModel, encoding: Tensor) -> Tensor:
+    """Computes logits `[B, C]` in float32 with nothing read from the memory."""
+    # Labels for a vote, which counts none.
+    nothing = model.head.prepare(
+        encoding.new_zeros(0, model.encoding_size), torch.zeros(0, dtype=torch.long, device=encoding.device)
+    )
+    return _logits(model, model.read(encoding, memory=nothing))
+
+
+def _logits(model: MemoryWrapModel, readout: MemoryReadout) -> Tensor:
+    """Returns logits in float32; 0 for all classes where the backbone's classifier has no sample to judge.
+
+    What it then computes is its bias, which says nothing of the input: `sum w_i C(f_i)` over no samples is 0.
+    """
+    logits = readout.logits.float()
+    if model.memory_args["classifier"] != "own":
+        return logits
+    return logits.masked_fill((readout.weights == 0).all(dim=1, keepdim=True), 0.0)
+
+
+def no_class_leads(logits: Tensor) -> Tensor:
+    """Returns for which rows `[B]` all classes have the same logit, so that nothing is predicted."""
+    return logits.amax(dim=-1) == logits.amin(dim=-1)
