@@ -1,7 +1,9 @@
 """The bank: what goes in comes back, whole or not at all, and nothing mixes two samples."""
 
 import copy
+import errno
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from timm.utils import ModelEmaV3
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
-from timm_memwrap import MemoryBank
-from timm_memwrap.memory_bank import Provenance
+from timm_memwrap import MemoryBank, build_memory_bank
+from timm_memwrap.bank_format import BUFFERS, Provenance
 
 PROVENANCE = Provenance(dataset="animals", selection="balanced", seed=3, population=50, encoder="abc")
 
@@ -26,7 +29,6 @@ def _bank(size: int = 6, width: int = 4, images: bool = False, start: int = 0) -
     bank.replace(
         torch.randn(size, width, generator=generator),
         torch.arange(size) % 3,
-        torch.arange(size) % 2,
         [f"{start + i}.png" for i in range(size)],
         torch.randint(256, (size, 3, 5, 5), generator=generator, dtype=torch.uint8) if images else None,
         ["cat", "dog", "newt"],
@@ -36,7 +38,7 @@ def _bank(size: int = 6, width: int = 4, images: bool = False, start: int = 0) -
 
 
 def _snapshot(bank: MemoryBank) -> dict[str, Any]:
-    tensors = {name: None if t is None else t.clone() for name, t in bank._buffers.items()}
+    tensors = {name: None if (t := getattr(bank, name)) is None else t.clone() for name in BUFFERS}
     return {**tensors, "ids": bank.ids, "class_names": bank.class_names, "provenance": bank.provenance}
 
 
@@ -48,9 +50,6 @@ def _assert_same(one: MemoryBank, other: MemoryBank | dict[str, Any]) -> None:
             assert torch.equal(value, expected[name]), name
         else:
             assert value == expected[name], name
-
-
-# -- state dict -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [1, 6, 50])
@@ -73,35 +72,55 @@ def test_an_empty_bank_has_no_keys_and_is_still_a_bank() -> None:
     assert (bank.ids, bank.class_names, bank.class_counts, bank.provenance) == ([], [], {}, Provenance())
 
 
-def test_a_whole_state_without_a_bank_empties_it_and_a_part_of_one_leaves_it() -> None:
+def test_a_state_dict_without_a_bank_leaves_it() -> None:
     bank = _bank()
     before = _snapshot(bank)
-    bank.load_state_dict({}, strict=False)
-    _assert_same(bank, before)
-    bank.load_state_dict({})
-    assert len(bank) == 0
+    for strict in (True, False):
+        bank.load_state_dict({}, strict=strict)
+        _assert_same(bank, before)
 
 
-def test_a_bank_is_not_tied_to_the_state_dict_that_it_came_from_or_gave() -> None:
+def test_a_bank_is_not_tied_to_the_state_dict_that_it_came_from() -> None:
     bank, other = _bank(), MemoryBank()
-    state = bank.state_dict()
+    state = {name: tensor.clone() for name, tensor in bank.state_dict().items()}
     other.load_state_dict(state)
-    before = _snapshot(bank)
     for tensor in state.values():
         tensor.zero_()
-    _assert_same(bank, before)
-    _assert_same(other, before)
+    _assert_same(other, bank)
+
+
+def test_a_state_dict_holds_the_banks_own_tensors() -> None:
+    bank = _bank(images=True)
+    for name, tensor in bank.state_dict().items():
+        assert tensor.data_ptr() == getattr(bank, name).data_ptr()
 
 
 def test_a_state_dict_that_lacks_a_buffer_or_has_one_too_many_is_refused() -> None:
     state = _bank().state_dict()
     before = _snapshot(bank := _bank(3, start=9))
-    for name in ("encodings", "labels", "predictions", "meaning"):
+    for name in ("encodings", "labels", "meaning"):
         with pytest.raises(RuntimeError, match=name):
             bank.load_state_dict({k: v for k, v in state.items() if k != name})
         _assert_same(bank, before)
     with pytest.raises(RuntimeError, match="surplus"):
         bank.load_state_dict({**state, "surplus": torch.zeros(1)})
+
+
+def test_a_bank_changed_in_place_says_what_it_holds_now() -> None:
+    """timm's average of weights copies state dicts in place."""
+    bank, other = _bank(), _bank(start=1)
+    assert bank.ids != other.ids
+    for own, new in zip(bank.state_dict().values(), other.state_dict().values(), strict=True):
+        own.copy_(new)
+    _assert_same(bank, other)
+
+
+def test_a_bank_moves_to_a_device_and_loads_there(tmp_path: Path) -> None:
+    path = _bank(images=True).save(tmp_path / "bank.safetensors")
+    bank = _bank(images=True).to("meta")
+    assert all(tensor.is_meta for tensor in bank.buffers())
+    # The meta device is no place for values that are known.
+    _assert_same(bank.load(path), _bank(images=True))
 
 
 def test_a_bank_keeps_its_encodings_in_float32() -> None:
@@ -112,12 +131,9 @@ def test_a_bank_keeps_its_encodings_in_float32() -> None:
     assert bank.to("meta").encodings.is_meta
 
 
-# -- what is refused --------------------------------------------------------------------------------------------------
-
 _GOOD: dict[str, Any] = {
     "encodings": torch.zeros(3, 4),
     "labels": torch.tensor([0, 1, 2]),
-    "predictions": torch.tensor([0, 1, 2]),
     "ids": ["a", "b", "c"],
 }
 
@@ -133,7 +149,6 @@ _GOOD: dict[str, Any] = {
         ({"labels": torch.tensor(1)}, "labels"),
         ({"labels": torch.tensor([[0, 1, 2]])}, "labels"),
         ({"labels": torch.tensor([0, -1, 2])}, "Label -1 is below 0"),
-        ({"predictions": torch.tensor([0, 1])}, "predictions"),
         ({"ids": ["a", "b"]}, "2 ids for 3 samples"),
         ({"ids": ["a", "b", "a"]}, r"\['a'\] come more than once"),
         ({"images": torch.zeros(3, 3, 5, 5)}, r"images .*float32.*uint8"),
@@ -150,9 +165,8 @@ def test_what_does_not_fit_is_refused_and_the_bank_unchanged(wrong: dict[str, An
 
 
 def test_no_samples_are_refused_with_the_call_that_empties() -> None:
-    nothing = torch.zeros(0, dtype=torch.long)
     with pytest.raises(ValueError, match=r"clear\(\)"):
-        MemoryBank().replace(torch.zeros(0, 4), nothing, nothing, [])
+        MemoryBank().replace(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), [])
 
 
 @pytest.mark.parametrize("ids", [[1.5, 2, 3], [None, "b", "c"], [b"a", "b", "c"]])
@@ -161,14 +175,11 @@ def test_an_id_is_a_number_or_a_text(ids: list[Any]) -> None:
         MemoryBank().replace(**{**_GOOD, "ids": ids})
 
 
-# -- changing a bank --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("images", [False, True])
 def test_append_joins_and_remove_undoes_it(images: bool) -> None:
     bank, more = _bank(images=images), _bank(3, images=images, start=100)
     before = _snapshot(bank)
-    bank.append(more.encodings, more.labels, more.predictions, more.ids, more.images)
+    bank.append(more.encodings, more.labels, more.ids, more.images)
     assert len(bank) == 9
     assert torch.equal(bank.encodings[6:], more.encodings)
     assert bank.ids[6:] == more.ids
@@ -220,14 +231,14 @@ def test_remove_takes_one_id_or_many_and_names_an_unknown_one() -> None:
     assert bank.remove("1.png").ids == ["0.png", "2.png", "3.png", "4.png", "5.png"]
     assert bank.remove(name for name in ["0.png", "5.png"]).ids == ["2.png", "3.png", "4.png"]
     assert torch.equal(bank.encodings, before["encodings"][2:5])
-    assert torch.equal(bank.predictions, before["predictions"][2:5])
+    assert torch.equal(bank.labels, before["labels"][2:5])
 
 
 def test_select_keeps_the_samples_in_the_given_order() -> None:
     bank = _bank(images=True)
     before = _snapshot(bank)
     assert bank.select([4, 0, 2]).ids == ["4.png", "0.png", "2.png"]
-    for name in ("encodings", "labels", "predictions", "images"):
+    for name in ("encodings", "labels", "images"):
         assert torch.equal(getattr(bank, name), before[name][[4, 0, 2]])
     assert bank.class_names == before["class_names"]
 
@@ -263,23 +274,14 @@ def test_meaning_can_be_changed_piece_by_piece() -> None:
     bank = _bank()
     bank.set_class_names(["a", "b", "c"])
     bank.set_encoder("def")
-    bank.set_predictions(torch.full((6,), 2))
     assert bank.class_names == ["a", "b", "c"]
     assert bank.provenance == Provenance("animals", "balanced", 3, 50, "def")
-    assert bank.predictions.tolist() == [2] * 6
-    with pytest.raises(ValueError, match="predictions"):
-        bank.set_predictions(torch.zeros(5))
     for change in (lambda b: b.set_class_names(["a"]), lambda b: b.set_encoder("x")):
         with pytest.raises(ValueError, match="empty"):
             change(MemoryBank())
 
 
-def test_predictions_of_an_empty_bank_are_refused() -> None:
-    with pytest.raises(ValueError, match="empty"):
-        MemoryBank().set_predictions(torch.zeros(0))
-
-
-def test_repr_says_what_a_person_asks() -> None:
+def test_repr_shows_size_shape_and_source() -> None:
     assert repr(MemoryBank()) == "MemoryBank(empty)"
     text = repr(_bank(images=True))
     for part in ("6 samples", "3 classes", "[6, 4]", "images [3, 5, 5]", "balanced from animals"):
@@ -303,9 +305,6 @@ def test_ids_come_back_as_they_are(ids: list[int | str]) -> None:
     assert other.class_names == ["Kätzchen", "狗"]
 
 
-# -- a bank alone on disk ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("images", [False, True])
 def test_a_file_brings_the_bank_back(images: bool, tmp_path: Path) -> None:
     bank = _bank(images=images)
@@ -315,7 +314,7 @@ def test_a_file_brings_the_bank_back(images: bool, tmp_path: Path) -> None:
     _assert_same(other, bank)
     assert [p.name for p in path.parent.iterdir()] == ["bank.safetensors"], "nothing temporary is left"
     with safe_open(path, "pt") as file:
-        assert file.metadata() == {"format": "pt"}
+        assert file.metadata()["format"] == "pt", "transformers cannot open it without"
 
 
 def test_an_empty_bank_is_not_saved(tmp_path: Path) -> None:
@@ -345,7 +344,7 @@ def _damage(state: dict[str, Tensor], how: str) -> dict[str, Tensor]:
         "labels of floats": {**state, "labels": state["labels"].float()},
         "encodings in double": {**state, "encodings": state["encodings"].double()},
         "NaN": {**state, "encodings": state["encodings"] * float("nan")},
-        "lengths differ": {**state, "predictions": state["predictions"][1:]},
+        "lengths differ": {**state, "labels": state["labels"][1:]},
     }[how]
 
 
@@ -367,7 +366,7 @@ def test_a_damaged_file_is_refused_and_the_bank_unchanged(how: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 a pickle", b"\x80\x04K\x01."])
-def test_what_is_no_safetensors_file_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_not_safetensors_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "bank.safetensors"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="not a whole safetensors file"):
@@ -386,23 +385,40 @@ def test_a_missing_file_is_a_missing_file(tmp_path: Path) -> None:
         MemoryBank().load(tmp_path / "none.safetensors")
 
 
+def test_a_file_with_a_flipped_bit_is_refused_and_the_bank_unchanged(tmp_path: Path) -> None:
+    path = _bank(50).save(tmp_path / "bank.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-10] ^= 1
+    path.write_bytes(content)
+    bank = _bank()
+    before = _snapshot(bank)
+    with pytest.raises(ValueError, match="damaged"):
+        bank.load(path)
+    _assert_same(bank, before)
+
+
+def test_a_bank_outlives_its_file(tmp_path: Path) -> None:
+    path = _bank(50).save(tmp_path / "bank.safetensors")
+    bank = MemoryBank().load(path)
+    with path.open("r+b") as file:
+        file.write(b"\x00" * path.stat().st_size)
+    _assert_same(bank, _bank(50))
+
+
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = _bank().save(tmp_path / "bank.safetensors")
     old = path.read_bytes()
 
     def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    for name in ("timm_memwrap.memory_bank.save_file", "timm_memwrap.memory_bank.os.replace"):
+    for name in ("timm_memwrap.tensor_files._bytes", "timm_memwrap._utils.os.replace"):
         with monkeypatch.context() as patch:
             patch.setattr(name, full)
             with pytest.raises(OSError, match="No space"):
                 _bank(50).save(path)
     assert path.read_bytes() == old
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
-
-
-# -- averages of weights ----------------------------------------------------------------------------------------------
 
 
 def _model(bank: MemoryBank | None) -> torch.nn.Module:
@@ -414,14 +430,13 @@ def _model(bank: MemoryBank | None) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("foreach", [False, True])
-@pytest.mark.parametrize(
-    ("before", "after", "images"), [(0, 0, False), (0, 5, False), (5, 0, False), (4, 5, True), (6, 6, False)]
-)
-def test_an_ema_never_mixes_the_encodings_of_two_samples(foreach: bool, images: bool, before: int, after: int) -> None:
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (0, 5), (5, 0)])
+def test_an_ema_leaves_a_bank_that_only_one_of_two_models_has(foreach: bool, before: int, after: int) -> None:
     model = _model(_bank(before, 96, start=10) if before else None)
     ema = ModelEmaV3(model, decay=0.5, foreach=foreach)
     old = _snapshot(ema.module.memory_bank)
-    model.memory_bank.load_state_dict(_bank(after, 96, images, start=1000).state_dict() if after else {})
+    model.memory_bank.clear()
+    model.memory_bank.load_state_dict(_bank(after, 96, start=1000).state_dict() if after else {})
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1.0)
@@ -435,20 +450,45 @@ def test_an_ema_never_mixes_the_encodings_of_two_samples(foreach: bool, images: 
     assert len(ema.module.memory_bank) == before, "an EMA keeps its own bank, which is of its own weights"
 
 
-@pytest.mark.parametrize("trained", [False, True])
-def test_an_ema_that_copies_buffers_pairs_them_rightly(trained: bool) -> None:
-    """It pairs them in order, so one that exists in only one of the two would shift all that follow."""
+@pytest.mark.parametrize("foreach", [False, True])
+def test_an_average_of_two_banks_is_stale_and_two_of_other_sizes_are_an_error(foreach: bool) -> None:
     model = _model(None)
-    ema = ModelEmaV3(model, exclude_buffers=True)
-    if trained:
-        model.train()(torch.randn(4, 3, 32, 32))
+    data = TensorDataset(torch.randn(6, 3, 32, 32), torch.arange(6) % 3)
+    build_memory_bank(model, data, size=4, selection="random", progress=False)
+    ema = ModelEmaV3(model, decay=0.5, foreach=foreach)
+    assert not ema.module.memory_is_stale()
+    with torch.no_grad():
+        next(model.backbone.parameters()).add_(1.0)
+    build_memory_bank(model, data, size=4, selection="random", seed=1, progress=False)
     ema.update(model)
-    for (name, buffer), (other_name, other) in zip(ema.module.named_buffers(), model.named_buffers(), strict=True):
-        assert name == other_name
-        assert torch.equal(buffer, other)
+    assert ema.module.memory_is_stale()
+    assert not model.memory_is_stale()
+    build_memory_bank(model, data, size=5, progress=False)
+    with pytest.raises(RuntimeError, match="size"):
+        ema.update(model)
 
 
-def test_tensors_of_a_state_dict_are_plain_once_they_leave_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", ["trained", "a bank", "a bank in the average"])
+def test_an_ema_that_copies_buffers_pairs_them_rightly(change: str) -> None:
+    """It pairs them in order, so one that exists in only one of the two must not shift others."""
+    model = _model(_bank(5, 96) if change == "a bank in the average" else None)
+    ema = ModelEmaV3(model, exclude_buffers=True)
+    model.memory_bank.clear()
+    if change == "trained":
+        model.train()(torch.randn(4, 3, 32, 32))
+    elif change == "a bank":
+        model.memory_bank.load_state_dict(_bank(5, 96).state_dict())
+    with torch.no_grad():
+        model.backbone.bn1.running_mean.add_(1.0)
+    ema.update(model)
+    averaged = dict(ema.module.named_buffers())
+    for name, buffer in model.named_buffers():
+        if not name.startswith("memory_bank."):
+            assert torch.equal(averaged[name], buffer), name
+    assert len(ema.module.memory_bank) == (5 if change == "a bank in the average" else 0)
+
+
+def test_a_state_dict_survives_pytorch_safetensors_and_copies(tmp_path: Path) -> None:
     bank = _bank(images=True)
     state = bank.state_dict()
     torch.save(state, tmp_path / "state.pth")
@@ -458,11 +498,30 @@ def test_tensors_of_a_state_dict_are_plain_once_they_leave_it(tmp_path: Path) ->
         "deep": copy.deepcopy(state),
         "computed": {name: tensor + 0 for name, tensor in state.items()},
     }
-    for one in copies.values():
+    for one in (state, *copies.values()):
         for name, tensor in one.items():
             assert type(tensor) is Tensor
             assert torch.equal(tensor, getattr(bank, name))
     _assert_same(MemoryBank().load(tmp_path / "state.safetensors"), bank)
+
+
+def test_a_pickled_bank_comes_back() -> None:
+    bank = _bank(images=True)
+    _assert_same(pickle.loads(pickle.dumps(bank)), bank)
+
+
+@pytest.mark.parametrize("way", ["replace", "load_state_dict"])
+def test_a_bank_filled_in_inference_mode_serves_a_gradient(way: str) -> None:
+    model = _model(None).eval()
+    with torch.inference_mode():
+        if way == "replace":
+            bank = _bank(width=96)
+            model.memory_bank.replace(bank.encodings.clone(), bank.labels.clone(), bank.ids)
+        else:
+            model.memory_bank.load_state_dict(_bank(width=96).state_dict())
+    images = torch.randn(2, 3, 32, 32, requires_grad=True)
+    model(images).sum().backward()
+    assert images.grad.any()
 
 
 def test_file_names_that_are_not_unicode_come_back(tmp_path: Path) -> None:
@@ -483,7 +542,7 @@ def test_the_precision_of_storage_stays_through_all_that_happens_to_a_bank(tmp_p
     bank, exact = _bank().store_as(dtype), _bank().encodings
     assert torch.equal(bank.encodings, exact.to(dtype))
     more = _bank(3, start=10)
-    bank.append(more.encodings, more.labels, more.predictions, more.ids)
+    bank.append(more.encodings, more.labels, more.ids)
     bank.remove(["0.png"])
     bank.set_class_names(["a", "b", "c"])
     bank.double()
@@ -498,7 +557,7 @@ def test_the_precision_of_storage_stays_through_all_that_happens_to_a_bank(tmp_p
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int8, "float16"])
-def test_a_precision_that_is_none_of_ours_is_refused(dtype: Any) -> None:
+def test_an_unknown_precision_is_refused(dtype: Any) -> None:
     bank = _bank()
     before = _snapshot(bank)
     with pytest.raises(ValueError, match=r"torch\.bfloat16"):

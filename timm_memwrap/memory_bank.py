@@ -26,6 +26,7 @@ from timm_memwrap.bank_format import (
     plain_ids,
     plain_names,
 )
+from timm_memwrap.fingerprint import Watch
 from timm_memwrap.tensor_files import read_tensors, write_tensors
 
 __all__ = ["MemoryBank", "Provenance", "SampleId"]
@@ -54,15 +55,18 @@ class MemoryBank(nn.Module):
     labels: Tensor | None
     images: Tensor | None
     meaning: Tensor | None
+    _anchor: Tensor
 
     def __init__(self) -> None:
         super().__init__()
+        # Moves with the model, so that an empty bank knows its device too. First, since an EMA pairs the buffers of two
+        # models in order, of which one may have no bank.
+        self.register_buffer("_anchor", torch.empty(0), persistent=False)
         for name in BUFFERS:
             self.register_buffer(name, None)
-        # Moves with the model, so that an empty bank knows its device too.
-        self.register_buffer("_anchor", torch.empty(0), persistent=False)
         # What a model made of these samples, such as keys. It is dropped when they change, and never saved or copied.
         self.derived: Any = None
+        self._parsed: tuple[Watch, Meaning] | None = None
 
     def __len__(self) -> int:
         return 0 if self.labels is None else len(self.labels)
@@ -281,41 +285,43 @@ class MemoryBank(nn.Module):
     def _set(self, state: dict[str, Tensor | None], meaning: Meaning) -> None:
         """Checks a state and takes it over in one step, so that no thread sees half of it."""
         check_state(state, meaning)
-        state = {**state, "meaning": meaning.to_tensor()}
-        assert self._anchor is not None
         # A bank on the meta device has no place of its own.
         device = None if self._anchor.is_meta else self._anchor.device
+        # Inference tensors could not be part of a later gradient.
         with torch.inference_mode(False):
-            self._buffers = {
-                **self._buffers,
-                **{name: None if (tensor := state[name]) is None else tensor.to(device) for name in BUFFERS},
+            text = meaning.to_tensor().to(device)
+            own = {
+                name: None if tensor is None else (tensor.clone() if tensor.is_inference() else tensor).to(device)
+                for name, tensor in state.items()
             }
-            self.__dict__["_parsed"] = (self._buffers["meaning"], meaning)
+            self._buffers = {**self._buffers, **own, "meaning": text}
+            self._parsed = (Watch([text]), meaning)
             self.derived = None
 
     def _parsed_meaning(self) -> Meaning:
-        """Parses the buffer once per buffer: a million ids take a while."""
-        meaning = self.meaning
+        """Parses the buffer when it has changed: a million ids take a while."""
+        meaning, parsed = self.meaning, self._parsed
         if meaning is None:
             return Meaning()
-        parsed = self.__dict__.get("_parsed")
-        if parsed is None or parsed[0] is not meaning:
-            parsed = self.__dict__["_parsed"] = (meaning, Meaning.from_tensor(meaning))
+        if parsed is None or not parsed[0].unchanged([meaning]):
+            parsed = self._parsed = (Watch([meaning]), Meaning.from_tensor(meaning))
         return parsed[1]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MemoryBank":
         """Moves the buffers, and leaves their dtype: half of an encoding's digits cannot be brought back."""
 
         def move(tensor: Tensor | None) -> Tensor | None:
-            moved = None if tensor is None else fn(tensor)
-            return moved if tensor is None or moved.dtype == tensor.dtype else tensor.to(moved.device)
+            if tensor is None:
+                return None
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         self._buffers = {name: move(tensor) for name, tensor in self._buffers.items()}
         self.derived = None
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "derived": None}
+        return {**self.__dict__, "derived": None, "_parsed": None}
 
     def _load_from_state_dict(
         self,
