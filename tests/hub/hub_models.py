@@ -19,5 +19,5 @@ def make_model(store_images: bool = True, seed: int = 0) -> MemoryWrapModel:
     )
     ids = [f"/home/me/pets/{'cat' if i % 2 else 'dog'}/{i // 2:04}.png" for i in range(12)]
     bank = model.memory_bank
-    bank.replace(bank.encodings, bank.labels, bank.predictions, ids, bank.images, bank.class_names, bank.provenance)
+    bank.replace(bank.encodings, bank.labels, ids, bank.images, bank.class_names, bank.provenance)
     return model.eval()

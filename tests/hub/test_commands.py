@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import Hub
+from timm_memwrap.benchmark import benchmark
 from torch import Tensor
 
 import timm_memwrap
 from timm_memwrap import MemoryWrapModel
-from timm_memwrap.benchmark import benchmark
 from timm_memwrap.cli import main
 
 

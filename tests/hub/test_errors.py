@@ -1,7 +1,6 @@
-"""When things go wrong: one clear error that names repository, file and cure, and everything as it was before."""
+"""When things go wrong: the Hub's client says what about the Hub, we about files, and all is as it was before."""
 
 import json
-import re
 import struct
 import time
 from collections.abc import Callable
@@ -13,64 +12,66 @@ import timm
 import torch
 from hub_models import make_model
 from hub_server import Hub
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalTokenNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import timm_memwrap
 from timm_memwrap import MemoryWrapModel
-from timm_memwrap.hub import FileError, HubError, pull
-
-
-def one_line(error: BaseException) -> str:
-    return str(error).replace("\n", " ")
-
-
-# -- who may do what --------------------------------------------------------------------------------------------------
+from timm_memwrap.hub import FileError, pull
+from timm_memwrap.tensor_files import read_tensors, write_tensors
 
 
 @pytest.mark.parametrize(
-    ("who", "repo_id", "message"),
+    ("who", "repo_id", "status"),
     [
-        (None, "me/new", "push to 'me/new': the Hub does not accept the token, or there is none"),
-        ("hf_wrong", "me/new", r"does not accept the token, or there is none \(Invalid credentials"),
-        ("read", "me/new", "'me/new': the token may not do that .* Use one with the role 'write'"),
-        ("read", "me/open", "'me/open': the token may not do that"),
-        ("other", "me/open", "'me/open': the token may not do that .*write access"),
-        ("other", "me/secret", "'me/secret': the token may not do that"),
+        (None, "me/new", 401),
+        ("hf_wrong", "me/new", 401),
+        ("read", "me/new", 403),
+        ("read", "me/open", 403),
+        ("other", "me/open", 403),
+        ("other", "me/secret", 403),
     ],
 )
 def test_pushing_without_the_right(
-    hub: Hub, model: MemoryWrapModel, monkeypatch: pytest.MonkeyPatch, who: str | None, repo_id: str, message: str
+    hub: Hub, model: MemoryWrapModel, monkeypatch: pytest.MonkeyPatch, who: str | None, repo_id: str, status: int
 ) -> None:
     hub.repo("me/open")
     hub.repo("me/secret", private=True)
     token = {"read": hub.user("me", "read"), "other": hub.user("other")}.get(who or "", who)
     if token is not None:
         monkeypatch.setenv("HF_TOKEN", token)
-    with pytest.raises(HubError, match=message) as caught:
+    with pytest.raises((HfHubHTTPError, LocalTokenNotFoundError)) as caught:
         timm_memwrap.push_to_hub(model, repo_id)
-    if who in (None, "hf_wrong"):
-        assert "hf auth login" in str(caught.value)
+    if isinstance(caught.value, HfHubHTTPError):
+        assert caught.value.response.status_code == status
     assert set(hub.repos) == {"me/open", "me/secret"}
     assert all(len(repo.history()) == 1 for repo in hub.repos.values())
     assert not hub.objects
 
 
 @pytest.mark.parametrize(
-    ("who", "name", "message"),
+    ("who", "name", "error"),
     [
-        (None, "me/missing", "config.json of 'me/missing': there is no such repository, or it is private .*hf auth"),
-        (None, "me/secret", "config.json of 'me/secret': there is no such repository, or it is private"),
-        ("other", "me/secret", "config.json of 'me/secret': there is no such repository, or it is private"),
-        ("hf_wrong", "me/secret", "config.json of 'me/secret': the Hub does not accept the token"),
-        (None, "me/gated", "config.json of 'me/gated': the repository is gated. Ask for access on http.*/me/gated"),
-        ("other", "me/gated", "config.json of 'me/gated': the repository is gated"),
-        (None, "me/open@nope", "config.json of 'me/open@nope': the repository has no such revision"),
-        (None, "me/empty", "config.json of 'me/empty': the repository has no such file"),
+        (None, "me/missing", RepositoryNotFoundError),
+        (None, "me/secret", RepositoryNotFoundError),
+        ("other", "me/secret", RepositoryNotFoundError),
+        ("hf_wrong", "me/secret", HfHubHTTPError),
+        (None, "me/gated", GatedRepoError),
+        ("other", "me/gated", GatedRepoError),
+        (None, "me/open@nope", RevisionNotFoundError),
+        (None, "me/empty", RemoteEntryNotFoundError),
     ],
 )
 def test_loading_without_the_right(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, who: str | None, name: str, message: str
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, who: str | None, name: str, error: type[Exception]
 ) -> None:
     hub.repo("me/open", **{"config.json": b"{}"})
     hub.repo("me/secret", private=True, **{"config.json": b"{}"})
@@ -79,7 +80,7 @@ def test_loading_without_the_right(
     token = hub.user("other") if who == "other" else who
     if token is not None:
         monkeypatch.setenv("HF_TOKEN", token)
-    with pytest.raises(HubError, match=message):
+    with pytest.raises(error):
         timm_memwrap.from_pretrained(name, cache_dir=tmp_path)
     assert not list(tmp_path.rglob("blobs/*"))
 
@@ -87,78 +88,90 @@ def test_loading_without_the_right(
 @pytest.mark.parametrize(
     "name", ["no spaces", "a/b/c", "-bad/model", "me/--", "/no/such/folder", "../x", "", "me/", "@main"]
 )
-def test_a_name_that_is_none(hub: Hub, token: str, model: MemoryWrapModel, name: str) -> None:
-    for call in (lambda: timm_memwrap.push_to_hub(model, name), lambda: timm_memwrap.push_memory_bank(model, name)):
-        with pytest.raises(ValueError, match=f"{re.escape(repr(name))} is no name of a repository. Pass 'owner/name'"):
+def test_an_invalid_repo_id(hub: Hub, token: str, model: MemoryWrapModel, tmp_path: Path, name: str) -> None:
+    for call in (
+        lambda: timm_memwrap.push_to_hub(model, name),
+        lambda: timm_memwrap.push_memory_bank(model, name),
+        lambda: timm_memwrap.from_pretrained(f"hf-hub:{name}"),
+        lambda: pull(f"{name}@main", tmp_path / "x"),
+    ):
+        with pytest.raises(ValueError, match=r"is not a valid repo id\. Pass 'owner/name'"):
             call()
-    with pytest.raises(ValueError, match="is neither a folder nor the name of a repository"):
+    with pytest.raises(ValueError, match=r"is not a directory|is not a valid repo id"):
+        timm_memwrap.from_pretrained(name)
+    assert not hub.requests
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name", ["./pets", "../pets", "/data/pets", "~/pets", "runs/july/pets", r"runs\pets", Path("me/pets")]
+)
+def test_a_mistyped_folder_does_not_ask_the_hub(hub: Hub, token: str, name: str | Path) -> None:
+    with pytest.raises(ValueError, match=r"is not a directory\. Pass one that timm_memwrap\.save_pretrained wrote"):
         timm_memwrap.from_pretrained(name)
     assert not hub.requests
 
 
-def test_a_folder_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is no folder. Pass a folder that timm_memwrap\.save_pretrained wrote"):
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is not a directory. Pass one that timm_memwrap\.save_pretrained wrote"):
         timm_memwrap.from_pretrained(f"local-dir:{tmp_path / 'nothing'}")
-    with pytest.raises(ValueError, match=r"has no config\.json"):
+    with pytest.raises(ValueError, match=r"config\.json in .* cannot be read"):
         timm_memwrap.from_pretrained(tmp_path)
 
 
-# -- the way to the Hub -----------------------------------------------------------------------------------------------
+def test_the_home_folder_is_expanded(
+    model: MemoryWrapModel, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    timm_memwrap.save_pretrained(model, "~/pets")
+    assert (tmp_path / "pets" / "model.safetensors").is_file()
+    for name in ("~/pets", "local-dir:~/pets", Path("~/pets")):
+        assert torch.equal(timm_memwrap.from_pretrained(name)(images), model(images))
 
 
 def test_a_push_survives_what_passes(hub: Hub, token: str, model: MemoryWrapModel, images: Tensor) -> None:
+    """The client repeats what sends files; a push that it gives up before that has changed nothing."""
     faults = [
-        hub.fail("POST", "/repos/create", status=503, retry_after=0),
-        hub.fail("GET", "/api/models/me/pets$", status=500, retry_after=0),
-        hub.fail("HEAD", "/resolve/main/README", status=502, retry_after=0),
         hub.fail("POST", "/preupload/", status=429, retry_after=0),
         hub.fail("PUT", "/upload/", cut_after=5_000),
-        hub.fail("POST", "/commit/", status=503, retry_after=0),
     ]
     timm_memwrap.push_to_hub(model, "me/pets")
     assert [fault.seen for fault in faults] == [1] * len(faults)
     assert len(hub.repos["me/pets"].history()) == 2
-    assert torch.equal(timm_memwrap.from_pretrained("me/pets").eval()(images), model(images))
+    assert torch.equal(timm_memwrap.from_pretrained("me/pets")(images), model(images))
 
 
 def test_a_load_survives_what_passes(hub: Hub, token: str, model: MemoryWrapModel, images: Tensor) -> None:
     timm_memwrap.push_to_hub(model, "me/pets")
-    faults = [
-        hub.fail("GET", "/resolve/main/config.json", status=500, retry_after=0),
-        hub.fail("GET", "/objects/", status=503, retry_after=0),
-        hub.fail("GET", "/objects/", cut_after=20_000),
-        hub.fail("GET", "/objects/", status=429, retry_after=0),
-    ]
-    assert torch.equal(timm_memwrap.from_pretrained("me/pets").eval()(images), model(images))
-    assert [fault.seen for fault in faults] == [1] * len(faults)
+    fault = hub.fail("GET", "/objects/", cut_after=20_000)
+    assert torch.equal(timm_memwrap.from_pretrained("me/pets")(images), model(images))
+    assert fault.seen == 1
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "fault", "message"),
+    ("method", "path", "fault"),
     [
-        ("POST", "/repos/create", {"status": 503, "retry_after": 0}, "'me/pets': the Hub answers with status 503"),
-        ("POST", "/repos/create", {"status": 429, "retry_after": 0}, "'me/pets': the Hub has had too many requests"),
-        ("POST", "/commit/", {"status": 500, "retry_after": 0}, "'me/pets': the Hub answers with status 500"),
-        ("POST", "/commit/", {"cut_after": 100}, "'me/pets': the connection to the Hub broke"),
-        ("PUT", "/upload/", {"status": 400}, "'me/pets': the Hub refuses with status 400"),
+        ("POST", "/repos/create", {"status": 503, "retry_after": 0}),
+        ("POST", "/commit/", {"status": 500, "retry_after": 0}),
+        ("POST", "/commit/", {"cut_after": 100}),
+        ("PUT", "/upload/", {"status": 400}),
     ],
 )
 def test_a_push_that_breaks_off_changes_nothing(
-    hub: Hub, token: str, model: MemoryWrapModel, method: str, path: str, fault: dict[str, int], message: str
+    hub: Hub, token: str, model: MemoryWrapModel, method: str, path: str, fault: dict[str, int]
 ) -> None:
     hub.repo("me/pets", **{"config.json": b"{}"})
     before = hub.repos["me/pets"].files()
     hub.fail(method, path, times=100, **fault)
-    with pytest.raises(HubError, match=message):
+    # The transport errors of the client's HTTP library have no base class that we may name.
+    with pytest.raises(Exception, match=r"50\d|Error while uploading|disconnected|peer closed|incomplete"):
         timm_memwrap.push_to_hub(model, "me/pets")
     assert hub.repos["me/pets"].files() == before
     assert len(hub.repos["me/pets"].history()) == 2
 
 
 def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub: Hub, token: str, model: MemoryWrapModel) -> None:
-    original = hub._api_routes
     timm_memwrap.push_to_hub(model, "me/pets")
-    assert original
     before = hub.repos["me/pets"].history()
     # The same once more: what a second try after a lost answer does.
     commit = timm_memwrap.push_to_hub(model, "me/pets")
@@ -176,46 +189,27 @@ def test_a_download_that_breaks_off_leaves_the_cache_whole(
         lambda: timm.create_model("hf-hub:me/pets", pretrained=True, cache_dir=tmp_path / "cache"),
         lambda: pull("me/pets", tmp_path / "pulled"),
     ):
-        with pytest.raises(HubError, match=r"download model\.safetensors of 'me/pets.*the Hub answers with status 503"):
+        with pytest.raises(HfHubHTTPError, match="503"):
             call()
     assert not list((tmp_path / "cache").rglob("*.incomplete"))
     assert not (tmp_path / "pulled").exists()
     fault.times = 0
-    loaded = timm_memwrap.from_pretrained("me/pets", cache_dir=tmp_path / "cache").eval()
+    loaded = timm_memwrap.from_pretrained("me/pets", cache_dir=tmp_path / "cache")
     assert torch.equal(loaded(images), model(images))
-
-
-def test_a_connection_that_keeps_breaking(
-    hub: Hub, token: str, model: MemoryWrapModel, run: Callable[..., str]
-) -> None:
-    """The client tries six times, a second apart."""
-    timm_memwrap.push_to_hub(model, "me/pets")
-    hub.fail("GET", "/objects/", times=100, cut_after=100)
-    with pytest.raises(HubError, match=r"model\.safetensors of 'me/pets@\w+': the connection to the Hub broke"):
-        timm_memwrap.from_pretrained("me/pets")
 
 
 def test_no_hub_at_all(hub: Hub, token: str, model: MemoryWrapModel, tmp_path: Path, run: Callable[..., str]) -> None:
     timm_memwrap.save_pretrained(model, tmp_path / "model")
     code = f"""
 import timm_memwrap
-from timm_memwrap.hub import HubError
 model = timm_memwrap.from_pretrained({str(tmp_path / "model")!r})
 for call in (lambda: timm_memwrap.push_to_hub(model, "me/pets"), lambda: timm_memwrap.from_pretrained("me/pets")):
     try:
         call()
-    except HubError as error:
-        print(error)
+    except OSError as error:
+        print(type(error).__name__)
 """
-    offline = run(code, HF_HUB_OFFLINE="1").splitlines()
-    assert offline == [
-        f"Could not {what} 'me/pets': HF_HUB_OFFLINE is set, and it is not in the cache. Unset it, or load the model "
-        f"once while online."
-        for what in ("push to", "download config.json of")
-    ]
-
-
-# -- the disk ---------------------------------------------------------------------------------------------------------
+    assert run(code, HF_HUB_OFFLINE="1").split() == ["OfflineModeIsEnabled", "LocalEntryNotFoundError"]
 
 
 def test_a_full_disk_leaves_what_was_saved_before(
@@ -239,11 +233,8 @@ for call in (lambda: timm_memwrap.save_pretrained(model, {str(tmp_path / "model"
 """
     for line in run(code).splitlines():
         assert "Could not write model.safetensors" in line
-        assert "Free some space on the disk" in line
+        assert "free some space" in line
     assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
-
-
-# -- the files --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -251,20 +242,27 @@ def folder(model: MemoryWrapModel, tmp_path: Path) -> Path:
     return timm_memwrap.save_pretrained(model, tmp_path / "pets")
 
 
-def edit_config(folder: Path, **changes: Any) -> None:
+def edit_config(folder: Path, inside: bool = True, **changes: Any) -> None:
+    """Changes the configuration as its author could: in `config.json`, and in the weights or nowhere else."""
     config = json.loads((folder / "config.json").read_text())
     for key, value in changes.items():
-        if value is None:
-            del config[key]
-        elif isinstance(value, dict) and isinstance(config.get(key), dict):
+        if isinstance(value, dict) and isinstance(config.get(key), dict):
             config[key] |= value
         else:
             config[key] = value
-    (folder / "config.json").write_text(json.dumps(config))
+    text = json.dumps(config)
+    (folder / "config.json").write_text(text)
+    rewrite(folder, {"config": text} if inside else {})
+
+
+def rewrite(folder: Path, metadata: dict[str, str]) -> None:
+    path = folder / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in read_tensors(path, "weights").tensors.items()}
+    write_tensors(tensors, path, metadata)
 
 
 def edit_tensors(folder: Path, **changes: Tensor | None) -> None:
-    """Changes tensors of the bank, and takes the checksum away, as whoever edits a file would."""
+    """Changes tensors, and leaves the checksum out, as whoever edits a file would."""
     tensors = load_file(folder / "model.safetensors")
     for key, value in changes.items():
         name = key.replace("__", ".") if "__" in key else f"memory_bank.{key}"
@@ -273,9 +271,6 @@ def edit_tensors(folder: Path, **changes: Tensor | None) -> None:
         else:
             tensors[name] = value
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    del config["memory_bank"]["weights_sha256"]
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 def refused_everywhere(folder: Path, message: str, hub: Hub | None = None) -> None:
@@ -296,36 +291,33 @@ def refused_everywhere(folder: Path, message: str, hub: Hub | None = None) -> No
 def test_truncated_weights(hub: Hub, folder: Path, size: int) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:size])
-    refused_everywhere(folder, r"model\.safetensors .*(is not the file that was saved|whole safetensors file)", hub)
-    # Without a checksum, too.
-    edit_config(folder, memory_bank=None)
     refused_everywhere(folder, r"model\.safetensors .*is not a whole safetensors file", hub)
 
 
-@pytest.mark.parametrize("where", [3, 50, 0.3, 0.6, 0.95, -5])
+@pytest.mark.parametrize("where", [3, 50, 300, 0.3, 0.6, 0.95, -5])
 def test_a_flipped_bit(hub: Hub, folder: Path, where: float) -> None:
     path = folder / "model.safetensors"
     content = bytearray(path.read_bytes())
     content[int(where * len(content)) if isinstance(where, float) else where] ^= 4
     path.write_bytes(content)
-    refused_everywhere(folder, r"model\.safetensors .*is not the file that was saved: its checksum", hub)
-    with pytest.raises(FileError, match="checksum"):
-        timm.create_model(f"local-dir:{folder}", pretrained=True)
-    with pytest.raises(FileError, match="checksum"):
-        timm.create_model("hf-hub:me/pets", pretrained=True)
+    message = r"model\.safetensors .*(is damaged: it does not have the checksum|is not a whole safetensors file)"
+    refused_everywhere(folder, message, hub)
+    for name in (f"local-dir:{folder}", "hf-hub:me/pets"):
+        with pytest.raises(FileError, match=message):
+            timm.create_model(name, pretrained=True)
 
 
 BANK = {
-    "width": ({"encodings": torch.randn(12, 5)}, r"encodings have shape \[12, 5\]; this model reads \[M, 99\]"),
-    "type": ({"encodings": torch.randn(12, 3).double()}, r"encodings are torch\.float64 .*expected torch\.float32"),
+    "width": ({"encodings": torch.randn(12, 5)}, r"encodings have shape \[12, 5\]; this model reads \[M, 96\]"),
+    "type": ({"encodings": torch.randn(12, 96).double()}, r"encodings are torch\.float64 .*expected torch\.float32"),
     "type of labels": ({"labels": torch.zeros(12)}, r"labels are torch\.float32"),
-    "nan": ({"encodings": torch.full((12, 3), torch.nan)}, "12 of 12 encodings have NaN"),
-    "infinite": ({"encodings": torch.full((12, 3), torch.inf)}, "12 of 12 encodings have NaN or infinite"),
+    "nan": ({"encodings": torch.full((12, 96), torch.nan)}, "12 of 12 encodings have NaN"),
+    "infinite": ({"encodings": torch.full((12, 96), torch.inf)}, "12 of 12 encodings have NaN or infinite"),
     "label above": ({"labels": torch.full((12,), 3)}, "a label 3, outside num_classes=3"),
     "label below": ({"labels": torch.full((12,), -1)}, "Label -1 is below 0"),
     "length": ({"labels": torch.zeros(11, dtype=torch.long)}, "expected .* length 11"),
-    "missing": ({"labels": None}, r"memory_bank\.labels"),
-    "unknown": ({"surprise": torch.zeros(1)}, r"memory_bank\.surprise"),
+    "missing": ({"labels": None}, r"Missing .*labels"),
+    "unknown": ({"surprise": torch.zeros(1)}, r"Unexpected .*surprise"),
     "meaning": ({"meaning": torch.zeros(9, dtype=torch.uint8)}, "meaning is not JSON"),
     "deep meaning": ({"meaning": torch.full((99999,), ord("["), dtype=torch.uint8)}, "recursion"),
     "newer meaning": (
@@ -336,7 +328,7 @@ BANK = {
     "weights of another shape": ({"backbone__conv1.0.weight": torch.zeros(2, 2)}, r"has shape \[2, 2\]"),
     "whole numbers for weights": (
         {"backbone__fc.weight": torch.zeros(3, 96, dtype=torch.int64)},
-        r"backbone\.fc\.weight is of type I64",
+        r"backbone\.fc\.weight is of torch.int64",
     ),
     "weights missing": ({"backbone__fc.weight": None}, r"missing \['backbone\.fc\.weight'\]"),
     "weights too many": ({"backbone__fc2.weight": torch.zeros(1)}, r"unexpected \['backbone\.fc2\.weight'\]"),
@@ -361,11 +353,11 @@ CONFIG: dict[str, tuple[Any, str]] = {
     "no architecture": (b"{}", "names no architecture"),
     "another model": (
         {"architecture": "resnet18"},
-        "is of 'resnet18', which is no Memory Wrap model. Load it with timm",
+        "is of 'resnet18', which is not a Memory Wrap model. Load it with timm",
     ),
     "newer": ({"memory_bank": {"format_version": 2}}, "has format_version=2; .*Upgrade it: pip install"),
     "of another timm": ({"architecture": "memwrap_resnet9000"}, "'memwrap_resnet9000', which timm 1.* does not have"),
-    "another backbone": ({"architecture": "memwrap_baseline_test_vit"}, "does not fit 'memwrap_baseline_test_vit'"),
+    "another backbone": ({"architecture": "memwrap_evidence_test_vit"}, "does not fit 'memwrap_evidence_test_vit'"),
     "unknown argument": ({"model_args": {"bogus": 1}}, "cannot be built .*bogus"),
     "unknown value": ({"model_args": {"distance": "manhattan"}}, "cannot be built .*'manhattan'"),
     "other classes": ({"num_classes": 4, "model_args": {"num_classes": 4}}, "describes"),
@@ -391,20 +383,38 @@ CONFIG: dict[str, tuple[Any, str]] = {
 }
 
 
+@pytest.mark.parametrize("inside", [True, False])
 @pytest.mark.parametrize("case", CONFIG)
-def test_a_configuration_that_is_not_ours(hub: Hub, folder: Path, case: str) -> None:
+def test_a_configuration_that_is_not_ours(hub: Hub, folder: Path, case: str, inside: bool) -> None:
     change, message = CONFIG[case]
+    if isinstance(change, bytes):
+        (folder / "config.json").write_bytes(change)
+        rewrite(folder, {"config": change.decode(errors="replace")} if inside else {})
+    else:
+        edit_config(folder, inside, **change)
+    refused_everywhere(folder, rf"config\.json.*({message})|({message}).*config\.json", hub)
+
+
+@pytest.mark.parametrize("case", CONFIG)
+def test_the_configuration_inside_the_weights_wins(
+    folder: Path, case: str, model: MemoryWrapModel, images: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    before, weights = (folder / "config.json").read_text(), (folder / "model.safetensors").read_bytes()
+    change, _ = CONFIG[case]
     if isinstance(change, bytes):
         (folder / "config.json").write_bytes(change)
     else:
         edit_config(folder, **change)
-    refused_everywhere(folder, rf"config\.json.*({message})|({message}).*config\.json", hub)
+        (folder / "model.safetensors").write_bytes(weights)
+    assert torch.equal(timm_memwrap.from_pretrained(folder)(images), model(images))
+    assert "is not the one that the weights beside it were saved with" in caplog.text
+    assert json.loads((folder / "config.json").read_text()) == json.loads(before)
 
 
 def test_depth_without_end_is_stopped(tmp_path: Path) -> None:
     model = timm.create_model("memwrap_test_vit", num_classes=3)
     folder = timm_memwrap.save_pretrained(model, tmp_path / "vit", allow_empty_memory=True)
-    before = (folder / "config.json").read_bytes()
+    before = (folder / "config.json").read_text()
     # The last two are numbers that a large network could have. What they ask for is stopped while it is being made.
     for args in ({"depth": 10**9}, {"embed_dim": 10**9}, {"img_size": 10**6}, {"depth": 60_000}, {"embed_dim": 60_000}):
         edit_config(folder, model_args=args)
@@ -412,7 +422,7 @@ def test_depth_without_end_is_stopped(tmp_path: Path) -> None:
         with pytest.raises(FileError, match="larger model than"):
             timm_memwrap.from_pretrained(folder)
         assert time.monotonic() - started < 30
-        (folder / "config.json").write_bytes(before)
+        (folder / "config.json").write_text(before)
 
 
 def test_a_configuration_cannot_name_another_file(
@@ -460,7 +470,6 @@ def test_a_shape_that_the_header_lies_about(folder: Path) -> None:
     header["memory_bank.encodings"]["shape"] = [2**40, 2**20]
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
-    edit_config(folder, memory_bank=None)
     refused_everywhere(folder, r"model\.safetensors.* is not a whole safetensors file")
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 from hub_models import make_model
@@ -39,6 +40,8 @@ class Saved:
         self.folder = timm_memwrap.save_pretrained(self.model, folder / "model")
         self.bank = self.model.memory_bank.save(folder / "bank.safetensors").read_bytes()
         self.weights = (self.folder / "model.safetensors").read_bytes()
+        tensors = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
+        self.plain_weights = safetensors.torch.save(tensors, {"format": "pt"})
         self.config: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
         self.logits: Tensor = self.model(self.images)
 
@@ -90,14 +93,17 @@ def damage(draw: st.DrawFn) -> Any:
 def test_damaged_weights_never_load(saved: Saved, change: Any) -> None:
     weights = change(saved.weights)
     model = load(saved.write(weights))
-    assert (model is None) == (weights != saved.weights)
+    if model is not None:
+        # White space in the header is all that may change unseen.
+        assert weights == saved.weights or len(weights) == len(saved.weights)
+        assert torch.equal(model(saved.images), saved.logits)
+        assert model.state_dict().keys() == saved.model.state_dict().keys()
 
 
 @bounded
 @given(change=damage())
 def test_damaged_weights_without_a_checksum_load_only_what_fits(saved: Saved, change: Any) -> None:
-    config = {**saved.config, "memory_bank": {}}
-    model = load(saved.write(change(saved.weights), config))
+    model = load(saved.write(change(saved.plain_weights)))
     if model is not None:
         assert model(saved.images).shape == (2, 3)
         assert torch.isfinite(model.memory_bank.encodings).all()
@@ -109,7 +115,16 @@ def test_damaged_weights_without_a_checksum_load_only_what_fits(saved: Saved, ch
 @given(change=damage())
 def test_a_damaged_configuration_loads_only_what_it_describes(saved: Saved, change: Any) -> None:
     text = change(json.dumps(saved.config).encode())
-    check_described(saved, load(saved.write(config=text)), text)
+    check_described(saved, load(saved.write(saved.plain_weights, text)), text)
+
+
+@bounded
+@given(change=damage())
+def test_a_damaged_configuration_is_mended_from_the_weights(saved: Saved, change: Any) -> None:
+    model = load(saved.write(config=change(json.dumps(saved.config).encode())))
+    assert model is not None
+    assert torch.equal(model(saved.images), saved.logits)
+    assert json.loads((saved.folder / "config.json").read_text()) == saved.config
 
 
 @bounded
@@ -124,7 +139,7 @@ def test_a_changed_value_loads_only_what_it_describes(saved: Saved, block: str, 
     keys = [*target, "pretrained", "file", "url", "custom_load", "state_dict", "device", "depth", "img_size"]
     target[keys[field % len(keys)]] = value
     text = json.dumps(config).encode()
-    check_described(saved, load(saved.write(config=text)), text)
+    check_described(saved, load(saved.write(saved.plain_weights, text)), text)
 
 
 def check_described(saved: Saved, model: MemoryWrapModel | None, text: bytes) -> None:

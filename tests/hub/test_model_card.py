@@ -14,7 +14,7 @@ from torch import Tensor
 
 import timm_memwrap
 from timm_memwrap import MemoryWrapModel
-from timm_memwrap.model_card import make_card, update_memory
+from timm_memwrap.hub.model_card import make_card, update_memory
 
 DETAILS = {
     "description": "A model of **pets**.",
@@ -98,11 +98,10 @@ def test_the_memory_is_described_as_it_is_pushed(hub: Hub, token: str, model: Me
 
 def test_text_from_outside_is_only_text(model: MemoryWrapModel) -> None:
     bank = model.memory_bank
-    bank.set_class_names(["a|b <img src=x>\n# Heading", "[link](http://x) `code` *bold*", "\ud800 <!-- -->"])
+    bank.set_class_names(["a|b <img src=x>\n# Heading", "[link](http://x) `code` *bold*", "\ud800 <!-- --> www.x.com"])
     bank.replace(
         bank.encodings,
         bank.labels,
-        bank.predictions,
         bank.ids,
         None,
         bank.class_names,
@@ -114,8 +113,11 @@ def test_text_from_outside_is_only_text(model: MemoryWrapModel) -> None:
     assert "<script" not in text
     assert "<b>" not in text
     assert "\n# Heading" not in text
-    assert r"\[link\](http://x) \`code\` \*bold\*" in text
-    assert r"a\|b &lt;img src=x&gt; # Heading" in text
+    assert r"\[link\](http&#58;//x) \`code\` \*bold\*" in text
+    assert r"a\|b &#60;img src=x&#62; # Heading" in text
+    # Not even an address by itself becomes a link.
+    assert "http&#58;//x" in text
+    assert "www&#46;x.com" in text
     card.encode()
     # The marks around the part on the memory are still found.
     assert update_memory(card, bank) == card
@@ -124,7 +126,7 @@ def test_text_from_outside_is_only_text(model: MemoryWrapModel) -> None:
 def test_a_card_with_many_classes_stays_readable(model: MemoryWrapModel) -> None:
     bank = timm_memwrap.MemoryBank()
     count = torch.arange(50)
-    bank.replace(torch.randn(50, 3), count, count, count.tolist())
+    bank.replace(torch.randn(50, 3), count, count.tolist())
     card = make_card(model, "hf-hub:me/pets", None, bank)
     assert "And 30 more classes." in card
     assert "| 19 | 1 |\n\nAnd" in card

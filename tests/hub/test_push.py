@@ -1,10 +1,13 @@
 """What is pushed comes back: weights and memory as one, and no more of the memory than was asked for."""
 
+import dataclasses
 import json
 import logging
+import tempfile
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -12,12 +15,13 @@ import torch
 from hub_models import make_model
 from hub_server import Hub
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import safe_open
 from torch import Tensor
 
 import timm_memwrap
 from timm_memwrap import MemoryWrapModel
-from timm_memwrap.hub import pull, summarize
+from timm_memwrap.hub import pull, push_folder, pushing, summarize
 
 FILES = {".gitattributes", "README.md", "config.json", "model.safetensors"}
 
@@ -36,9 +40,12 @@ def test_a_push_is_one_commit_and_comes_back_bit_by_bit(
     logits = model(images)
     (tmp_path / "w.safetensors").write_bytes(repo.files()["model.safetensors"])
     with safe_open(tmp_path / "w.safetensors", framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}
+        assert file.metadata()["format"] == "pt"
+        # What must agree lies in one file.
+        assert file.metadata()["config"].encode() == repo.files()["config.json"]
     for name in ("me/pets", "me/pets@main", f"me/pets@{commit.oid}", "hf-hub:me/pets", "hf_hub:me/pets@main"):
-        loaded = timm_memwrap.from_pretrained(name).eval()
+        loaded = timm_memwrap.from_pretrained(name)
+        assert not loaded.training
         assert torch.equal(loaded(images), logits), name
         assert not loaded.memory_is_stale()
         assert loaded.memory_bank.class_names == model.memory_bank.class_names
@@ -47,7 +54,7 @@ def test_a_push_is_one_commit_and_comes_back_bit_by_bit(
 def test_a_folder_comes_back_by_all_its_names(model: MemoryWrapModel, images: Tensor, tmp_path: Path) -> None:
     timm_memwrap.save_pretrained(model, tmp_path / "pets")
     for name in (tmp_path / "pets", str(tmp_path / "pets"), f"local-dir:{tmp_path / 'pets'}"):
-        loaded = timm_memwrap.from_pretrained(name).eval()
+        loaded = timm_memwrap.from_pretrained(name)
         assert torch.equal(loaded(images), model(images))
         # What is saved on disk is whole; only a push leaves something out.
         assert loaded.memory_bank.images is not None
@@ -105,8 +112,8 @@ def test_images_and_folders_stay_here_unless_asked_for(
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING and "public" in r.message]
     loaded = timm_memwrap.from_pretrained("me/pets")
     assert loaded.memory_bank.images is None
-    # The same names in two folders stay apart.
-    assert loaded.memory_bank.ids[:4] == ["0000.png", "0000.png (2)", "0001.png", "0001.png (2)"]
+    # A folder stays where it is the class of the sample. The same names in two folders stay apart.
+    assert loaded.memory_bank.ids[:4] == ["0000.png", "0000.png (2)", "0001.png", "cat/0001.png"]
     assert len(set(loaded.memory_bank.ids)) == 12
     files = hub.repos["me/pets"].files()
     assert b"/home/me" not in b"".join(files.values())
@@ -126,10 +133,36 @@ def test_names_of_any_system_are_reduced_and_stay_apart(hub: Hub, token: str, mo
     bank = model.memory_bank
     ids = [3, "plain", "a.png", r"C:\me\a.png", "https://host/x/a.png?token=secret", "./a.png", "/", "a.png (2)"]
     bank.select(range(len(ids)))
-    bank.replace(bank.encodings, bank.labels, bank.predictions, ids, None, bank.class_names, bank.provenance)
+    bank.replace(bank.encodings, bank.labels, ids, None, bank.class_names, bank.provenance)
     timm_memwrap.push_to_hub(model, "me/pets")
     names = timm_memwrap.from_pretrained("me/pets").memory_bank.ids
     assert names == [3, "plain", "a.png", "a.png (3)", "a.png (4)", "a.png (5)", "unnamed", "a.png (2)"]
+
+
+def test_the_folder_of_an_id_stays_where_it_is_the_class(hub: Hub, token: str, model: MemoryWrapModel) -> None:
+    bank = model.memory_bank
+    ids = ["/data/pets/cat/1.png", r"C:\\pets\\dog\\1.png", "cat/2.png", "/data/val/cat/1.png", "cat/1.png (2)", "dog"]
+    bank.select([0, 1, 3, 6, 9, 2])
+    bank.replace(bank.encodings, bank.labels, ids, None, bank.class_names, bank.provenance)
+    timm_memwrap.push_to_hub(model, "me/pets")
+    names = timm_memwrap.from_pretrained("me/pets").memory_bank.ids
+    assert names == ["cat/1.png", "dog/1.png", "cat/2.png", "cat/1.png (3)", "cat/1.png (2)", "dog"]
+
+
+def test_no_pushed_file_holds_a_path_of_this_machine(
+    hub: Hub, token: str, model: MemoryWrapModel, tmp_path: Path
+) -> None:
+    bank = model.memory_bank
+    provenance = dataclasses.replace(bank.provenance, dataset="/home/me/secret/pets")
+    bank.replace(bank.encodings, bank.labels, bank.ids, bank.images, bank.class_names, provenance)
+    folder = model.save_pretrained(tmp_path / "pets", model_card={"accuracy": 0.5})
+    push_folder(folder, "me/folder", include_images=True)
+    model.push_to_hub("me/model", model_card={"accuracy": 0.5})
+    for repo_id in ("me/folder", "me/model"):
+        for content in hub.repos[repo_id].files().values():
+            assert b"/home" not in content
+            assert b"secret" not in content
+            assert str(tmp_path).encode() not in content
 
 
 def test_private_is_not_silently_public(hub: Hub, token: str, model: MemoryWrapModel) -> None:
@@ -156,6 +189,30 @@ def test_a_readme_on_the_hub_is_kept(hub: Hub, token: str, model: MemoryWrapMode
     )
 
 
+def test_a_readme_that_is_edited_during_a_push_is_not_lost(
+    hub: Hub, token: str, model: MemoryWrapModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timm_memwrap.push_to_hub(model, "me/pets")
+    update = pushing._update_card
+
+    def and_meanwhile(*args: Any) -> Any:
+        hub.commit("me/pets", {"README.md": b"Edited"})
+        return update(*args)
+
+    monkeypatch.setattr(pushing, "_update_card", and_meanwhile)
+    model.memory_bank.select([0, 1])
+    with pytest.raises(HfHubHTTPError, match="A commit has happened since"):
+        timm_memwrap.push_to_hub(model, "me/pets")
+    assert hub.repos["me/pets"].files()["README.md"] == b"Edited"
+
+
+def test_a_name_without_an_owner_is_completed_in_the_card(hub: Hub, token: str, model: MemoryWrapModel) -> None:
+    timm_memwrap.push_to_hub(model, "pets")
+    assert list(hub.repos) == ["me/pets"]
+    card = hub.repos["me/pets"].files()["README.md"].decode()
+    assert 'timm.create_model("hf-hub:me/pets", pretrained=True)' in card
+
+
 def test_an_empty_or_stale_memory_is_not_pushed(hub: Hub, token: str, model: MemoryWrapModel) -> None:
     stale, empty = deepcopy(model), deepcopy(model)
     with torch.no_grad():
@@ -175,7 +232,7 @@ def test_a_new_memory_alone(hub: Hub, token: str, model: MemoryWrapModel, images
     timm_memwrap.push_memory_bank(model, "me/pets", commit_message="Smaller")
     repo = hub.repos["me/pets"]
     assert repo.history()[0].title == "Smaller"
-    loaded = timm_memwrap.from_pretrained("me/pets").eval()
+    loaded = timm_memwrap.from_pretrained("me/pets")
     assert len(loaded.memory_bank) == 4
     assert loaded.memory_bank.images is None
     assert torch.equal(loaded(images), model(images))
@@ -194,15 +251,15 @@ def test_a_memory_is_not_pushed_over_a_change_in_the_meantime(
 ) -> None:
     timm_memwrap.push_to_hub(model, "me/pets")
     repo = hub.repos["me/pets"]
-    checked = timm_memwrap.hub._check_same_weights
+    checked = pushing._check_same_weights
 
     def and_meanwhile(*args: object) -> None:
         checked(*args)
         hub.commit("me/pets", {"other.txt": b"x"})
 
-    monkeypatch.setattr(timm_memwrap.hub, "_check_same_weights", and_meanwhile)
+    monkeypatch.setattr(pushing, "_check_same_weights", and_meanwhile)
     model.memory_bank.select([0, 1])
-    with pytest.raises(OSError, match="'me/pets': the repository has changed in the meantime"):
+    with pytest.raises(HfHubHTTPError, match="A commit has happened since"):
         timm_memwrap.push_memory_bank(model, "me/pets")
     assert repo.history()[0].title == "change"
 
@@ -223,9 +280,49 @@ def test_a_push_by_stock_timm_keeps_the_memory(
 def test_other_libraries_read_the_repository(hub: Hub, token: str, model: MemoryWrapModel, images: Tensor) -> None:
     timm_memwrap.push_to_hub(model, "me/pets")
     folder = Path(snapshot_download("me/pets"))
-    assert torch.equal(timm_memwrap.from_pretrained(folder).eval()(images), model(images))
+    assert torch.equal(timm_memwrap.from_pretrained(folder)(images), model(images))
     with safe_open(folder / "model.safetensors", framework="numpy") as file:
         assert file.get_tensor("memory_bank.labels").tolist() == model.memory_bank.labels.tolist()
+
+
+def test_the_options_of_a_download(
+    hub: Hub, token: str, model: MemoryWrapModel, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timm_memwrap.push_to_hub(model, "me/secret", private=True, revision="next")
+    monkeypatch.delenv("HF_TOKEN")
+    cache = tmp_path / "cache"
+    with pytest.raises(RepositoryNotFoundError):
+        timm_memwrap.from_pretrained("me/secret", revision="next", cache_dir=cache)
+    with pytest.raises(LocalEntryNotFoundError):
+        timm_memwrap.from_pretrained("me/secret", revision="next", cache_dir=cache, local_files_only=True)
+    loaded = timm_memwrap.from_pretrained("me/secret", revision="next", cache_dir=cache, token=token)
+    assert torch.equal(loaded(images), model(images))
+    before = len(hub.requests)
+    loaded = timm_memwrap.from_pretrained("me/secret", revision="next", cache_dir=cache, local_files_only=True)
+    assert torch.equal(loaded(images), model(images))
+    assert len(hub.requests) == before
+    timm_memwrap.from_pretrained("me/secret@next", cache_dir=cache, token=token, force_download=True)
+    assert len(hub.sent("GET", "/objects/")) == 2
+
+
+def test_pull_needs_nothing_beside_its_folder(
+    hub: Hub, token: str, model: MemoryWrapModel, images: Tensor, tmp_path: Path
+) -> None:
+    """Its temporary folder is inside the target, which may be a mount point in a folder that cannot be written."""
+    timm_memwrap.push_to_hub(model, "me/pets")
+    target = tmp_path / "parent" / "pets"
+    target.mkdir(parents=True)
+    created = []
+    with pytest.MonkeyPatch.context() as patch:
+        make = tempfile.TemporaryDirectory
+        patch.setattr(
+            tempfile,
+            "TemporaryDirectory",
+            lambda *args, **kwargs: created.append(kwargs.get("dir")) or make(*args, **kwargs),
+        )
+        pull("me/pets", target)
+    assert created == [target]
+    assert torch.equal(timm_memwrap.from_pretrained(target)(images), model(images))
 
 
 def test_pull_writes_a_folder_that_loads(
@@ -235,8 +332,8 @@ def test_pull_writes_a_folder_that_loads(
     folder = pull("me/pets@main", tmp_path / "sub" / "pets")
     # No pickle comes along.
     assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", "model.safetensors"}
-    assert torch.equal(timm_memwrap.from_pretrained(folder).eval()(images), model(images))
-    with pytest.raises(ValueError, match=r"has config\.json, model\.safetensors, README\.md already"):
+    assert torch.equal(timm_memwrap.from_pretrained(folder)(images), model(images))
+    with pytest.raises(ValueError, match=r"has model\.safetensors, config\.json, README\.md already"):
         pull("me/pets", folder)
     (folder / "notes.txt").write_text("mine")
     pull("me/pets", folder, overwrite=True)

@@ -9,14 +9,18 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from timm_memwrap.constants import CARD_FIGURE_FILE
+from timm_memwrap.hub.privacy import file_name
 from timm_memwrap.memory_bank import MemoryBank
 from timm_memwrap.model import MemoryWrapModel
-from timm_memwrap.registration import backbone_name
+from timm_memwrap.registry import split_name
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-__all__ = ["CARD_FIELDS", "loading_code", "make_card", "update_memory"]
+__all__ = ["CARD_FIELDS", "CardDetails", "loading_code", "make_card", "update_memory"]
+
+# What a user gives for a card: details, or the whole text.
+CardDetails = Mapping[str, Any] | str | None
 
 CARD_FIELDS = ("name", "description", "license", "datasets", "base_model", "tags", "accuracy", "results", "figure")
 RESULT_FIELDS = ("dataset", "dataset_id", "split", "metric", "value")
@@ -25,19 +29,21 @@ TAGS = ("timm", "memory-wrap", "arxiv:2106.01440")
 
 _SHOWN_CLASSES = 20
 
-# What stands between the marks is written anew when the memory changes, and nothing else in a card is.
+# What stands between the marks is replaced when the memory changes, and nothing else in a card is.
 _BEGIN, _END = "<!-- timm_memwrap: memory -->", "<!-- timm_memwrap: end of memory -->"
 
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]|~$<>&])")
+_MARKDOWN = re.compile(r"[\\`*_{}\[\]|~$]")
+# GitHub's Markdown makes links of bare addresses too.
+_HTML = re.compile(r"[<>&]|:(?=//)|\.(?=[^.\s])(?<=www\.)", re.IGNORECASE)
 
 
 def loading_code(source: str) -> str:
-    """Returns the three lines of Python that load the model from `source`, as `timm.create_model` names it."""
+    """Returns the three lines of Python that load the model from `source`, a name for `timm.create_model`."""
     return f"import timm\nimport timm_memwrap\nmodel = timm.create_model({json.dumps(source)}, pretrained=True).eval()"
 
 
 def make_card(model: MemoryWrapModel, source: str, details: Mapping[str, Any] | None, bank: MemoryBank) -> str:
-    """Writes a model card: metadata and text.
+    """Returns a model card: metadata and text.
 
     Args:
         model: The model.
@@ -56,8 +62,8 @@ def make_card(model: MemoryWrapModel, source: str, details: Mapping[str, Any] | 
     if unknown:
         raise ValueError(f"Unknown model_card fields {unknown}. Those known are {', '.join(CARD_FIELDS)}.")
     name = details.get("name") or source.split(":", 1)[1].split("@")[0].rstrip("/").split("/")[-1]
+    architecture = model.pretrained_cfg["architecture"]
     results = _results(details, bank)
-    backbone = backbone_name(model.pretrained_cfg["architecture"])
     data = ModelCardData(
         library_name="timm_memwrap",
         pipeline_tag="image-classification",
@@ -72,11 +78,12 @@ def make_card(model: MemoryWrapModel, source: str, details: Mapping[str, Any] | 
     body = environment.get_template("model_card.md.jinja").render(
         name=name,
         description=_text(details, "description"),
-        backbone=backbone,
-        architecture=model.pretrained_cfg["architecture"],
+        backbone=split_name(architecture)[1],
+        architecture=architecture,
         num_classes=model.num_classes,
         parameters=f"{sum(parameter.numel() for parameter in model.parameters()):,}",
         memory_only=model.memory_only,
+        keeps_classifier=model.keeps_classifier,
         memory_args=model.memory_args,
         loading=loading_code(source),
         figure=CARD_FIGURE_FILE if details.get("figure") else None,
@@ -85,12 +92,12 @@ def make_card(model: MemoryWrapModel, source: str, details: Mapping[str, Any] | 
     )
     text = f"---\n{data.to_yaml()}\n---\n\n{body}\n"
     # The Hub's own class reads it back: what it cannot read, the Hub would not.
-    assert ModelCard(text).data.to_dict() == data.to_dict(), "The metadata of the model card does not survive."
+    assert ModelCard(text).data.to_dict() == data.to_dict(), "The metadata of the model card does not come back."
     return text
 
 
 def update_memory(card: str, bank: MemoryBank) -> str:
-    """Returns a card with its part about the memory written anew; as it is, if it has no such part."""
+    """Returns a card with its part about the memory updated; as it is, if it has no such part."""
     begin, end = card.find(_BEGIN), card.find(_END)
     if begin < 0 or end < begin:
         return card
@@ -122,7 +129,7 @@ def _memory(environment: "Environment", bank: MemoryBank) -> str:
         size=f"{len(bank):,}" if len(bank) else "",
         classes=[(names[i] if i < len(names) else str(i), f"{count:,}") for i, count in counts.items()],
         shown=_SHOWN_CLASSES,
-        dataset=provenance.dataset,
+        dataset=file_name(provenance.dataset),
         population=f"{provenance.population:,}" if provenance.population else "",
         selection=provenance.selection,
         seed=provenance.seed,
@@ -131,12 +138,9 @@ def _memory(environment: "Environment", bank: MemoryBank) -> str:
 
 
 def _escape(text: str) -> str:
-    """Makes text of whatever was given: no Markdown, no HTML, one line."""
+    """Makes any text plain: no Markdown, no HTML, no links, one line."""
     one_line = " ".join(str(text).encode(errors="replace").decode().split())
-    return _MARKDOWN.sub(lambda match: _HTML.get(match[1], "\\" + match[1]), one_line)
-
-
-_HTML = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
+    return _MARKDOWN.sub(r"\\\g<0>", _HTML.sub(lambda match: f"&#{ord(match[0])};", one_line))
 
 
 def _escape_code(text: str) -> str:
@@ -174,7 +178,8 @@ def _results(details: dict[str, Any], bank: MemoryBank) -> list[EvalResult]:
             raise ValueError(f"The {metric} for the model card is {value!r}. Pass a number.")
         if metric == "accuracy" and not 0 <= value <= 1:
             raise ValueError(f"The accuracy for the model card is {value!r}. Pass a fraction, between 0 and 1.")
-        dataset = str(item.get("dataset") or item.get("dataset_id") or "unknown")
+        # A path stays here.
+        dataset = file_name(str(item.get("dataset") or item.get("dataset_id") or "unknown"))
         results.append(
             EvalResult(
                 task_type="image-classification",

@@ -1,0 +1,253 @@
+"""What is checked about a model from outside before it is built: its `config.json`, and the tensors that it describes.
+
+A `config.json` is a few hundred bytes that anyone may have written, and could ask for terabytes or for other files.
+"""
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import timm
+import torch
+from timm.models import _hub, build_model_with_cfg, is_model
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from timm_memwrap.constants import (
+    CONFIG_FILE,
+    CONFIG_FORMAT_VERSION,
+    MEMORY_BANK,
+    MEMORY_CONFIG_KEY,
+    PREFIX,
+)
+from timm_memwrap.tensor_files import FileError
+
+__all__ = ["FileError", "check_config", "check_fits", "check_model_args", "shapes_only"]
+
+# Elements of tensors that building a model may take beyond twice those in its file.
+_SLACK = 2**20
+
+# What timm's functions take beside a model's own arguments. In a `config.json` from outside it has no place: it would
+# steer how the model is loaded.
+_RESERVED_ARGS = {
+    *inspect.signature(timm.create_model).parameters,
+    *inspect.signature(build_model_with_cfg).parameters,
+    "features_only",
+    "out_indices",
+    "feature_cls",
+}
+
+# No image has more pixels a side, no network more layers.
+_LARGEST_NUMBER = 2**16
+
+
+def check_config(config: dict[str, Any], name: str) -> None:
+    """Raises if a `config.json` is not one that this package can load.
+
+    Raises:
+        FileError: If it is not of a Memory Wrap model, is of a newer format, or needs what this timm lacks.
+    """
+    architecture = config.get("architecture")
+    if not isinstance(architecture, str):
+        raise FileError(f"{name} names no architecture: it is not the configuration of a timm model.")
+    if not architecture.startswith(PREFIX):
+        raise FileError(
+            f"{name} is of {architecture!r}, which is not a Memory Wrap model. Load it with timm.create_model, and "
+            f"give it a memory with timm_memwrap.wrap."
+        )
+    block, cfg, args = config.get(MEMORY_CONFIG_KEY, {}), config.get("pretrained_cfg"), config.get("model_args", {})
+    for key, value in ((MEMORY_CONFIG_KEY, block), ("pretrained_cfg", cfg), ("model_args", args)):
+        if not isinstance(value, dict):
+            raise FileError(f"{name}: {key} is {value!r}, not an object. The file is damaged.")
+    assert isinstance(cfg, dict)
+    version = block.get("format_version", CONFIG_FORMAT_VERSION)
+    if version != CONFIG_FORMAT_VERSION:
+        raise FileError(
+            f"{name} has format_version={version!r}; this version of timm-memwrap reads {CONFIG_FORMAT_VERSION}. "
+            f"Upgrade it: pip install --upgrade timm-memwrap."
+        )
+    if not is_model(architecture):
+        raise FileError(
+            f"{name} is of {architecture!r}, which timm {timm.__version__} does not have. Upgrade timm; or if it is "
+            f"an architecture of your own, import it and call timm_memwrap.register_backbones first."
+        )
+    _check_reserved(args, name)
+    for holder in (config, args, cfg):
+        classes = holder.get("num_classes", 0)
+        if not _is_number(classes, int) or classes < 0:
+            raise FileError(f"{name}: num_classes is {classes!r}, not a number of classes. The file is damaged.")
+    for key, fixed in (("input_size", 3), ("mean", None), ("std", None)):
+        values = cfg.get(key, [1, 1, 1])
+        # timm gives one value for all channels, three, or one for each.
+        lengths = {fixed} if fixed else {1, 3, _channels(cfg, args)}
+        if not isinstance(values, list) or not all(map(_is_number, values)) or len(values) not in lengths:
+            raise FileError(f"{name}: {key} is {values!r}, not a list of numbers. The file is damaged.")
+    try:
+        _hub._parse_model_cfg(deepcopy(config), {})
+    except Exception as error:
+        raise FileError(f"{name} cannot be read by timm ({type(error).__name__}: {error}).") from error
+
+
+def _channels(cfg: dict[str, Any], args: dict[str, Any]) -> Any:
+    size = cfg.get("input_size")
+    channels = args.get("in_chans", size[0] if isinstance(size, list) and size else 3)
+    return channels if isinstance(channels, int) else 3
+
+
+def _is_number(value: Any, kind: Any = int | float) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def check_model_args(args: dict[str, Any], cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> None:
+    """Raises if `model_args` are not arguments of a model, or a number is out of all proportion to its weights.
+
+    Raises:
+        FileError: If so.
+    """
+    name = f"The {CONFIG_FILE} of {name}"
+    _check_reserved(args, name)
+    classes = args.get("num_classes", cfg.get("num_classes"))
+    if classes != cfg.get("num_classes"):
+        # timm would take it for a wish for other classes, and the memory would be dropped.
+        raise FileError(
+            f"{name}: model_args has num_classes={str(classes)[:50]}, but the rest of it describes "
+            f"{str(cfg.get('num_classes'))[:50]}. The file is damaged."
+        )
+    # Constructors make lists of such a length, and loop, before there is a tensor to count. The scale of a memory and
+    # what timm says about images are no sizes of a network.
+    largest = max([_LARGEST_NUMBER, *(size for tensor in tensors.values() for size in tensor.shape)])
+    for key, value in [*args.items(), *cfg.items()]:
+        if key != "scale" and _largest(value) > largest:
+            raise FileError(f"{name}: {key} is {str(value)[:50]}, which {_TOO_LARGE}")
+
+
+_TOO_LARGE = (
+    "describes a larger model than the file holds weights for. One of the two is damaged, or they are not of the same "
+    "model."
+)
+
+
+def _check_reserved(args: Mapping[str, Any], name: str) -> None:
+    wrong = sorted(_RESERVED_ARGS & set(args))
+    if wrong:
+        raise FileError(
+            f"{name}: model_args has {_some(wrong)}, which no saved model has. The file is not to be trusted."
+        )
+
+
+def _largest(value: Any) -> float:
+    if isinstance(value, dict | list | tuple):
+        items = value.values() if isinstance(value, dict) else value
+        return max(map(_largest, items), default=0)
+    return abs(value) if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)) else 0
+
+
+class without_values(TorchFunctionMode):
+    """A context in which new modules are not filled with random numbers, for those whose weights are loaded anyway.
+
+    Filling a network takes longer than loading it. Like all that follows, it concerns the thread that it is entered
+    in, and no other.
+    """
+
+    _RANDOM = frozenset({"normal_", "uniform_", "bernoulli_", "exponential_"})
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Leaves out what fills a tensor with random numbers."""
+        kwargs = kwargs or {}
+        tensor = args[0] if args else kwargs.get("tensor")
+        if getattr(func, "__name__", "") in self._RANDOM and isinstance(tensor, Tensor):
+            return tensor
+        return self._call(func, args, kwargs)
+
+    def _call(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        return func(*args, **kwargs)
+
+
+class shapes_only(without_values):
+    """A context in which modules are built without storage and without values: quick, and of any size.
+
+    Stops the building of a model that is far larger than the file that it is for.
+
+    Args:
+        tensors: What the file holds.
+        name: What to call it in an error.
+
+    Raises:
+        FileError: In the body, as soon as more tensors were made than the file could fill.
+    """
+
+    _CONSTRUCTORS = frozenset(
+        {torch.empty, torch.zeros, torch.ones, torch.full, torch.eye, torch.arange, torch.linspace, torch.logspace}
+        | {torch.rand, torch.randn, torch.randint, torch.randperm, torch.tensor, torch.as_tensor, torch.empty_strided}
+        | {torch.tril_indices, torch.triu_indices, torch.hann_window, torch.hamming_window}
+    )
+
+    def __init__(self, tensors: Mapping[str, Tensor], name: str) -> None:
+        super().__init__()
+        self._name = name
+        weights = (tensor for key, tensor in tensors.items() if not key.startswith(f"{MEMORY_BANK}."))
+        self._left = 2 * sum(tensor.numel() for tensor in weights) + _SLACK
+
+    def _call(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        if func not in self._CONSTRUCTORS:
+            return func(*args, **kwargs)
+        if kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "meta"}
+        made = func(*args, **kwargs)
+        # A tensor costs something even when it is empty.
+        self._left -= made.numel() + 64
+        if self._left < 0:
+            raise FileError(f"The {CONFIG_FILE} of {self._name} {_TOO_LARGE}")
+        return made
+
+
+def check_fits(model: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
+    """Compares the names, shapes and kinds of a model's weights with those in a file.
+
+    Raises:
+        FileError: If they differ.
+    """
+    bank = f"{MEMORY_BANK}."
+    expected = {key: value for key, value in model.state_dict().items() if not key.startswith(bank)}
+    found = {key: value for key, value in tensors.items() if not key.startswith(bank)}
+    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or unexpected:
+        raise FileError(
+            f"{name} does not fit {model.pretrained_cfg['architecture']!r}: missing {_some(missing)}, unexpected "  # type: ignore[index]
+            f"{_some(unexpected)}. It is not of the architecture and model_args in {CONFIG_FILE}."
+        )
+    for key, tensor in expected.items():
+        other = found[key]
+        if tensor.shape != other.shape:
+            raise FileError(
+                f"{name}: {key} has shape {list(other.shape)}; {CONFIG_FILE} describes {list(tensor.shape)}. They are "
+                f"not of the same model, or one is damaged."
+            )
+        if tensor.is_floating_point() != other.is_floating_point():
+            raise FileError(f"{name}: {key} is of {other.dtype}; expected {tensor.dtype}. The file is damaged.")
+
+
+@contextmanager
+def loading_errors(name: str | None) -> Iterator[None]:
+    """Names the file in errors of loading its tensors; passes everything through if `name` is `None`.
+
+    Raises:
+        FileError: If the body finds the tensors wrong.
+    """
+    try:
+        yield
+    except FileError:
+        raise
+    except (ValueError, RuntimeError, RecursionError) as error:
+        # PyTorch raises this one type for all it finds wrong with weights; any other is not about the file.
+        if name is None or (type(error) is RuntimeError and "loading state_dict" not in str(error)):
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if "loading state_dict" not in line]
+        raise FileError(f"{name} cannot be loaded: {' '.join(lines)}") from error
+
+
+def _some(names: list[str]) -> str:
+    return f"{names[:5]}{' ...' if len(names) > 5 else ''}"

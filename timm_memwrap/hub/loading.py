@@ -1,0 +1,172 @@
+"""Loads a model from a folder or the Hugging Face Hub, and downloads it to a folder."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import timm
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from timm_memwrap.checks import check_config
+from timm_memwrap.constants import CARD_FIGURE_FILE, CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+from timm_memwrap.hub.saving import staging
+from timm_memwrap.model import MemoryWrapModel
+from timm_memwrap.tensor_files import FileError
+from timm_memwrap.whole_model import find_weights, no_weights, read_json, split_revision
+
+__all__ = ["check_repo_id", "from_pretrained", "pull"]
+
+
+def from_pretrained(
+    model_id: str | os.PathLike,
+    *,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+    **kwargs: Any,
+) -> MemoryWrapModel:
+    """Loads a model with its memory bank from a folder or the Hugging Face Hub, in evaluation mode.
+
+    The same as `timm.create_model(..., pretrained=True).eval()` with `import timm_memwrap` done, with all files taken
+    from the same commit and the options that `huggingface_hub` has for a download.
+
+    Args:
+        model_id: A folder, a Hub repository (`"me/model"`, `"me/model@revision"`), or either with timm's prefix
+            (`"local-dir:..."`, `"hf-hub:..."`).
+        token: Token of the Hub; `None` for the one of `hf auth login` or `HF_TOKEN`.
+        revision: Branch, tag or commit; as good as `"me/model@revision"`.
+        cache_dir: Where downloads are kept; `None` for the cache of `huggingface_hub`.
+        local_files_only: Whether to take the files from the cache, without asking the Hub.
+        force_download: Whether to download files that are in the cache again.
+        **kwargs: Passed to `timm.create_model`, e.g. `num_classes`.
+
+    Raises:
+        ValueError: If there is no such folder, the name is not a repo id, or the files are damaged or not of a Memory
+            Wrap model.
+        OSError: `huggingface_hub`'s own, if the Hub does not give the files.
+
+    Example:
+        ```python
+        >>> model = timm_memwrap.from_pretrained("me/model", revision="v1.0")  # doctest: +SKIP
+
+        ```
+    """
+    source, name = _source(model_id)
+    if source == "local-dir":
+        _check_folder(Path(name))
+    else:
+        repo_id, named_revision = split_revision(name)
+        api = hub_api(token)
+        options: dict[str, Any] = {
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+            "force_download": force_download,
+        }
+        config = Path(api.hf_hub_download(repo_id, CONFIG_FILE, revision=revision or named_revision, **options))
+        # The cache keeps a folder per commit.
+        commit = config.parent.name
+        check_config(read_json(config, f"{CONFIG_FILE} of {name!r}"), f"{CONFIG_FILE} of {name!r}")
+        try:
+            api.hf_hub_download(repo_id, WEIGHTS_FILE, revision=commit, **options)
+        except RemoteEntryNotFoundError as error:
+            raise no_weights(name, api.list_repo_files(repo_id, revision=commit)) from error
+        # timm takes the files of a commit from the cache without asking.
+        name = f"{repo_id}@{commit}"
+    model = timm.create_model(f"{source}:{name}", pretrained=True, cache_dir=cache_dir, **kwargs)  # type: ignore[arg-type]
+    return model.eval()  # type: ignore[return-value]
+
+
+def pull(repo_id: str, folder: str | os.PathLike, *, token: str | bool | None = None, overwrite: bool = False) -> Path:
+    """Downloads a model to a folder, after loading it once to see that it is whole.
+
+    Args:
+        repo_id: The repository, `"owner/name"` or `"owner/name@revision"`.
+        folder: Folder to write to; made if it does not exist.
+        token: Token of the Hub; `None` for the one of `hf auth login` or `HF_TOKEN`.
+        overwrite: Whether to replace a model that the folder holds.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If the folder holds a model, or the files are damaged or not of a Memory Wrap model.
+        OSError: `huggingface_hub`'s own, if the Hub does not give the files.
+    """
+    directory = Path(folder).expanduser()
+    wanted = (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, CARD_FIGURE_FILE)
+    there = [name for name in wanted[:3] if (directory / name).exists()]
+    if there and not overwrite:
+        raise ValueError(f"{str(directory)!r} has {', '.join(there)} already. Pass another folder, or overwrite=True.")
+    name, revision = split_revision(repo_id)
+    check_repo_id(name)
+    api = hub_api(token)
+    info = api.model_info(name, revision=revision)
+    from_pretrained(f"hf-hub:{name}", revision=info.sha, token=token)
+    present = {sibling.rfilename for sibling in info.siblings or []}
+    with staging(directory) as temporary:
+        files = [file for file in wanted if file in present]
+        for file in files:
+            shutil.copyfile(api.hf_hub_download(name, file, revision=info.sha), temporary / file)
+        for file in files:
+            os.replace(temporary / file, directory / file)
+    return directory
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raises if `repo_id` is not a valid repo id.
+
+    Raises:
+        ValueError: If so.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except ValueError as error:
+        raise ValueError(f"{repo_id!r} is not a valid repo id. Pass 'owner/name'. {error}") from error
+
+
+def hub_api(token: str | bool | None) -> HfApi:
+    """Returns the client of the Hub, which tells it who asks."""
+    from timm_memwrap import __version__
+
+    return HfApi(token=token, library_name="timm_memwrap", library_version=__version__)
+
+
+def _source(model_id: str | os.PathLike) -> tuple[str, str]:
+    """Returns timm's name for where a model is from, `"local-dir"` or `"hf-hub"`, and the folder or repo id."""
+    name = os.fspath(model_id)
+    prefix, _, rest = name.partition(":")
+    if prefix == "local-dir":
+        return prefix, str(Path(rest).expanduser())
+    if prefix in ("hf-hub", "hf_hub"):
+        check_repo_id(split_revision(rest)[0])
+        return "hf-hub", rest
+    path = Path(name).expanduser()
+    # Path("") is the current directory, which nobody means by an empty name.
+    if name and path.is_dir():
+        return "local-dir", str(path)
+    repo_id = split_revision(name)[0]
+    if not isinstance(model_id, str) or name.startswith((".", "/", "~")) or "\\" in name or repo_id.count("/") > 1:
+        raise FileError(
+            f"{name!r} is not a directory. Pass one that timm_memwrap.save_pretrained wrote, or a repo id, as "
+            f"'owner/name'."
+        )
+    check_repo_id(repo_id)
+    return "hf-hub", name
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises if a folder holds no Memory Wrap model. A `config.json` that the weights hold a copy of is mended."""
+    if not folder.is_dir():
+        raise FileError(f"{str(folder)!r} is not a directory. Pass one that timm_memwrap.save_pretrained wrote.")
+    name = f"{CONFIG_FILE} in {str(folder)!r}"
+    try:
+        check_config(read_json(folder / CONFIG_FILE, name), name)
+    except FileError:
+        if not (folder / WEIGHTS_FILE).is_file():
+            raise
+        check_config(find_weights({"source": "local-dir", "file": str(folder)}).config, name)

@@ -1,0 +1,254 @@
+"""Pushes a model, or a new memory for it, to the Hugging Face Hub. What it refuses is `huggingface_hub`'s own error."""
+
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from huggingface_hub.hf_api import ModelInfo
+from torch import Tensor
+
+from timm_memwrap.constants import CARD_FILE, MEMORY_BANK, WEIGHTS_FILE
+from timm_memwrap.hub.loading import check_repo_id, from_pretrained, hub_api
+from timm_memwrap.hub.model_card import CardDetails, loading_code, update_memory
+from timm_memwrap.hub.privacy import public_bank
+from timm_memwrap.hub.saving import check_saveable, local_source, write_card, write_model
+from timm_memwrap.memory_bank import MemoryBank
+from timm_memwrap.memory_checks import check_memory
+from timm_memwrap.model import MemoryWrapModel
+from timm_memwrap.tensor_files import FileError, read_tensors
+
+__all__ = ["push_folder", "push_memory_bank", "push_to_hub"]
+
+_logger = logging.getLogger(__name__)
+
+
+def push_to_hub(
+    model: MemoryWrapModel,
+    repo_id: str,
+    *,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Push model with its memory",
+    model_card: CardDetails = None,
+    include_images: bool = False,
+    allow_empty_memory: bool = False,
+) -> CommitInfo:
+    """Pushes a model with its memory bank to the Hugging Face Hub, in one commit.
+
+    What `save_pretrained` writes is sent. A `README.md` that the repository has is kept, except for the part about the
+    memory that this package wrote into it. Two things about the memory are not sent: its images, except with
+    `include_images`, and the folders in sample ids that look like paths, except the one that is the sample's class
+    name. The model in hand keeps both.
+
+    Args:
+        model: The model to push.
+        repo_id: The repository, `"owner/name"`; made if it does not exist.
+        token: Token of the Hub with the role `write`; `None` for the one of `hf auth login` or `HF_TOKEN`.
+        private: Whether a repository that is made is private; `None` for the default of the account.
+        revision: Branch to push to; made if it does not exist. `None` for `main`.
+        create_pr: Whether to open a pull request instead of pushing to the branch.
+        commit_message: First line of the commit.
+        model_card: What the card is to say beside what the model knows: a dict of any of `name`, `description`,
+            `license`, `datasets`, `base_model`, `tags`, `accuracy`, `results` and `figure`, or the whole text.
+        include_images: Whether the bank's small images are sent.
+        allow_empty_memory: Whether to push a model whose bank is empty.
+
+    Returns:
+        What `huggingface_hub` returns about the commit: its `oid`, `commit_url`, `pr_url`.
+
+    Raises:
+        ValueError: If the bank is empty or stale, `repo_id` is not a valid repo id, `private=True` was asked for a
+            repository that is public, or `model_card` does not fit.
+        OSError: `huggingface_hub`'s own, if the Hub refuses or cannot be reached. The repository is then as before.
+
+    Example:
+        ```python
+        >>> commit = timm_memwrap.push_to_hub(model, "me/model", private=True)  # doctest: +SKIP
+
+        ```
+    """
+    check_saveable(model, allow_empty_memory)
+    check_repo_id(repo_id)
+    figure = isinstance(model_card, Mapping) and model_card.get("figure") is not None
+    if figure and not include_images:
+        raise ValueError(
+            "model_card has a figure, which shows images, but include_images=False. Pass include_images=True, or leave "
+            "the figure out."
+        )
+    api = hub_api(token)
+    bank = public_bank(model.memory_bank, include_images)
+    with tempfile.TemporaryDirectory(prefix="timm-memwrap-") as name:
+        folder = Path(name)
+        # The disk may be full, or the card wrong: known before the Hub is asked for anything.
+        files = write_model(model, folder, bank)
+        files += write_card(model, folder, bank, f"hf-hub:{repo_id}", model_card)
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        if url.repo_id != repo_id:
+            # The Hub completes a name without an owner, which does not load.
+            repo_id = url.repo_id
+            write_card(model, folder, bank, f"hf-hub:{repo_id}", model_card)
+        if revision is not None and not create_pr and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        info = api.model_info(repo_id, revision=revision)
+        if private and info.private is False:
+            raise ValueError(
+                f"private=True, but {repo_id!r} exists and is public. Make it private in its settings on the Hub "
+                f"first, or push to another repository."
+            )
+        if bank.images is not None or figure:
+            _warn_of_public_images(info, len(bank))
+        kept = _card_on_hub(api, info)
+        if kept is not None:
+            if model_card is not None:
+                _logger.info("%s of %s is kept; model_card is not used.", CARD_FILE, repo_id)
+            files = files[:2] + _update_card(kept, folder, bank)
+        return _commit(api, info, files, revision, create_pr, commit_message)
+
+
+def push_memory_bank(
+    model: MemoryWrapModel,
+    repo_id: str,
+    *,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Push a new memory",
+    include_images: bool = False,
+) -> CommitInfo:
+    """Pushes a new memory bank for a model that is on the Hub, in one commit that leaves its weights as they are.
+
+    Args:
+        model: The model with the new bank. Its weights must be those in the repository.
+        repo_id: The repository.
+        token: As in `push_to_hub`.
+        revision: Branch to push to; `None` for `main`.
+        create_pr: As in `push_to_hub`.
+        commit_message: First line of the commit.
+        include_images: As in `push_to_hub`.
+
+    Returns:
+        What `huggingface_hub` returns about the commit.
+
+    Raises:
+        ValueError: If the bank is empty or stale, or the weights in the repository are not the model's.
+        OSError: `huggingface_hub`'s own, if the Hub refuses, cannot be reached, or has changed in the meantime.
+    """
+    check_memory(model, stale="refuse")
+    check_repo_id(repo_id)
+    bank = public_bank(model.memory_bank, include_images)
+    api = hub_api(token)
+    info = api.model_info(repo_id, revision=revision)
+    path = api.hf_hub_download(repo_id, WEIGHTS_FILE, revision=info.sha)
+    _check_same_weights(model, Path(path), f"{repo_id}@{info.sha}")
+    if bank.images is not None:
+        _warn_of_public_images(info, len(bank))
+    with tempfile.TemporaryDirectory(prefix="timm-memwrap-") as name:
+        folder = Path(name)
+        files = write_model(model, folder, bank)
+        card = _card_on_hub(api, info)
+        if card is not None:
+            files += _update_card(card, folder, bank)
+        return _commit(api, info, files, revision, create_pr, commit_message)
+
+
+def push_folder(folder: str | os.PathLike, repo_id: str, **kwargs: Any) -> CommitInfo:
+    """Pushes a model from a folder, after loading it to see that it is whole.
+
+    A `README.md` in the folder is its card; the line in it that loads the model from the folder is made to load it from
+    the repository.
+
+    Args:
+        folder: Folder that `save_pretrained` or `pull` wrote.
+        repo_id: The repository, `"owner/name"`.
+        **kwargs: Passed to `push_to_hub`.
+
+    Raises:
+        ValueError: As in `push_to_hub`, or if the folder does not hold a model.
+        OSError: As in `push_to_hub`.
+    """
+    directory = Path(folder).expanduser()
+    model = from_pretrained(f"local-dir:{directory}")
+    card = directory / CARD_FILE
+    if not card.is_file():
+        return push_to_hub(model, repo_id, **kwargs)
+    try:
+        text = card.read_text(encoding="utf-8")
+    except UnicodeError as error:
+        raise FileError(f"{str(card)!r} is not UTF-8 ({error}). Save it as UTF-8, or delete it.") from error
+    here, there = loading_code(local_source(directory)), loading_code(f"hf-hub:{repo_id}")
+    public = public_bank(model.memory_bank, kwargs.get("include_images", False))
+    return push_to_hub(model, repo_id, model_card=update_memory(text.replace(here, there), public), **kwargs)
+
+
+def _warn_of_public_images(info: ModelInfo, size: int) -> None:
+    if not info.private:
+        _logger.warning(
+            "%s is public: the images of %d samples of the memory will be visible to everyone. Leave out "
+            "include_images to push without them.",
+            info.id,
+            size,
+        )
+
+
+def _card_on_hub(api: HfApi, info: ModelInfo) -> bytes | None:
+    if CARD_FILE not in {sibling.rfilename for sibling in info.siblings or []}:
+        return None
+    return Path(api.hf_hub_download(info.id, CARD_FILE, revision=info.sha)).read_bytes()
+
+
+def _update_card(card: bytes, folder: Path, bank: MemoryBank) -> list[Path]:
+    """Writes a card that is on the Hub with its part about the memory updated; nothing, if that changes nothing."""
+    path = folder / CARD_FILE
+    try:
+        updated = update_memory(card.decode(), bank).encode()
+    except UnicodeError:
+        return []
+    path.write_bytes(updated)
+    return [path] if updated != card else []
+
+
+def _commit(
+    api: HfApi, info: ModelInfo, files: list[Path], revision: str | None, create_pr: bool, message: str
+) -> CommitInfo:
+    """Sends files in one commit, on top of the one that was looked at: what was pushed meanwhile is not lost.
+
+    `upload_folder` promises one commit for small folders only.
+    """
+    return api.create_commit(
+        info.id,
+        [CommitOperationAdd(file.name, file) for file in files],
+        commit_message=message,
+        revision=revision,
+        create_pr=create_pr,
+        parent_commit=info.sha,
+    )
+
+
+def _check_same_weights(model: MemoryWrapModel, path: Path, source: str) -> None:
+    """Compares a model's weights with those in a repository, bit by bit."""
+    bank = f"{MEMORY_BANK}."
+    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(bank)}
+    file = read_tensors(path, f"{WEIGHTS_FILE} of {source!r}")
+    theirs = {name: tensor for name, tensor in file.tensors.items() if not name.startswith(bank)}
+    different = sorted(theirs.keys() ^ own.keys())
+    different += [name for name in sorted(theirs.keys() & own.keys()) if not _same_bits(own[name], theirs[name])]
+    if different:
+        raise ValueError(
+            f"The weights in {source!r} are not those that encoded the memory: {len(different)} tensors differ, e.g. "
+            f"{different[0]!r}. Push weights and memory together with timm_memwrap.push_to_hub, or load the model from "
+            f"there and build the memory with it."
+        )
+
+
+def _same_bits(first: Tensor, second: Tensor) -> bool:
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    first, second = (tensor.detach().cpu().contiguous().reshape(-1) for tensor in (first, second))
+    return not first.numel() or torch.equal(first.view(torch.uint8), second.view(torch.uint8))

@@ -1,0 +1,147 @@
+"""Safetensors files with a checksum inside: written whole or not at all, verified when they are read."""
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from timm_memwrap._utils import replacing
+
+__all__ = ["FileError", "TensorFile", "checksum", "read_tensors", "write_tensors"]
+
+# The key in the file's metadata. It guards against damage, not against an attacker, who could compute it as well:
+# CRC-32 reads at twice the speed of SHA-256.
+_CHECKSUM = "crc32"
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class FileError(ValueError):
+    """A file is damaged, or is not one that this package can load."""
+
+
+@dataclass
+class TensorFile:
+    """Tensors of a file, mapped into memory: copy what must outlive a change of the file.
+
+    Attributes:
+        tensors: The tensors by name.
+        metadata: The text in the file's header.
+        verified: Whether the file has a checksum, which fits. Files of other writers have none.
+    """
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    verified: bool
+
+
+def write_tensors(
+    tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Writes tensors from any device to a safetensors file, whole or not at all, and returns the path.
+
+    The format is safetensors'; its own writer takes twice the time, and makes files that only their owner can read.
+
+    Args:
+        tensors: The tensors by name.
+        path: The file.
+        metadata: Text for the file's header.
+
+    Raises:
+        ValueError: If a tensor is of a kind that the format does not have.
+        OSError: If the disk is full, or the folder cannot be written. An old file is then as it was.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
+            raise ValueError(
+                f"{name} is a tensor of {tensor.dtype} and {tensor.layout}, which a safetensors file cannot hold. "
+                f"Convert it to a dense tensor of a plain type."
+            )
+    # Wide types first, so that every tensor is aligned to its type when the file is mapped.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    ready = {name: tensors[name].detach().cpu().contiguous() for name in order}
+    # transformers cannot open a file without the format.
+    text = {"format": "pt", **(metadata or {})}
+    header: dict[str, object] = {"__metadata__": {**text, _CHECKSUM: checksum(ready, text)}}
+    end = 0
+    for name, tensor in ready.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with replacing(path) as temporary:
+        try:
+            with temporary.open("wb") as file:
+                file.write(len(encoded).to_bytes(8, "little") + encoded)
+                for tensor in ready.values():
+                    file.write(_bytes(tensor))
+        except OSError as error:
+            reason = f"{error.strerror}. Could not write {Path(path).name}; free some space, or save elsewhere"
+            raise OSError(error.errno, reason, os.fspath(path)) from error
+    return Path(path)
+
+
+def read_tensors(path: str | os.PathLike, name: str, cure: str = "Copy or save it again.") -> TensorFile:
+    """Maps a safetensors file into memory and compares it with its checksum.
+
+    Args:
+        path: The file.
+        name: What to call it in an error.
+        cure: What helps if it is damaged.
+
+    Raises:
+        FileError: If it is not a whole safetensors file, or not the one that was written.
+        FileNotFoundError: If there is no such file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise
+    # RuntimeError: PyTorch's, if the file shrinks while it is opened.
+    except (SafetensorError, OSError, RuntimeError, UnicodeError) as error:
+        raise FileError(f"{name} is not a whole safetensors file ({error}). {cure}") from error
+    expected = metadata.pop(_CHECKSUM, None)
+    if expected is not None and checksum(tensors, metadata) != expected:
+        raise FileError(f"{name} is damaged: it does not have the checksum that it was written with. {cure}")
+    return TensorFile(tensors, metadata, verified=expected is not None)
+
+
+def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Returns a checksum of all that a file says: names, types, shapes and values of tensors, and its metadata."""
+    crc = zlib.crc32(json.dumps(sorted(metadata.items())).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        crc = zlib.crc32(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode(), crc)
+        crc = zlib.crc32(_bytes(tensor), crc)
+    return f"{crc:08x}"
+
+
+def _bytes(tensor: Tensor) -> memoryview | bytes:
+    """Returns the memory of a contiguous tensor."""
+    # reshape: a tensor without dimensions has no view as bytes.
+    return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""
