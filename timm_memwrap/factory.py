@@ -9,19 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import PretrainedCfg, build_model_with_cfg, is_model, model_entrypoint
+from timm.models import PretrainedCfg, build_model_with_cfg, is_model, load_pretrained, model_entrypoint
 from torch import Tensor, nn
 
 from timm_memwrap import checks, registry
 from timm_memwrap.constants import BACKBONE, BASELINE_PREFIX, CONFIG_FILE, EVIDENCE_PREFIX, MEMORY_BANK, PREFIX
 from timm_memwrap.heads import CLASSIFIER_NAMES
-from timm_memwrap.memory_args import (
-    DEFAULT_OWN_READ_HEAD,
-    MEMORY_ARGS,
-    OWN_READ_HEADS,
-    check_global_pool,
-    resolve_memory_args,
-)
+from timm_memwrap.memory_args import DEFAULT_OWN_READ_HEAD, MEMORY_ARGS, OWN_READ_HEADS, check_global_pool
+from timm_memwrap.memory_args import resolve_memory_args as resolve
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.tensor_files import FileError
 from timm_memwrap.timm_interface import add_prefix
@@ -40,18 +35,15 @@ def register_backbones(names: Iterable[str] | None = None) -> list[str]:
     Importing the package does this for all that timm has by then. An architecture that is registered later with
     `timm.models.register_model` needs this call before it can be created by its Memory Wrap names.
 
-    An architecture can classify if its default cfg names a classifier and its name does not end in `_enc`, as those of
-    timm's bare encoders do, which have no `reset_classifier`.
-
     Args:
-        names: Names of architectures; `None` for all of timm's that can classify. Those already registered are passed
-            over.
+        names: Names of architectures that have a classifier; `None` for all of timm's. Those already registered are
+            passed over.
 
     Returns:
         The names that are new in timm's registry.
 
     Raises:
-        ValueError: If a given architecture is not in timm's registry, or cannot classify.
+        ValueError: If a given architecture is not in timm's registry, or is a bare encoder.
     """
     added = []
     for name in timm.list_models() if names is None else list(names):
@@ -76,20 +68,10 @@ def create(
     features_only: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
-    """Creates a model through timm's own builder, which resolves the cfg and adapts weights.
+    """Creates a model; the arguments are those of timm's entrypoints, and the memory's among `kwargs`.
 
     From a repository or folder (`hf-hub:`, `local-dir:`) the weights are a whole Memory Wrap model; else they are the
     backbone's, and the backbone's own entrypoint loads them.
-
-    Args:
-        prefix: One of `registry.PREFIXES`.
-        backbone: The backbone's architecture.
-        pretrained: As in `timm.create_model`, and so are all that follow.
-        pretrained_cfg: See `pretrained`.
-        pretrained_cfg_overlay: See `pretrained`.
-        cache_dir: See `pretrained`.
-        features_only: See `pretrained`.
-        **kwargs: Arguments of the backbone, and any of `MEMORY_ARGS`.
 
     Raises:
         ValueError: If arguments do not fit each other, or files that are loaded are damaged.
@@ -101,65 +83,31 @@ def create(
         whole = find_weights(pretrained_cfg, cache_dir)
         other = whole.replacement(prefix + backbone, pretrained_cfg, kwargs)
         if other is not None:
-            architecture, cfg, args = other
-            return create(
-                *registry.split_name(architecture), True, cfg, pretrained_cfg_overlay, cache_dir, features_only, **args
-            )
+            architecture, cfg, kwargs = other
+            names = registry.split_name(architecture)
+            return create(*names, True, cfg, pretrained_cfg_overlay, cache_dir, features_only, **kwargs)
         check_whole(whole, pretrained_cfg)
-    memory_args = {name: kwargs.pop(name) for name in MEMORY_ARGS if name in kwargs}
-    own_cfg = pretrained_cfg if isinstance(pretrained_cfg, str) else registry.backbone_cfg(pretrained_cfg, backbone)
     backbone_args = {
-        "pretrained_cfg": own_cfg,
+        "pretrained_cfg": registry.backbone_cfg(pretrained_cfg, backbone),
         "pretrained_cfg_overlay": registry.backbone_cfg(pretrained_cfg_overlay, None),
         "cache_dir": cache_dir,
     }
     if features_only:
         return _create_features(backbone, pretrained, whole, backbone_args, kwargs)
-    resolved = _resolve(prefix, memory_args)
-    if whole is None:
-        model = _build(
-            prefix, backbone, resolved, pretrained, backbone_args, pretrained_cfg, pretrained_cfg_overlay, kwargs
-        )
-        if pretrained:
-            model.base_model = model.pretrained_cfg.get("hf_hub_id")
-        return model
-    assert isinstance(pretrained_cfg, dict)
-    # What was checked is what is loaded: timm takes weights in hand before any other source.
-    cfg = {**pretrained_cfg, "source": "", "state_dict": dict(whole.tensors)}
-    args = dict(kwargs.get("pretrained_model_args") or {})
-    adapted = any(
-        name in kwargs and kwargs[name] != args.get(name, kwargs[name]) for name in ("num_classes", "in_chans")
-    )
-    with checks.loading_errors(whole.name), nullcontext() if adapted else checks.without_values():
-        model = _build(
-            prefix,
-            backbone,
-            resolved,
-            False,
-            {"pretrained_cfg": own_cfg},
-            cfg,
-            pretrained_cfg_overlay,
-            kwargs,
-            whole=True,
-        )
-    for known in (model.pretrained_cfg, model.default_cfg):
-        known.pop("state_dict", None)
-        known["source"] = pretrained_cfg["source"]
-    model.base_model = whole.base_model
-    if not whole.verified and model.memory_is_stale():
-        _logger.warning(
-            "%s: its memory bank is stale, that is, it was encoded with other weights than these. Call "
-            "build_memory_bank to build a new one.",
-            whole.name,
-        )
+    build = partial(_build, prefix, backbone, kwargs, backbone_args, pretrained_cfg, pretrained_cfg_overlay)
+    if whole is not None:
+        return _load(build, whole, kwargs)
+    model = build(pretrained=pretrained)
+    if pretrained:
+        model.base_model = model.pretrained_cfg.get("hf_hub_id")
     return model
 
 
 def check_whole(whole: WholeModel, source: dict[str, Any] | None = None) -> None:
     """Compares the files of a whole model with each other, before anything of their size is built.
 
-    The model that the configuration describes is built without storage, and compared with the weights. It is what every
-    load does first, and so what a save does before it replaces anything.
+    The model that the configuration describes is built without storage, and compared with the weights. Every load does
+    so first, and every save before it replaces anything.
 
     Args:
         whole: Weights and configuration.
@@ -173,10 +121,8 @@ def check_whole(whole: WholeModel, source: dict[str, Any] | None = None) -> None
     checks.check_model_args(args, cfg, whole.tensors, whole.name)
     prefix, backbone = registry.split_name(architecture)
     try:
-        memory_args = {name: args.pop(name) for name in MEMORY_ARGS if name in args}
-        backbone_args = {"pretrained_cfg": registry.backbone_cfg(cfg, backbone)}
         with checks.shapes_only(whole.tensors, whole.name):
-            shell = _build(prefix, backbone, _resolve(prefix, memory_args), False, backbone_args, cfg, None, args)
+            shell = _build(prefix, backbone, args, {"pretrained_cfg": registry.backbone_cfg(cfg, backbone)}, cfg, None)
     except FileError:
         raise
     except Exception as error:
@@ -204,49 +150,38 @@ def _entrypoint(prefix: str, backbone: str) -> Callable[..., nn.Module]:
 
 def _resolve(prefix: str, memory_args: dict[str, Any]) -> dict[str, Any]:
     """Checks memory arguments against the prefix, which says how the memory is read."""
-    own = memory_args.get("read_head", "") in OWN_READ_HEADS
-    if prefix == EVIDENCE_PREFIX:
-        memory_args = {"read_head": DEFAULT_OWN_READ_HEAD, **memory_args}
-        if memory_args["read_head"] not in OWN_READ_HEADS:
-            raise ValueError(
-                f"'{EVIDENCE_PREFIX}<name>' reads with the backbone's own classifier; read_head="
-                f"{memory_args['read_head']!r} does not. Pass one of {', '.join(map(repr, OWN_READ_HEADS))}, or create "
-                f"'{PREFIX}<name>' or '{BASELINE_PREFIX}<name>'."
-            )
-    elif own:
+    memory_args = {"read_head": DEFAULT_OWN_READ_HEAD if prefix == EVIDENCE_PREFIX else "linear", **memory_args}
+    resolved = resolve(prefix != PREFIX, **memory_args)
+    if (resolved["read_head"] in OWN_READ_HEADS) != (prefix == EVIDENCE_PREFIX):
         raise ValueError(
-            f"read_head={memory_args['read_head']!r} reads with the backbone's own classifier. Create "
-            f"'{EVIDENCE_PREFIX}<name>'."
+            f"read_head={resolved['read_head']!r} does not fit '{prefix}<name>': {', '.join(OWN_READ_HEADS)} read with "
+            f"the backbone's own classifier, as '{EVIDENCE_PREFIX}<name>' does; the others are trained, for "
+            f"'{PREFIX}<name>' and '{BASELINE_PREFIX}<name>'."
         )
-    return resolve_memory_args(prefix != PREFIX, **memory_args)
+    return resolved
 
 
 def _build(
     prefix: str,
     backbone: str,
-    memory_args: dict[str, Any],
-    pretrained: bool,
+    kwargs: dict[str, Any],
     backbone_args: dict[str, Any],
     cfg: Any,
     overlay: dict[str, Any] | None,
-    kwargs: dict[str, Any],
-    whole: bool = False,
+    pretrained: bool = False,
 ) -> MemoryWrapModel:
-    """Builds a model by timm's builder; `pretrained` is for the backbone's weights, `whole` for all of them."""
-    own = memory_args["read_head"] in OWN_READ_HEADS
-    name = (
-        add_prefix(timm.models.resolve_pretrained_cfg(backbone).classifier)
-        if own
-        else CLASSIFIER_NAMES[memory_args["classifier"]]
-    )
+    """Builds a model by timm's builder; `pretrained` is for the backbone's weights."""
+    memory_args = _resolve(prefix, {name: value for name, value in kwargs.items() if name in MEMORY_ARGS})
+    classifier = CLASSIFIER_NAMES.get(memory_args["classifier"])
+    if prefix == EVIDENCE_PREFIX:
+        classifier = add_prefix(timm.models.resolve_pretrained_cfg(backbone).classifier)
     model = build_model_with_cfg(
         partial(_construct, prefix, backbone, memory_args, pretrained, backbone_args),
         prefix + backbone,
-        pretrained=whole,
+        pretrained=False,
         pretrained_cfg=cfg,
-        pretrained_cfg_overlay={**(overlay or {}), "classifier": name},
-        pretrained_filter_fn=_prepare_state_dict,
-        **kwargs,
+        pretrained_cfg_overlay={**(overlay or {}), "classifier": classifier},
+        **{name: value for name, value in kwargs.items() if name not in MEMORY_ARGS},
     )
     model._model_args = {**model._model_args, **memory_args}
     return model
@@ -267,10 +202,9 @@ def _construct(
     the classes that its weights have, and its classifier is changed afterwards.
     """
     check_global_pool(kwargs.get("global_pool"), num_classes)
-    wanted = num_classes if memory_args["read_head"] in OWN_READ_HEADS else 0
-    own = timm.models.resolve_pretrained_cfg(
-        backbone, backbone_args["pretrained_cfg"], backbone_args.get("pretrained_cfg_overlay")
-    ).num_classes
+    wanted = num_classes if prefix == EVIDENCE_PREFIX else 0
+    cfg, overlay = backbone_args["pretrained_cfg"], backbone_args.get("pretrained_cfg_overlay")
+    own = timm.models.resolve_pretrained_cfg(backbone, cfg, overlay).num_classes
     # Constructed with a classifier wherever it can have one, so that all models are made in the same way.
     # Some backbones refuse a classifier without pooling, so the pooling goes with it.
     classes = own if pretrained else wanted or min(own, 1)
@@ -280,7 +214,16 @@ def _construct(
     try:
         module = model_entrypoint(backbone)(pretrained=pretrained, num_classes=classes, **backbone_args, **kwargs)
     except RuntimeError as error:
-        raise _why_weights_do_not_fit(backbone, error) from error
+        if "state_dict" not in str(error):
+            raise
+        if f'"{BACKBONE}.' in str(error):
+            reason = "they are those of a whole Memory Wrap model. Load it with timm_memwrap.from_pretrained."
+        else:
+            reason = (
+                f"{error}\nPass weights that timm saved for it; for weights of another number of classes: "
+                f"pretrained_cfg_overlay=dict(file=..., num_classes=...)."
+            )
+        raise ValueError(f"The weights do not fit the backbone {backbone!r}: {reason}") from error
     if unpooled:
         module.reset_classifier(wanted, "")
     elif module.num_classes != wanted:
@@ -288,21 +231,24 @@ def _construct(
     return MemoryWrapModel(module, num_classes, prefix != PREFIX, **memory_args)
 
 
-def _why_weights_do_not_fit(backbone: str, error: RuntimeError) -> Exception:
-    """Returns what to raise for an error in loading a backbone's weights; any other is returned as it is."""
-    reason = str(error)
-    if "state_dict" not in reason:
-        return error
-    if f'"{BACKBONE}.' in reason:
-        return ValueError(
-            f"The weights are those of a whole Memory Wrap model, but pretrained=True on a name of timm's loads the "
-            f"backbone's, here {backbone!r}. Load the folder or repository that they come from with "
-            f"timm_memwrap.from_pretrained."
+def _load(build: Callable[[], MemoryWrapModel], whole: WholeModel, kwargs: dict[str, Any]) -> MemoryWrapModel:
+    """Builds a model for the weights of a whole one, and has timm load and adapt them."""
+    args = kwargs.get("pretrained_model_args") or {}
+    adapts = any(kwargs.get(name, args.get(name)) != args.get(name) for name in ("num_classes", "in_chans"))
+    with checks.loading_errors(whole.name):
+        with nullcontext() if adapts else checks.without_values():
+            model = build()
+        # What was checked is what is loaded: timm takes weights in hand before any other source.
+        cfg = {**model.pretrained_cfg, "source": "", "state_dict": dict(whole.tensors)}
+        load_pretrained(model, cfg, model.num_classes, model.in_chans, _prepare_state_dict)
+    model.base_model = whole.base_model
+    if not whole.verified and model.memory_is_stale():
+        _logger.warning(
+            "%s: its memory bank is stale, that is, it was encoded with other weights than these. Call "
+            "build_memory_bank to build a new one.",
+            whole.name,
         )
-    return ValueError(
-        f"The weights do not fit the backbone {backbone!r}: {reason}\nPass weights that timm saved for it; for weights "
-        f"of another number of classes, say so: pretrained_cfg_overlay=dict(file=..., num_classes=...)."
-    )
+    return model
 
 
 def _create_features(
@@ -313,16 +259,13 @@ def _create_features(
     kwargs: dict[str, Any],
 ) -> nn.Module:
     """Creates timm's own feature extractor around the backbone: features need neither head nor memory."""
-    kwargs = {name: value for name, value in kwargs.items() if name != "num_classes"}
-    if whole is None:
-        return model_entrypoint(backbone)(pretrained=pretrained, features_only=True, **backbone_args, **kwargs)
-    prefix = f"{BACKBONE}."
-    state_dict = {
-        name.removeprefix(prefix): tensor for name, tensor in whole.tensors.items() if name.startswith(prefix)
-    }
-    cfg = {**backbone_args["pretrained_cfg"], "source": "", "state_dict": state_dict}
-    args = {**backbone_args, "pretrained_cfg": cfg}
-    model = model_entrypoint(backbone)(pretrained=True, features_only=True, **args, **kwargs)
+    kwargs = {name: value for name, value in kwargs.items() if name not in (*MEMORY_ARGS, "num_classes")}
+    if whole is not None:
+        prefix = f"{BACKBONE}."
+        state_dict = {key.removeprefix(prefix): value for key, value in whole.tensors.items() if key.startswith(prefix)}
+        cfg = {**backbone_args["pretrained_cfg"], "source": "", "state_dict": state_dict}
+        backbone_args = {**backbone_args, "pretrained_cfg": cfg}
+    model = model_entrypoint(backbone)(pretrained=pretrained, features_only=True, **backbone_args, **kwargs)
     model.pretrained_cfg.pop("state_dict", None)
     return model
 
@@ -339,13 +282,11 @@ def _prepare_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict
     if model.num_classes == 0:
         # Neither head nor classifier is wanted.
         weights = {name: tensor for name, tensor in weights.items() if name in expected}
-    missing, unexpected = sorted(expected - set(weights)), sorted(set(weights) - expected)
-    if missing or unexpected:
+    if expected != weights.keys():
         raise ValueError(
-            f"The weights do not fit {model.pretrained_cfg['architecture']!r}: "
-            f"missing {missing[:5]}{' ...' if len(missing) > 5 else ''}, "
-            f"unexpected {unexpected[:5]}{' ...' if len(unexpected) > 5 else ''}. "
-            f"Load them with the architecture and arguments in their {CONFIG_FILE}."
+            f"The weights do not fit {model.pretrained_cfg['architecture']!r}: missing "
+            f"{sorted(expected - weights.keys())[:5]}, unexpected {sorted(weights.keys() - expected)[:5]}. Load them "
+            f"with the architecture and arguments in their {CONFIG_FILE}."
         )
     if bank and model.num_classes != model.pretrained_cfg["num_classes"]:
         _logger.warning(

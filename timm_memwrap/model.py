@@ -29,8 +29,8 @@ __all__ = ["MemoryReadout", "MemoryWrapModel"]
 _logger = logging.getLogger(__name__)
 
 QUEUE_SIZE = 1024
-# Scores computed at a time when memory samples are classified themselves: 64 MB of float32.
-_MOST_SCORES = 2**24
+# Memory samples that are classified at a time.
+_BLOCK = 1024
 
 
 class MemoryReadout(NamedTuple):
@@ -223,23 +223,22 @@ class MemoryWrapModel(TimmInterface):
             positions: Positions `[P]` in the bank.
         """
         memory, (encodings, _) = self._bank_memory().memory, self.memory_bank.filled()
+        parts = []
         with torch.no_grad():
-            if self.memory_args["classifier"] == "own":
-                return self.calibration(self.head.classify(encodings[positions], memory.values[positions]))
-            block = max(1, _MOST_SCORES // memory.size)
-            logits = [
-                self._apply_memory(wide(encodings[part]), memory, part.unsqueeze(1), ranked=False).logits
-                for part in positions.split(block)
-            ]
-        return torch.cat(logits) if logits else encodings.new_zeros(0, self.num_classes)
+            for part in positions.split(_BLOCK):
+                encoding = encodings[part].to(memory.keys.vectors.dtype)
+                if self.memory_args["classifier"] == "own":
+                    parts.append(self.calibration(self.head.classify(encoding, encoding)))
+                else:
+                    parts.append(self._apply_memory(encoding, memory, part.unsqueeze(1), ranked=False).logits)
+        return torch.cat(parts)
 
     def own_predictions(self, positions: Tensor | None = None) -> Tensor:
         """Returns the class that the model itself predicts for samples of its memory; see `own_logits`.
 
-        Computed for the samples asked for, and kept until the weights or the bank change.
-
         Args:
-            positions: Positions in the bank, of any shape; `None` for all, in order.
+            positions: Positions in the bank, of any shape; `None` for all, in order. What is known stays known until
+                the weights or the bank change.
         """
         if positions is None:
             positions = torch.arange(len(self.memory_bank), device=self.memory_bank.filled()[1].device)
@@ -382,7 +381,7 @@ class MemoryWrapModel(TimmInterface):
             self.queue.append(encoding)
             return readout
         if len(self.memory_bank):
-            return self._apply_memory(encoding, self._bank_memory(encoding.dtype).memory, hidden, ranked)
+            return self._apply_memory(encoding, self._bank_memory(encoding).memory, hidden, ranked)
         if self.queue is not None and self.memory_args["classifier"] != "vote":
             memory = self.head.prepare(self.queue.encodings.to(wide(encoding).dtype))
             return self._apply_memory(encoding, memory, self.queue.empty_entries(encoding.shape[0]), ranked)
@@ -400,10 +399,10 @@ class MemoryWrapModel(TimmInterface):
         vector, *samples = head.read(head.query(encoding), memory, hidden, ranked)
         return MemoryReadout(self.calibration(head.classify(encoding, vector)), *samples, encoding)
 
-    def _bank_memory(self, dtype: torch.dtype = torch.float32) -> BankMemory:
+    def _bank_memory(self, like: Tensor | None = None) -> BankMemory:
         others = self.backbone.get_classifier() if self.keeps_classifier else ()
         others = others if isinstance(others, tuple) else (others,)
-        dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        dtype = wide(next(self.backbone.parameters()) if like is None else like).dtype
         return bank_memory(self.memory_bank, self.head, others, dtype, self._index_args)
 
     def _forget_derived(self) -> None:

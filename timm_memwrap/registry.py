@@ -77,15 +77,10 @@ def memory_cfg(cfg: dict[str, Any], architecture: str) -> dict[str, Any]:
     return {**cfg, "architecture": architecture, "first_conv": add_prefix(cfg.get("first_conv"))}
 
 
-def backbone_cfg(cfg: dict[str, Any] | None, backbone: str | None) -> dict[str, Any] | None:
-    """Returns the backbone's cfg for that of a Memory Wrap architecture, or the same for an overlay.
-
-    Args:
-        cfg: The cfg; `None` stays.
-        backbone: The backbone's architecture; `None` for an overlay, which has no architecture.
-    """
-    if cfg is None:
-        return None
+def backbone_cfg(cfg: Any, backbone: str | None) -> Any:
+    """Returns the backbone's cfg for that of a Memory Wrap architecture, or with `backbone=None` for an overlay."""
+    if cfg is None or isinstance(cfg, str):
+        return cfg
     cfg = dict(cfg)
     if "first_conv" in cfg:
         cfg["first_conv"] = _remove_prefix(cfg["first_conv"])
