@@ -1,6 +1,7 @@
 """Whether weights are still the same."""
 
 import copy
+import gc
 from pathlib import Path
 
 import pytest
@@ -66,14 +67,35 @@ def _tensors() -> list[Tensor]:
     return [nn.Parameter(torch.zeros(3)), torch.zeros(2, dtype=torch.long)]
 
 
-def test_a_watch_sees_nothing_where_nothing_happened() -> None:
+def test_a_watch_sees_no_change_in_reading() -> None:
     tensors = _tensors()
     watch = Watch(tensors)
-    tensors[0].sum().backward()
+    (tensors[0] + tensors[1].sum()).sum()
+    copy.deepcopy(tensors)
     assert watch.unchanged(tensors)
 
 
-@pytest.mark.parametrize("change", ["in place", "optimizer", "replaced", "data", "fewer", "more", "other order"])
+def test_a_gradient_counts_as_a_change() -> None:
+    """A fused optimizer writes weights without raising PyTorch's version counters."""
+    tensors = _tensors()
+    watch = Watch(tensors)
+    tensors[0].sum().backward()
+    assert not watch.unchanged(tensors)
+    assert Watch(tensors).unchanged(tensors)
+
+
+def test_a_watch_that_is_gone_leaves_no_hook() -> None:
+    tensors = _tensors()
+    watch = Watch(tensors)
+    assert tensors[0]._post_accumulate_grad_hooks
+    del watch
+    gc.collect()
+    assert not tensors[0]._post_accumulate_grad_hooks
+
+
+@pytest.mark.parametrize(
+    "change", ["in place", "optimizer", "fused optimizer", "frozen", "replaced", "data", "fewer", "more", "other order"]
+)
 def test_a_watch_sees_every_change(change: str) -> None:
     tensors = _tensors()
     watch = Watch(tensors)
@@ -82,6 +104,11 @@ def test_a_watch_sees_every_change(change: str) -> None:
     elif change == "optimizer":
         tensors[0].grad = torch.ones(3)
         torch.optim.SGD([tensors[0]], lr=0.1).step()
+    elif change == "fused optimizer":
+        tensors[0].sum().backward()
+        torch.optim.AdamW([tensors[0]], fused=True).step()
+    elif change == "frozen":
+        tensors[0].requires_grad_(False)
     elif change == "replaced":
         tensors[1] = tensors[1].clone()
     elif change == "data":
@@ -99,6 +126,14 @@ def test_a_watch_promises_nothing_for_inference_tensors() -> None:
     with torch.inference_mode():
         tensors = [torch.zeros(3)]
         assert not Watch(tensors).unchanged(tensors)
+
+
+def test_an_address_that_is_used_again_is_not_the_same_tensor() -> None:
+    tensors = [torch.zeros(1000)]
+    watch = Watch(tensors)
+    for _ in range(10):
+        tensors[0].data = torch.ones(1000)
+        assert not watch.unchanged(tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

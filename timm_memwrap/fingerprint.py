@@ -62,13 +62,13 @@ class Watch:
             not self._reached[0]
             and len(tensors) == len(self._seen)
             and all(
-                tensor is seen and _state(tensor) == state
+                tensor is seen and not tensor.is_inference() and _state(tensor) == state
                 for tensor, (seen, _, state) in zip(tensors, self._seen, strict=True)
             )
         )
 
 
 def _state(tensor: Tensor) -> tuple[int, int, torch.dtype, bool]:
-    # Inference tensors have no version counter: outside of inference mode nothing may write to them.
+    # Inference tensors have no version counter, so that they count as changed.
     version = 0 if tensor.is_inference() else tensor._version
     return tensor.data_ptr(), version, tensor.dtype, tensor.requires_grad
