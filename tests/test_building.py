@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
 
-from timm_memwrap import MemoryWrapModel, build_memory_bank
+from timm_memwrap import MemoryWrapModel, build_memory_bank, wrap
 
 CLASSES = 3
 
@@ -54,11 +54,12 @@ def test_the_bank_is_the_same_whatever_the_data_comes_in(source: str, selection:
         data: Any = iter(_batches())
     else:
         data = SOURCES[source]()
-    expected = build_memory_bank(_model(), _data(), size=9, selection=selection, progress=False)
-    bank = build_memory_bank(_model(), data, size=9, selection=selection, progress=False)
+    model, other = _model(), _model()
+    expected = build_memory_bank(other, _data(), size=9, selection=selection, progress=False)
+    bank = build_memory_bank(model, data, size=9, selection=selection, progress=False)
     assert bank.ids == expected.ids
     assert torch.equal(bank.labels, expected.labels)
-    assert torch.equal(bank.predictions, expected.predictions)
+    assert torch.equal(model.own_predictions(), other.own_predictions())
     torch.testing.assert_close(bank.encodings, expected.encodings, atol=1e-5, rtol=1e-5)
     assert bank.provenance.population == 24
 
@@ -81,8 +82,17 @@ def test_own_predictions_are_made_with_the_sample_hidden(name: str) -> None:
         rest = [j for j in range(12) if j != i]
         with torch.no_grad():
             logits = model.head(encodings[i : i + 1], encodings[rest])
-        assert int(bank.predictions[i]) == int(logits.argmax())
+        assert int(model.own_predictions()[i]) == int(logits.argmax())
     assert torch.equal(labels, bank.labels)
+
+
+def test_a_trained_classifiers_own_predictions_are_the_plain_models() -> None:
+    model, data = _model("memwrap_evidence_test_resnet"), _data()
+    bank = build_memory_bank(model, data, size=10, progress=False)
+    with torch.no_grad():
+        logits = model.backbone(torch.stack([data[i][0] for i in bank.ids]))
+    torch.testing.assert_close(model.own_logits(torch.arange(10)), logits, atol=1e-4, rtol=1e-4)
+    assert torch.equal(model.own_predictions(), logits.argmax(dim=-1))
 
 
 def test_a_samples_own_label_cannot_vote_for_it() -> None:
@@ -91,7 +101,7 @@ def test_a_samples_own_label_cannot_vote_for_it() -> None:
     )
     data = TensorDataset(_data(3).tensors[0], torch.tensor([0, 1, 2]))
     bank = build_memory_bank(model, data, size=None, progress=False)
-    assert bool((bank.predictions != bank.labels).all())
+    assert bool((model.own_predictions() != bank.labels).all())
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -116,11 +126,11 @@ def test_every_modules_mode_is_as_before(fails: bool, training: bool) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("where", ["data", "predictions"])
+@pytest.mark.parametrize("where", ["data", "selection", "bank"])
 def test_an_exception_midway_leaves_the_old_bank(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = _model()
     old = build_memory_bank(model, _data(6), size=None, progress=False)
-    encodings, predictions = old.encodings, old.predictions
+    before, predictions = old.state_dict(), model.own_predictions()
 
     def broken(*args: Any) -> Any:
         raise KeyboardInterrupt
@@ -129,13 +139,17 @@ def test_an_exception_midway_leaves_the_old_bank(where: str, monkeypatch: pytest
         yield from _batches()[:2]
         raise KeyboardInterrupt
 
-    if where == "predictions":
-        monkeypatch.setattr("timm_memwrap.building.own_predictions", broken)
+    if where == "selection":
+        monkeypatch.setattr("timm_memwrap.building.select", broken)
+    if where == "bank":
+        monkeypatch.setattr("timm_memwrap.memory_bank.check_state", broken)
     with pytest.raises(KeyboardInterrupt):
         build_memory_bank(model, stream() if where == "data" else _data(), size=None, progress=False)
     assert model.memory_bank is old
-    assert old.encodings is encodings
-    assert old.predictions is predictions
+    after = old.state_dict()
+    assert after.keys() == before.keys()
+    assert all(after[name] is not None and torch.equal(after[name], before[name]) for name in before)
+    assert torch.equal(model.own_predictions(), predictions)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +184,30 @@ def test_models_without_a_memory_are_refused() -> None:
     headless = timm.create_model("memwrap_test_resnet", num_classes=0)
     with pytest.raises(ValueError, match=r"reset_classifier\(n\)"):
         build_memory_bank(headless, _data())
+
+
+def test_a_backbone_whose_logits_are_not_its_classifiers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory sums pre-logits and classifies the sum: with another head the logits would be silently others."""
+    model = _model("memwrap_evidence_test_resnet")
+    forward_head = model.backbone.forward_head
+
+    def doubled(x: Tensor, pre_logits: bool = False) -> Tensor:
+        return forward_head(x, pre_logits=pre_logits) * (1 if pre_logits else 2)
+
+    monkeypatch.setattr(model.backbone, "forward_head", doubled)
+    with pytest.raises(ValueError, match=r"logits of ResNet.*get_classifier\(\) agree"):
+        build_memory_bank(model, _data(), progress=False, size=9)
+    assert len(model.memory_bank) == 0
+
+
+def test_the_encodings_of_a_backbone_with_two_heads_carry_its_logits() -> None:
+    torch.manual_seed(0)
+    backbone = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=CLASSES, img_size=32, depth=2).eval()
+    model = wrap(backbone)
+    images, labels = torch.randn(6, 3, 32, 32), torch.arange(6) % CLASSES
+    build_memory_bank(model, TensorDataset(images, labels), size=None, progress=False)
+    with torch.no_grad():
+        torch.testing.assert_close(model.own_logits(torch.arange(6)), backbone(images), atol=1e-5, rtol=1e-5)
 
 
 def test_images_are_stored_on_request_only_and_small_ones_as_they_are() -> None:

@@ -1,10 +1,11 @@
 """Every architecture: built on the meta device, run forward, its parameters grouped as the backbone's are.
 
-Slow: one case takes a second, and there are more than a thousand. Run by hand with `pytest -m slow`.
+Slow: one case takes a second or two, and there are more than a thousand. Run by hand with `pytest -m slow`.
 """
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from typing import Any
 from unittest import mock
 
@@ -12,20 +13,22 @@ import pytest
 import timm
 import torch
 from timm.models import group_parameters
-from torch import nn
+from torch import Tensor, nn
 
 from timm_memwrap import MemoryWrapModel
+from timm_memwrap.backbone import OwnClassifier, classifies_affinely
+from timm_memwrap.constants import BASELINE_PREFIX, EVIDENCE_PREFIX, PREFIX
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-PREFIXES = ("memwrap_", "memwrap_baseline_")
+PREFIXES = (PREFIX, BASELINE_PREFIX, EVIDENCE_PREFIX)
 NUM_CLASSES = 7
 
 
 def backbones() -> list[str]:
     """Returns all architectures that have a Memory Wrap name."""
     names = timm.list_models()
-    return [name for name in names if not name.startswith(PREFIXES) and timm.is_model(PREFIXES[0] + name)]
+    return [name for name in names if not name.startswith(PREFIXES) and timm.is_model(PREFIX + name)]
 
 
 def layer_ids(model: Any, coarse: bool) -> dict[str, int]:
@@ -52,12 +55,14 @@ def assert_names_real_parameters(model: nn.Module, cfg: Any) -> None:
 def test_every_architecture_runs_on_the_meta_device(backbone: str) -> None:
     with torch.device("meta"), no_initialisation():
         plain: Any = timm.create_model(backbone, num_classes=NUM_CLASSES)
-        encodings: dict[bool, torch.Tensor] = {}
+        encodings: dict[bool, Tensor] = {}
         for prefix in PREFIXES:
             model: Any = timm.create_model(prefix + backbone, num_classes=NUM_CLASSES)
             assert isinstance(model, MemoryWrapModel)
-            assert model.memory_only == (prefix == PREFIXES[1])
-            assert_runs(model, encodings)
+            assert model.memory_only == (prefix != PREFIX)
+            assert model.keeps_classifier == (prefix == EVIDENCE_PREFIX)
+            # Trained heads read the same encodings; a backbone that keeps its classifier computes its own.
+            assert_runs(model, {} if model.keeps_classifier else encodings)
             assert_names_real_parameters(model, model.pretrained_cfg)
             for cfg in timm.models.get_arch_pretrained_cfgs(prefix + backbone).values():
                 assert_names_real_parameters(model, cfg.to_dict())
@@ -65,7 +70,7 @@ def test_every_architecture_runs_on_the_meta_device(backbone: str) -> None:
 
 
 @torch.no_grad()
-def assert_runs(model: Any, encodings: dict[bool, torch.Tensor]) -> None:
+def assert_runs(model: Any, encodings: dict[bool, Tensor]) -> None:
     """Runs the model forward; the second of two with the same backbone takes the encodings of the first.
 
     In evaluation without a memory: how many samples a read keeps depends on data, which meta tensors lack.
@@ -75,7 +80,7 @@ def assert_runs(model: Any, encodings: dict[bool, torch.Tensor]) -> None:
         model.train(training)
         if training not in encodings:
             encodings[training] = model.encode(images)
-        assert encodings[training].shape == (2, model.head_hidden_size)
+        assert encodings[training].shape == (2, model.encoding_size)
         with mock.patch.object(model, "encode", return_value=encodings[training]):
             assert model(images).shape == (2, NUM_CLASSES)
 
@@ -93,6 +98,66 @@ def assert_groups_as(plain: Any, model: Any) -> None:
         expected, ids = layer_ids(plain, coarse), layer_ids(model, coarse)
         own = {name: layer_id for name, layer_id in ids.items() if name.startswith("backbone.")}
         assert {name: expected[name.removeprefix("backbone.")] for name in own} == own
-        # A few backbones put their own head into their last block's group; ours, which they do not know, follows it.
         head = {layer_id for name, layer_id in ids.items() if name not in own}
-        assert head in ({max(expected.values())}, {max(own.values()) + 1})
+        if model.keeps_classifier:
+            assert not head
+            assert len(own) == len(expected)
+        else:
+            # A few backbones put their own head into their last block's group; ours, which they do not know, follows.
+            assert head in ({max(expected.values())}, {max(own.values()) + 1})
+
+
+@pytest.mark.parametrize("backbone", backbones())
+def test_affine_classifiers_are_told_from_others(backbone: str) -> None:
+    """Compares `forward_head` with the classifier on the pre-logits, on random features and weights."""
+    model, features = with_real_head(backbone)
+    assert classifies_affinely(model) == is_affine(model, features)
+
+
+@torch.no_grad()
+def with_real_head(backbone: str) -> tuple[Any, Any]:
+    """Returns a model on the meta device but for what its `forward_head` uses, and random features for that."""
+    with torch.device("meta"), no_initialisation():
+        model: Any = timm.create_model(backbone, num_classes=NUM_CLASSES).eval()
+        features = model.forward_features(torch.zeros(2, *model.pretrained_cfg["input_size"]))
+    used: set[nn.Module] = {model}
+    hooks = [part.register_forward_pre_hook(lambda part, _: used.add(part)) for part in model.modules()]
+    model.forward_head(deepcopy(features))
+    for hook in hooks:
+        hook.remove()
+    for part in used:
+        for name, parameter in part.named_parameters(recurse=False):
+            setattr(part, name, nn.Parameter(0.1 * torch.randn(parameter.shape)))
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, (0.5 + torch.rand(buffer.shape)).to(buffer.dtype))
+    return model, materialised(features)
+
+
+def materialised(features: Any) -> Any:
+    if isinstance(features, Tensor):
+        return torch.randn(features.shape).to(features.dtype) if features.is_meta else features
+    if isinstance(features, dict):
+        return {name: materialised(part) for name, part in features.items()}
+    if isinstance(features, tuple | list):
+        return type(features)(materialised(part) for part in features)
+    return features
+
+
+@torch.no_grad()
+def is_affine(model: Any, features: Any) -> bool:
+    if not isinstance(model.get_classifier(), nn.Module) or isinstance(model.get_classifier(), nn.ModuleList):
+        return False
+    classifier = OwnClassifier(model, False)
+    pre_logits = model.forward_head(deepcopy(features), pre_logits=True)
+    logits = model.forward_head(features)
+    assert logits.shape == (2, NUM_CLASSES)
+    try:
+        found = classifier(pre_logits)
+    except RuntimeError:
+        # The classifier takes other features than these.
+        return False
+    between = classifier(pre_logits.mean(dim=0, keepdim=True))
+    tolerance = 1e-4 * logits.abs().max()
+    return bool(
+        (found - logits).abs().max() <= tolerance and (between - found.mean(dim=0)).abs().max() <= 10 * tolerance
+    )

@@ -3,6 +3,7 @@
 Shapes: N samples of the data, M samples remembered, E width of an encoding.
 """
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,8 @@ from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.selection import SELECTIONS, needs_encodings, select
 
 __all__ = ["build_memory_bank"]
+
+_logger = logging.getLogger(__name__)
 
 # Largest difference, relative to the logits, between the backbone's and those of its classifier on its pre-logits.
 _TOLERANCE = 1e-2
@@ -103,6 +106,8 @@ def build_memory_bank(
         model.memory_bank.replace(
             encoded.encodings, encoded.labels, encoded.ids, encoded.images, names, provenance, dtype
         )
+    if len(model.memory_bank) == 1:
+        _logger.warning("The memory bank has one sample: each prediction reads it alone, and its own reads nothing.")
     return model.memory_bank
 
 
