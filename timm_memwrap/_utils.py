@@ -50,11 +50,7 @@ def printable(text: str) -> str:
 
 
 def check_count(name: str, value: Any, at_least: int = 1, none: bool = False) -> None:
-    """Raises if `value` is not an integer of at least `at_least`, or `None` where `none` allows it.
-
-    Raises:
-        ValueError: If so.
-    """
+    """Raises a `ValueError` if `value` is not an integer of at least `at_least`, or `None` where `none` allows it."""
     if none and value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
@@ -64,11 +60,7 @@ def check_count(name: str, value: Any, at_least: int = 1, none: bool = False) ->
 
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
-    """Raises if `value` is not one of `choices`.
-
-    Raises:
-        ValueError: If so.
-    """
+    """Raises a `ValueError` if `value` is not one of `choices`."""
     if value not in choices:
         raise ValueError(f"Unknown {name}={value!r}. Pass one of {', '.join(map(repr, choices))}.")
 
@@ -87,16 +79,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def optional_import(module: str, extra: str, what: str) -> Any:
-    """Imports a module of an optional dependency.
-
-    Args:
-        module: Name of the module.
-        extra: The extra of this package that installs it.
-        what: What needs it, as the start of a sentence.
-
-    Raises:
-        ImportError: If it is not installed; names the extra.
-    """
+    """Imports a module of an optional dependency, or raises an `ImportError` that names what needs it and the extra."""
     try:
         return import_module(module)
     except ImportError as error:

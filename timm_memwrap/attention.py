@@ -71,12 +71,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def make_keys(encodings: Tensor, distance: str) -> Keys:
-    """Makes projected memory encodings `[M, D]` ready to be scored.
-
-    Args:
-        encodings: What the read head made of the memory encodings.
-        distance: One of `DISTANCES`.
-    """
+    """Makes projected memory encodings `[M, D]` ready to be scored."""
     if distance == "cosine":
         return Keys(unit(encodings))
     if distance == "dot" or not len(encodings):
@@ -93,14 +88,10 @@ def make_keys(encodings: Tensor, distance: str) -> Keys:
 
 
 def scores(queries: Tensor, keys: Keys) -> Tensor:
-    """Computes how alike each query is to each key, `[B, M]`; larger is closer.
+    """Computes how alike each query `[B, D]` is to each key, `[B, M]`; larger is closer.
 
-    The cosine similarity, the inner product, or the negative squared distance up to a constant per query, which no
-    weight depends on. As in `memorywrap`, whose weights are the sparsemax of minus the distance.
-
-    Args:
-        queries: Projected input encodings `[B, D]`; for the cosine similarity of length 1.
-        keys: What `make_keys` made of the memory encodings.
+    The cosine similarity (of queries of length 1), the inner product, or the negative squared distance up to a constant
+    per query, which no weight depends on. As in `memorywrap`, whose weights are the sparsemax of minus the distance.
     """
     if keys.centre is not None:
         queries = queries - keys.centre
@@ -171,13 +162,7 @@ def _threshold_below_zero(ordered: Tensor) -> Tensor:
 
 
 def sum_values(weights: Tensor, positions: Tensor, values: Tensor) -> Tensor:
-    """Sums memory values by sparse weights: the paper's memory vector, `[B, V]`.
-
-    Args:
-        weights: Weights `[B, K]`.
-        positions: Positions `[B, K]` in the memory.
-        values: Memory values `[M, V]`.
-    """
+    """Sums memory values `[M, V]` by weights `[B, K]` at positions `[B, K]`: the paper's memory vector, `[B, V]`."""
     if positions.shape[-1] == 0:
         return values.new_zeros(positions.shape[0], values.shape[-1])
     # Unlike values[positions], it never makes a [B, K, V] intermediate.

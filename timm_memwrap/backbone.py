@@ -37,11 +37,8 @@ def classifies_affinely(backbone: Any) -> bool:
 def encode_features(backbone: Any, features: Any, with_logits: bool) -> Tensor:
     """Encodes images, from the backbone's unpooled features: its pre-logits `[N, D]`.
 
-    Args:
-        backbone: A timm model.
-        features: What its `forward_features` returned.
-        with_logits: Whether its logits stand behind the pre-logits, `[N, D + C]`: where they are not an affine function
-            of them, the sum over memory samples has to be taken of the logits themselves.
+    With `with_logits` its logits stand behind them, `[N, D + C]`: where they are not an affine function of the
+    pre-logits, the sum over memory samples has to be taken of the logits themselves.
     """
     pre_logits = backbone.forward_head(features, pre_logits=True)
     return torch.cat([pre_logits, backbone.forward_head(features)], dim=-1) if with_logits else pre_logits
@@ -51,10 +48,6 @@ class OwnClassifier(nn.Module):
     """A backbone's own classifier as a function of encodings `[N, E]`.
 
     Its weights stay the backbone's: this module has none, and follows when the backbone's are replaced.
-
-    Args:
-        backbone: A timm model.
-        with_logits: As in `encode_features`.
     """
 
     def __init__(self, backbone: nn.Module, with_logits: bool) -> None:

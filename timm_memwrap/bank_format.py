@@ -66,11 +66,7 @@ class Meaning:
 
     @classmethod
     def from_tensor(cls, tensor: Tensor) -> "Meaning":
-        """Parses what `to_tensor` returned.
-
-        Raises:
-            ValueError: If it is something else.
-        """
+        """Parses what `to_tensor` returned, or raises a `ValueError`."""
         try:
             data = json.loads(bytes(tensor.cpu().numpy()).decode(errors="surrogatepass"))
         except (ValueError, RecursionError) as error:
@@ -130,15 +126,7 @@ def plain_names(class_names: Iterable[str]) -> list[str]:
 
 
 def parse_state(found: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor | None], Meaning]:
-    """Returns the buffers of a bank that are in a file or state dict, and their meaning.
-
-    Args:
-        found: Tensors by name.
-        source: What to call it in an error.
-
-    Raises:
-        ValueError: If they are not those of a bank.
-    """
+    """Returns the buffers of a bank that are in a file or state dict, and their meaning, or raises a `ValueError`."""
     unknown = sorted(set(found) - set(BUFFERS))
     if unknown:
         raise ValueError(f"{source} is not a memory bank: it holds {unknown[:5]}. Pass what bank.save wrote.")
@@ -154,11 +142,7 @@ def parse_state(found: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor
 
 
 def check_state(state: dict[str, Tensor | None], meaning: Meaning) -> None:
-    """Raises if the buffers of a bank do not fit each other.
-
-    Raises:
-        ValueError: If so.
-    """
+    """Raises a `ValueError` if the buffers of a bank do not fit each other."""
     encodings, labels = state["encodings"], state["labels"]
     assert encodings is not None and labels is not None
     size = len(labels) if labels.ndim else 0

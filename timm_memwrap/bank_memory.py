@@ -23,27 +23,15 @@ DENSE_SIZE = 4096
 
 @dataclass
 class BankMemory:
-    """What a layer made of a bank. The bank keeps it, and drops it when it changes.
-
-    Attributes:
-        head: The layer.
-        memory: Keys, values and index.
-        watch: Watches the tensors that they were made of; `None` under `torch.compile`, which cannot.
-        predictions: What the model predicts for the samples `[M]`, -1 where nobody has asked.
-    """
+    """What a layer made of a bank. The bank keeps it, and drops it when it changes."""
 
     head: nn.Module
     memory: PreparedMemory
-    watch: Watch | None
-    predictions: Tensor | None = None
+    watch: Watch | None  # None under torch.compile, which cannot watch
+    predictions: Tensor | None = None  # [M], -1 where nobody has asked
 
     def predict(self, positions: Tensor, own_logits: Callable[[Tensor], Tensor]) -> Tensor:
-        """Returns predictions for samples, made once for each.
-
-        Args:
-            positions: Positions in the bank, of any shape.
-            own_logits: Computes logits `[P, C]` for positions `[P]`.
-        """
+        """Returns predictions for positions of any shape, made once for each from the logits `[P, C]` of `[P]`."""
         if self.predictions is None:
             self.predictions = torch.full((self.memory.size,), -1, device=positions.device)
         asked = positions.unique()
@@ -60,18 +48,7 @@ def bank_memory(
     dtype: torch.dtype,
     index_args: dict[str, Any] | None,
 ) -> BankMemory:
-    """Returns the bank ready to be read by a layer.
-
-    Args:
-        bank: The bank.
-        head: The layer.
-        others: Modules beside the layer whose weights the keys are made with.
-        dtype: What the read is computed in.
-        index_args: Arguments of a `FaissIndex`; `None` for what suits the bank.
-
-    Raises:
-        ValueError: If the bank is empty.
-    """
+    """Returns the bank ready to be read by a layer; `others` are modules whose weights its keys are made with too."""
     encodings, labels = bank.filled()
     tensors = [tensor for module in (head, *others) for tensor in (*module.parameters(), *module.buffers())]
     tensors += [encodings, labels]

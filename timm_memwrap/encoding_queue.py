@@ -10,13 +10,7 @@ __all__ = ["EncodingQueue"]
 
 
 class EncodingQueue:
-    """A ring of the most recent encodings, without gradient. No step of it waits for the device.
-
-    Args:
-        size: How many encodings are kept, N.
-        width: Width D of an encoding.
-        device: Where they are kept.
-    """
+    """A ring of the most recent `size` encodings, without gradient. No step of it waits for the device."""
 
     def __init__(self, size: int, width: int, device: torch.device | str | None = None) -> None:
         self.encodings = torch.zeros(size, width, device=device)
@@ -28,12 +22,7 @@ class EncodingQueue:
         return int((self.positions >= 0).sum())
 
     def append(self, encodings: Tensor, positions: Tensor | None = None) -> None:
-        """Adds encodings `[B, D]` in place of the oldest.
-
-        Args:
-            encodings: The encodings.
-            positions: Positions `[B]` of their samples in the training set, if they are known.
-        """
+        """Adds encodings `[B, D]` in place of the oldest, of samples at `positions` `[B]` of the training set."""
         size = len(self.encodings)
         encodings = encodings.detach()[-size:]
         places = (self._next + torch.arange(len(encodings), device=self._next.device)) % size

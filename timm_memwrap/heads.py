@@ -21,16 +21,7 @@ CLASSIFIER_NAMES = {"mlp": f"{HEAD}.classifier.fc2", "linear": f"{HEAD}.classifi
 def new_head(
     memory_args: dict[str, Any], memory_only: bool, width: int, num_classes: int, features: int, own: OwnClassifier
 ) -> MemoryLayer:
-    """Makes a layer.
-
-    Args:
-        memory_args: Arguments that `resolve_memory_args` returned.
-        memory_only: Whether it classifies from the memory alone.
-        width: Width E of an encoding.
-        num_classes: Number of classes.
-        features: Width D of the pre-logits, with which an encoding begins.
-        own: The backbone's own classifier, for the read heads and the classifier that use it.
-    """
+    """Makes a layer for encodings of `width`, which begin with the pre-logits of width `features`."""
     name, classifier_name = memory_args["read_head"], memory_args["classifier"]
     read_heads = {
         "identity": nn.Identity,

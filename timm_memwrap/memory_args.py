@@ -26,11 +26,7 @@ def resolve_memory_args(
     read_head: str = "linear",
     classifier: str | None = None,
 ) -> dict[str, Any]:
-    """Checks the arguments that shape the memory, and fills in what is `None`.
-
-    Raises:
-        ValueError: If one is unknown, or two do not fit each other.
-    """
+    """Fills in what is `None`, and raises a `ValueError` if an argument is unknown or two do not fit each other."""
     check_choice("distance", distance, DISTANCES)
     check_choice("read_head", read_head, READ_HEADS)
     own = read_head in OWN_READ_HEADS
@@ -68,11 +64,7 @@ def resolve_memory_args(
 
 
 def check_global_pool(global_pool: str | None, num_classes: int) -> None:
-    """Raises if a head would have to read features that are not pooled.
-
-    Raises:
-        ValueError: If `global_pool` is `""` and there are classes.
-    """
+    """Raises a `ValueError` if a head would have to read features that are not pooled."""
     if global_pool == "" and num_classes > 0:
         raise ValueError(
             f"global_pool='' with num_classes={num_classes}: the memory compares pooled encodings. Leave global_pool "

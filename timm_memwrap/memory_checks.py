@@ -11,25 +11,18 @@ _logger = logging.getLogger(__name__)
 
 
 def check_model(model: Any) -> None:
-    """Raises if `model` is not a Memory Wrap model that can classify.
-
-    Raises:
-        ValueError: If so.
-    """
+    """Raises a `ValueError` if `model` is not a Memory Wrap model that can classify."""
     if not isinstance(model, MemoryWrapModel):
         raise ValueError(f"{type(model).__name__} is not a Memory Wrap model. Wrap it: timm_memwrap.wrap(model).")
     model.check_head()
 
 
 def check_memory(model: Any, stale: str = "warn") -> None:
-    """Raises if `model` is not a Memory Wrap model with a memory bank.
+    """Raises a `ValueError` if `model` is not a Memory Wrap model with a memory bank.
 
     Args:
         model: The model.
         stale: What to do if the weights have changed since the bank was built: `"warn"` or `"refuse"`.
-
-    Raises:
-        ValueError: If it is not, has no classes, or its bank is empty or refused as stale.
     """
     check_model(model)
     model.memory_bank.filled()

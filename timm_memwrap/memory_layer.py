@@ -271,16 +271,7 @@ def is_factor(value: object) -> bool:
 
 
 def output_width(name: str, module: nn.Module, in_features: int) -> int:
-    """Runs a module on two rows of `in_features` zeros, and returns the width of its output.
-
-    Args:
-        name: What to call it in an error.
-        module: The module.
-        in_features: Width of its input.
-
-    Raises:
-        ValueError: If it is not a module, cannot take such rows, or does not return one row for each.
-    """
+    """Returns the width of a module's output for two rows of `in_features` zeros, or raises a `ValueError`."""
     if not isinstance(module, nn.Module):
         raise ValueError(f"{name}={module!r} is not a module. Pass a torch.nn.Module, or None for the default.")
     parameter = next(module.parameters(), torch.empty(0))

@@ -14,11 +14,7 @@ __all__ = ["CentredLogits", "PreLogits", "Probabilities"]
 
 
 class PreLogits(nn.Module):
-    """Compares the pre-logits of encodings `[N, E]`.
-
-    Args:
-        features: Width D of the pre-logits.
-    """
+    """Compares the pre-logits of encodings `[N, E]`."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -30,11 +26,7 @@ class PreLogits(nn.Module):
 
 
 class CentredLogits(nn.Module):
-    """Compares the classifier's logits, each row minus its mean: softmax cannot see it, a similarity can.
-
-    Args:
-        classifier: Maps encodings `[N, E]` to logits `[N, C]`.
-    """
+    """Compares the classifier's logits, each row minus its mean: softmax cannot see it, a similarity can."""
 
     def __init__(self, classifier: nn.Module) -> None:
         super().__init__()
@@ -52,10 +44,6 @@ class Probabilities(nn.Module):
     The cosine similarity of two keys is, to four fifths, that of the pre-logits, and to one fifth that of the predicted
     probabilities. Pre-logits tell samples of a class apart, which keeps the support small; probabilities tell classes
     apart, where a backbone that was not fine-tuned to them does not.
-
-    Args:
-        features: Width D of the pre-logits.
-        classifier: Maps encodings `[N, E]` to logits `[N, C]`.
     """
 
     # Weight of the pre-logits beside the 1 of the probabilities. Chosen on held-out training images, as is the default

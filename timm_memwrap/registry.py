@@ -27,11 +27,7 @@ _ENCODER_SUFFIX = "_enc"
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Splits the name of a Memory Wrap architecture into its prefix and the backbone's name.
-
-    Raises:
-        ValueError: If it is not one.
-    """
+    """Splits the name of a Memory Wrap architecture into its prefix and the backbone's, or raises a `ValueError`."""
     for prefix in PREFIXES:
         if name.startswith(prefix):
             return prefix, name.removeprefix(prefix)
@@ -45,13 +41,7 @@ def can_classify(backbone: str) -> bool:
 
 
 def add(prefix: str, backbone: str, create: Callable[..., nn.Module]) -> str:
-    """Registers an architecture with timm, and returns its name.
-
-    Args:
-        prefix: One of `PREFIXES`.
-        backbone: A timm architecture that can classify.
-        create: The entrypoint, without a name.
-    """
+    """Registers an entrypoint with timm under a prefix and the backbone's name, and returns the name."""
     cfgs, module = _default_cfg(backbone), sys.modules[__name__]
     assert cfgs is not None
     name = prefix + backbone
