@@ -81,12 +81,10 @@ def create(
     whole = None
     if pretrained and isinstance(pretrained_cfg, dict) and pretrained_cfg.get("source") in _WHOLE_MODEL_SOURCES:
         whole = find_weights(pretrained_cfg, cache_dir)
-        other = whole.replacement(prefix + backbone, pretrained_cfg, kwargs)
-        if other is not None:
-            architecture, cfg, kwargs = other
-            names = registry.split_name(architecture)
-            return create(*names, True, cfg, pretrained_cfg_overlay, cache_dir, features_only, **kwargs)
         check_whole(whole, pretrained_cfg)
+        # As the weights say: timm may have read a config.json of another save.
+        architecture, pretrained_cfg, kwargs = whole.arguments(pretrained_cfg, kwargs)
+        prefix, backbone = registry.split_name(architecture)
     backbone_args = {
         "pretrained_cfg": registry.backbone_cfg(pretrained_cfg, backbone),
         "pretrained_cfg_overlay": registry.backbone_cfg(pretrained_cfg_overlay, None),

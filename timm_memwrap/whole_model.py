@@ -5,15 +5,14 @@ import logging
 import os
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from timm.models import PretrainedCfg, _hub
+from timm.models import _hub
 from torch import Tensor
 
 from timm_memwrap._utils import write_text
-from timm_memwrap.checks import check_config
 from timm_memwrap.constants import CONFIG_FILE, WEIGHTS_FILE
 from timm_memwrap.tensor_files import FileError, read_tensors
 
@@ -61,33 +60,21 @@ class WholeModel:
         cfg, architecture, args = _hub._parse_model_cfg(deepcopy(self.config), place)
         return architecture, cfg, dict(args)
 
-    def replacement(
-        self, architecture: str, cfg: Mapping[str, Any], kwargs: Mapping[str, Any]
-    ) -> tuple[str, dict[str, Any], dict[str, Any]] | None:
-        """Returns what to build instead, if timm read a `config.json` that is not of these weights.
+    def arguments(
+        self, cfg: Mapping[str, Any], kwargs: Mapping[str, Any]
+    ) -> tuple[str, dict[str, Any], dict[str, Any]]:
+        """Returns architecture, pretrained cfg and arguments of the entrypoint, whatever `config.json` timm has read.
 
-        So it is after a save was killed between its two files, or when a branch moved between two downloads.
+        It may be of another save: one was killed between its two files, or a branch moved between two downloads.
 
         Args:
-            architecture: The architecture that timm asks for.
             cfg: The pretrained cfg that timm read.
-            kwargs: The arguments of the entrypoint, `pretrained_model_args` and those of the user among them.
-
-        Returns:
-            Architecture, pretrained cfg and arguments of the entrypoint; `None` if they are as given.
-
-        Raises:
-            FileError: If the configuration in the weights is not one that this package can load.
+            kwargs: The arguments that timm made of it, and among them those of the user, which stay.
         """
-        if not self.complete:
-            return None
-        check_config(self.config, f"{CONFIG_FILE} in {self.name}")
-        name, own_cfg, own_args = self.described(cfg)
-        args = dict(kwargs.get("pretrained_model_args") or {})
-        if name == architecture and _plain(own_args) == _plain(args) and _plain_cfg(own_cfg) == _plain_cfg(cfg):
-            return None
-        given = {k: v for k, v in kwargs.items() if k != "pretrained_model_args" and not (k in args and args[k] == v)}
-        return name, own_cfg, {**own_args, **given, "pretrained_model_args": own_args}
+        architecture, own_cfg, own_args = self.described(cfg)
+        read = dict(kwargs.get("pretrained_model_args") or {})
+        given = {key: value for key, value in kwargs.items() if key not in read or read[key] != value}
+        return architecture, own_cfg, {**own_args, **given, "pretrained_model_args": own_args}
 
 
 def find_weights(cfg: Mapping[str, Any], cache_dir: str | Path | None = None) -> WholeModel:
@@ -204,13 +191,3 @@ def parse_json(text: str | bytes, name: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise FileError(f"{name} holds a {type(data).__name__}, not the configuration of a model.")
     return data
-
-
-def _plain_cfg(cfg: Mapping[str, Any]) -> Any:
-    """Returns a pretrained cfg with timm's defaults filled in, as timm itself may do before it hands it over."""
-    return _plain({**asdict(PretrainedCfg()), **cfg, "architecture": None})
-
-
-def _plain(value: Any) -> Any:
-    """Returns a value as JSON would bring it back: lists for tuples."""
-    return json.loads(json.dumps(value, default=str))

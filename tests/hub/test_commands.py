@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import Hub
-from timm_memwrap.benchmark import benchmark
 from torch import Tensor
 
 import timm_memwrap
 from timm_memwrap import MemoryWrapModel
 from timm_memwrap.cli import main
+from timm_memwrap.experiments.benchmark import benchmark
 
 
 def test_push_pull_inspect(
@@ -37,14 +37,14 @@ def test_push_pull_inspect(
 
     assert main(["pull", "me/pets", str(tmp_path / "pulled")]) == 0
     assert "README.md, config.json, model.safetensors" in capsys.readouterr().out
-    loaded = timm_memwrap.from_pretrained(tmp_path / "pulled").eval()
+    loaded = timm_memwrap.from_pretrained(tmp_path / "pulled")
     assert torch.equal(loaded(images), model(images))
 
     assert main(["inspect", "me/pets"]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines[:4] == [
         "me/pets",
-        "architecture memwrap_baseline_test_resnet",
+        "architecture memwrap_evidence_test_resnet",
         "classes 3",
         f"parameters {sum(p.numel() for p in model.parameters()):,}",
     ]
@@ -71,10 +71,10 @@ def test_inspect_says_stale_and_empty(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["inspect", "me/missing"], "Could not download config.json of 'me/missing': there is no such repository"),
-        (["pull", "me/missing", "{}/x"], "Could not list the files of 'me/missing': there is no such repository"),
-        (["push", "{}/nothing", "me/pets"], "nothing' is no folder"),
-        (["push", "{}", "not/a/repo"], "has no config.json"),
+        (["inspect", "me/missing"], "Repository Not Found"),
+        (["pull", "me/missing", "{}/x"], "Repository Not Found"),
+        (["push", "{}/nothing", "me/pets"], "nothing' is not a directory"),
+        (["push", "{}", "me/pets"], "config.json in "),
     ],
 )
 def test_an_error_is_one_line(
