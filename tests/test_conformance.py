@@ -18,12 +18,12 @@ from timm.models import FeatureInfo, group_parameters
 from torch import Tensor, nn
 
 from timm_memwrap import MemoryWrapModel
-from timm_memwrap.loading import shapes_only
-from timm_memwrap.model import KEPT_CLASSIFIER
+from timm_memwrap.checks import without_values
+from timm_memwrap.constants import BASELINE_PREFIX, EVIDENCE_PREFIX, PREFIX
 
 NUM_CLASSES = 42
 TARGET_SIZE = 96
-PREFIXES = ("memwrap_", "memwrap_baseline_")
+PREFIXES = (PREFIX, BASELINE_PREFIX, EVIDENCE_PREFIX)
 
 # Of each module file of timm, the model of fewest parameters; a smaller depth where that one is still large.
 SMALLEST: dict[str, tuple[str, dict[str, Any]]] = {
@@ -144,14 +144,14 @@ class Case(NamedTuple):
 
     def create_with(self, state_dict: dict[str, Tensor], **kwargs: Any) -> Any:
         """Creates a model whose head can be run with these weights, without initialising others first."""
-        with shapes_only():
+        with torch.device("meta"), without_values():
             model = self.create(**kwargs).eval()
         model.load_state_dict(state_dict, assign=True)
         return model
 
     def create_plain(self, **kwargs: Any) -> Any:
         """Creates the backbone on the meta device, which is enough for names and shapes."""
-        with shapes_only():
+        with torch.device("meta"), without_values():
             return timm.create_model(self.backbone, **{"num_classes": NUM_CLASSES, **self.args, **kwargs})
 
     def __str__(self) -> str:
@@ -160,14 +160,17 @@ class Case(NamedTuple):
 
 TEST_CASES = [
     *(Case(prefix, name) for name in timm.list_models("test_*") for prefix in PREFIXES),
-    Case("memwrap_", "test_resnet", memory_args={"read_head": "classifier"}),
-    Case("memwrap_baseline_", "test_resnet", memory_args={"read_head": "classifier"}),
-    Case("memwrap_baseline_", "test_vit", memory_args={"read_head": "classifier"}),
-    Case("memwrap_baseline_", "test_efficientnet", memory_args={"read_head": "classifier"}),
-    Case("memwrap_baseline_", "test_resnet", memory_args={"read_head": "probabilities"}),
-    Case("memwrap_baseline_", "test_vit", memory_args={"read_head": "pre_logits"}),
+    Case(PREFIX, "test_vit", memory_args={"read_head": "identity", "classifier": "linear"}),
+    Case(EVIDENCE_PREFIX, "test_resnet", memory_args={"read_head": "logits"}),
+    Case(EVIDENCE_PREFIX, "test_vit", memory_args={"read_head": "logits"}),
+    Case(EVIDENCE_PREFIX, "test_efficientnet", memory_args={"read_head": "logits"}),
+    Case(EVIDENCE_PREFIX, "test_resnet", memory_args={"read_head": "pre_logits"}),
+    Case(EVIDENCE_PREFIX, "test_vit", memory_args={"read_head": "pre_logits"}),
+    # Their logits are not an affine function of their pre-logits: two heads, other features, an MLP.
+    Case(EVIDENCE_PREFIX, "crossvit_tiny_240"),
+    Case(EVIDENCE_PREFIX, "volo_d1_224"),
 ]
-FAMILY_CASES = [Case("memwrap_", *entry) for entry in SMALLEST.values() if not entry[0].startswith("test_")]
+FAMILY_CASES = [Case(PREFIX, *entry) for entry in SMALLEST.values() if not entry[0].startswith("test_")]
 CASES = [*TEST_CASES, *FAMILY_CASES]
 
 
@@ -279,7 +282,7 @@ class TestEveryModuleFile:
         for names in (cfg["classifier"], cfg["first_conv"]):
             for name in (names,) if isinstance(names, str) else names:
                 assert f"{name}.weight" in state_dict
-        if case.memory_args.get("read_head") in KEPT_CLASSIFIER:
+        if case.prefix == EVIDENCE_PREFIX:
             assert shared.get_classifier() is shared.backbone.get_classifier()
         else:
             assert shared.get_classifier() is shared.get_submodule(cfg["classifier"])
