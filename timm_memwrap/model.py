@@ -15,6 +15,7 @@ from timm_memwrap import constants
 from timm_memwrap.attention import wide
 from timm_memwrap.backbone import OwnClassifier, classifies_affinely, encode_features
 from timm_memwrap.bank_memory import BankMemory, bank_memory
+from timm_memwrap.checks import misfits
 from timm_memwrap.encoding_queue import EncodingQueue
 from timm_memwrap.fingerprint import Watch, fingerprint
 from timm_memwrap.heads import Calibration, new_head
@@ -69,16 +70,10 @@ class MemoryWrapModel(TimmInterface):
         num_classes: Number of classes C; 0 for none, as in timm: the model then returns the backbone's features.
         memory_only: Whether the prediction is made from the memory alone (`BaselineMemory`) or from the input and the
             memory (`MemoryWrapLayer`).
-        distance: `"cosine"`, `"l2"` or `"dot"`.
-        scale: Factor on the similarities; `"learned"` makes it a parameter. `None` is 20.0 with
-            `read_head="probabilities"`, 10.0 with `"pre_logits"` and `"logits"`, else 1.0 as published.
-        read_head: What projects query and key: `"linear"`, a layer of its own; `"identity"`, nothing, as in the
-            published code. Three read with the backbone's own classifier: `"pre_logits"` compares what goes into it,
-            which suits a backbone that was trained for these classes; `"probabilities"` the pre-logits and, to a fifth,
-            the probabilities that it predicts; `"logits"` its centred logits.
-        classifier: What makes logits of the memory vector: `"mlp"`, as published; `"linear"`, one layer; `"own"`, the
-            backbone's; `"vote"`, the weights summed over the samples' labels, with `memory_only`. `None` is `"own"`
-            for the read heads that read with it, else `"mlp"`.
+        distance: As in `resolve_memory_args`, and so are all that follow.
+        scale: See `distance`.
+        read_head: See `distance`.
+        classifier: See `distance`.
 
     Raises:
         ValueError: If an argument is unknown, or two do not fit each other.
@@ -283,7 +278,7 @@ class MemoryWrapModel(TimmInterface):
         super().train(mode)
         if mode and self.num_classes:
             self._forget_derived()
-            self._make_queue()
+            self._training_queue()
         return self
 
     def check_head(self) -> None:
@@ -320,7 +315,7 @@ class MemoryWrapModel(TimmInterface):
         bank = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
         weights = {name: tensor for name, tensor in state_dict.items() if not name.startswith(prefix)}
         own = {name: t for name, t in self.state_dict(keep_vars=True).items() if not name.startswith(prefix)}
-        wrong = _misfits(own, weights, strict)
+        wrong = misfits(own, weights, names=strict)
         if {"encodings", "labels"} <= bank.keys():
             try:
                 self.check_bank(bank["encodings"], bank["labels"])
@@ -372,13 +367,15 @@ class MemoryWrapModel(TimmInterface):
             memory = self.head.prepare(memory)
         if isinstance(memory, PreparedMemory):
             return self._apply_memory(encoding, memory, hidden, ranked)
+        if isinstance(hidden, Tensor) and (self.training or not len(self.memory_bank)):
+            raise ValueError(
+                "hidden names samples of the memory bank or of a memory set that is given, and here is neither. Call "
+                "model.eval() and build_memory_bank, or pass memory."
+            )
         if self.training:
             itself = torch.arange(encoding.shape[0], device=encoding.device).unsqueeze(1)
             readout = self._apply_memory(encoding, self.head.prepare(encoding), itself, ranked)
-            if self.queue is None:
-                self._make_queue()
-            assert self.queue is not None
-            self.queue.append(encoding)
+            self._training_queue().append(encoding)
             return readout
         if len(self.memory_bank):
             return self._apply_memory(encoding, self._bank_memory(encoding).memory, hidden, ranked)
@@ -387,9 +384,8 @@ class MemoryWrapModel(TimmInterface):
             return self._apply_memory(encoding, memory, self.queue.empty_entries(encoding.shape[0]), ranked)
         if not self._warned:
             self._warned = _warn_of_empty_memory()
-        device = next(self.backbone.parameters()).device
-        nothing = torch.zeros(0, self.encoding_size, device=device)
-        memory = self.head.prepare(nothing, torch.zeros(0, dtype=torch.long, device=device))
+        nothing = encoding.new_zeros(0, self.encoding_size)
+        memory = self.head.prepare(nothing, torch.zeros(0, dtype=torch.long, device=encoding.device))
         return self._apply_memory(encoding, memory, None, ranked)
 
     def _apply_memory(self, encoding: Tensor, memory: PreparedMemory, hidden: Any, ranked: bool) -> MemoryReadout:
@@ -410,10 +406,11 @@ class MemoryWrapModel(TimmInterface):
         if self.memory_bank.derived is not None:
             self.memory_bank.derived = None
 
-    def _make_queue(self) -> None:
+    def _training_queue(self) -> EncodingQueue:
         device = next(self.backbone.parameters()).device
         if self.queue is None or self.queue.encodings.device != device:
             self.queue = EncodingQueue(QUEUE_SIZE, self.encoding_size, device)
+        return self.queue
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MemoryWrapModel":
         """Moves or casts the model. A bank that fitted the encoder still does after a cast of both."""
@@ -429,19 +426,6 @@ class MemoryWrapModel(TimmInterface):
     def __getstate__(self) -> dict[str, Any]:
         # A copy must not watch the original's tensors.
         return {**self.__dict__, "_fingerprint": None}
-
-
-def _misfits(own: dict[str, Tensor], weights: dict[str, Any], strict: bool) -> list[str]:
-    """Returns what PyTorch would find wrong with weights, but only after it has loaded others."""
-    wrong = [
-        f"size mismatch for {name}: its shape is {list(tensor.shape)}, in this model {list(own[name].shape)}."
-        for name, tensor in weights.items()
-        if name in own and isinstance(tensor, Tensor) and tensor.shape != own[name].shape
-    ]
-    if strict and own.keys() != weights.keys():
-        missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-        wrong.append(f"missing keys {missing[:10]}, unexpected keys {unexpected[:10]}.")
-    return wrong
 
 
 @torch.compiler.assume_constant_result
