@@ -5,6 +5,7 @@ export does on its own.
 """
 
 import copy
+import dataclasses
 import json
 import logging
 import pickletools
@@ -26,7 +27,7 @@ from timm_memwrap import MemoryWrapModel, exporting, save_pretrained
 from timm_memwrap.cli import main
 from timm_memwrap.exporting import FORMATS, METADATA_KEY, ExportError, ExportReport, default_path, export_model
 from timm_memwrap.memory_bank import Provenance
-from timm_memwrap.model import KEPT_CLASSIFIER, READ_HEADS
+from timm_memwrap.memory_args import OWN_READ_HEADS, READ_HEADS
 
 CLASSES = 4
 SIZE = (3, 32, 32)
@@ -35,19 +36,20 @@ CLASS_NAMES = ["cat", "dog", "bird", "ölfisch"]
 each_format = pytest.mark.parametrize("format", FORMATS)
 
 HEADS = [
-    {"read_head": read_head, "classifier": classifier, "memory_only": memory_only}
-    for read_head in READ_HEADS
-    for classifier in ("mlp", "linear", "vote")
-    for memory_only in (False, True)
-    if not (read_head in KEPT_CLASSIFIER and classifier == "mlp")
-    and (memory_only or classifier != "vote")
-    and (read_head, classifier) != ("pre_logits", "vote")
+    {"kind": kind, "read_head": read_head, "classifier": classifier}
+    for kind, read_heads, classifiers in (
+        ("memwrap", set(READ_HEADS) - set(OWN_READ_HEADS), ("mlp", "linear")),
+        ("memwrap_baseline", set(READ_HEADS) - set(OWN_READ_HEADS), ("mlp", "linear", "vote")),
+        ("memwrap_evidence", OWN_READ_HEADS, ("own", "vote")),
+    )
+    for read_head in sorted(read_heads)
+    for classifier in classifiers
+    if (read_head, classifier) != ("pre_logits", "vote")
 ]
 
 
-def create(name: str = "test_resnet", memory_only: bool = False, **kwargs: Any) -> MemoryWrapModel:
+def create(name: str = "test_resnet", kind: str = "memwrap", **kwargs: Any) -> MemoryWrapModel:
     torch.manual_seed(0)
-    kind = "memwrap_baseline" if memory_only else "memwrap"
     model: Any = timm.create_model(f"{kind}_{name}", num_classes=CLASSES, **kwargs)
     return model.eval()
 
@@ -68,7 +70,6 @@ def remember(model: MemoryWrapModel, size: int = 12, ties: bool = False) -> Memo
     model.memory_bank.replace(
         encodings,
         torch.arange(size) % CLASSES,
-        torch.arange(size).flip(0) % CLASSES,
         [f"{i}.png" for i in range(size)],
         class_names=CLASS_NAMES,
         provenance=Provenance("pets", "balanced", 3, 100, model.encoder_fingerprint()),
@@ -100,8 +101,8 @@ def metadata_of(path: Path) -> dict[str, Any]:
 
 def dense_weights(model: MemoryWrapModel, images: Tensor) -> Tensor:
     with torch.no_grad():
-        readout = model.read_memory(images)
-    return torch.zeros(len(images), len(model.memory_bank)).scatter(1, readout.indices, readout.weights)
+        readout = model(images, return_readout=True)
+    return torch.zeros(len(images), len(model.memory_bank)).scatter(1, readout.positions, readout.weights)
 
 
 def assert_computes_the_same(path: Path, model: MemoryWrapModel, size: tuple[int, ...] = SIZE) -> None:
@@ -127,16 +128,13 @@ def export(model: Any, folder: Path, format: str = "onnx", size: tuple[int, ...]
     return export_model(model, folder / f"model{FORMATS[format]}", format, input_size=size, **kwargs)
 
 
-# -- all heads, distances, sizes and several backbones ----------------------------------------------------------------
-
-
 def _every_head() -> list[Any]:
     """All heads with cosine, and the other distances with each read head; the rest of the product is slow."""
     return [
         pytest.param(
             {**head, "distance": distance},
             id="-".join(map(str, [*head.values(), distance])),
-            marks=[] if distance == "cosine" or head["classifier"] == "linear" else pytest.mark.slow,
+            marks=[] if distance == "cosine" or head["classifier"] in ("linear", "own") else pytest.mark.slow,
         )
         for distance in ("cosine", "l2", "dot")
         for head in HEADS
@@ -172,7 +170,7 @@ def test_backbones(name: str, format: str, tmp_path: Path) -> None:
 @each_format
 @pytest.mark.parametrize(("samples", "ties"), [(1, False), (1000, False), (12, True), (999, True)])
 def test_sizes_of_the_memory(samples: int, ties: bool, format: str, tmp_path: Path) -> None:
-    model = remember(create(memory_only=True, scale=30.0), samples, ties)
+    model = remember(create(kind="memwrap_baseline", scale=30.0), samples, ties)
     # Four of three that tie: the cut goes through a tie.
     report = export(model, tmp_path, format, with_evidence=True, top_k=4)
     assert load(report.path)(random_images(2))[1].shape == (2, min(4, samples))
@@ -183,14 +181,11 @@ def test_sizes_of_the_memory(samples: int, ties: bool, format: str, tmp_path: Pa
 def test_other_channels(format: str, tmp_path: Path) -> None:
     model = create(in_chans=1)
     labels = torch.arange(5) % CLASSES
-    model.memory_bank.replace(torch.randn(5, model.encoding_size), labels, labels, range(5))
+    model.memory_bank.replace(torch.randn(5, model.encoding_size), labels, range(5))
     report = export_model(model, tmp_path / f"model{FORMATS[format]}", format)
     assert report.input_size == (1, 160, 160)
     assert len(metadata_of(report.path)["input"]["mean"]) == 1
     assert_computes_the_same(report.path, model, report.input_size)
-
-
-# -- what is in the file ----------------------------------------------------------------------------------------------
 
 
 @each_format
@@ -204,7 +199,7 @@ def test_the_memory_is_named_and_the_input_described(format: str, tmp_path: Path
     memory = metadata["memory"]
     assert memory["ids"] == bank.ids
     assert memory["labels"] == bank.labels.tolist()
-    assert memory["predictions"] == bank.predictions.tolist()
+    assert memory["predictions"] == model.own_predictions().tolist()
     assert memory["encoder"] == model.encoder_fingerprint()
     assert (memory["dataset"], memory["selection"], memory["seed"], memory["population"]) == (
         "pets",
@@ -218,9 +213,9 @@ def test_the_memory_is_named_and_the_input_described(format: str, tmp_path: Path
 
 def test_ids_that_are_no_unicode_survive(tmp_path: Path) -> None:
     model = remember(create(), 2)
-    ids = ["\udcff.png", '"\\\n']
+    ids = ["\udcff.png", '"\n']
     bank = model.memory_bank
-    bank.replace(bank.encodings, bank.labels, bank.predictions, ids, provenance=bank.provenance)
+    bank.replace(bank.encodings, bank.labels, ids, provenance=bank.provenance)
     for format in FORMATS:
         assert metadata_of(export(model, tmp_path, format).path)["memory"]["ids"] == ids
 
@@ -246,8 +241,14 @@ def test_no_images_and_no_paths_of_this_machine(format: str, tmp_path: Path) -> 
     model = remember(create(), 3)
     bank = model.memory_bank
     images = torch.randint(0, 255, (3, 3, 8, 8), dtype=torch.uint8)
-    bank.replace(bank.encodings, bank.labels, bank.predictions, bank.ids, images=images, provenance=bank.provenance)
-    data = export(model, tmp_path, format).path.read_bytes()
+    ids = [f"/home/someone/pets/{name}/{i}.png" for i, name in enumerate(CLASS_NAMES[:3])]
+    provenance = dataclasses.replace(bank.provenance, dataset="/home/someone/pets")
+    bank.replace(bank.encodings, bank.labels, ids, images, CLASS_NAMES, provenance)
+    path = export(save_pretrained(model, tmp_path / "saved"), tmp_path, format, with_evidence=True).path
+    assert metadata_of(path)["memory"]["ids"] == ["cat/0.png", "dog/1.png", "bird/2.png"]
+    data = path.read_bytes()
+    assert b"someone" not in data
+    assert str(tmp_path).encode() not in data
     assert images.numpy().tobytes() not in data
     assert bank.encodings.numpy().tobytes() in data
     for module in (exporting, timm, torch):
@@ -279,14 +280,12 @@ def test_a_program_with_a_pickle_is_refused(tmp_path: Path, monkeypatch: pytest.
     assert not list(tmp_path.iterdir())
 
 
-# -- whole or absent --------------------------------------------------------------------------------------------------
-
-
 @each_format
 def test_what_computes_something_else_is_refused(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / f"model{FORMATS[format]}"
     path.write_text("as before")
-    monkeypatch.setattr(exporting, "content_weights", lambda similarity: similarity.softmax(dim=-1))
+    forward = exporting._Exported.forward
+    monkeypatch.setattr(exporting._Exported, "forward", lambda self, image: (forward(self, image)[0] + 0.01,))
     with pytest.raises(ExportError, match="differs from the model by"):
         export(remember(create(scale=30.0)), tmp_path, format)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
@@ -353,9 +352,6 @@ def test_weights_too_large_for_protobuf_go_beside(tmp_path: Path, monkeypatch: p
     assert_computes_the_same(path, model)
 
 
-# -- the model in hand ------------------------------------------------------------------------------------------------
-
-
 @each_format
 def test_a_model_in_training_is_exported_in_evaluation_and_stays_in_training(format: str, tmp_path: Path) -> None:
     model = remember(create())
@@ -378,7 +374,7 @@ def test_a_model_in_training_is_exported_in_evaluation_and_stays_in_training(for
 
 @each_format
 def test_a_saved_model_is_exported_from_its_folder(format: str, tmp_path: Path) -> None:
-    model = remember(create(read_head="classifier", memory_only=True))
+    model = remember(create(kind="memwrap_evidence"))
     folder = save_pretrained(model, tmp_path / "saved")
     assert_computes_the_same(export(folder, tmp_path, format, with_evidence=True).path, model)
 
@@ -389,9 +385,6 @@ def test_half_precision_is_exported_once_it_is_float(tmp_path: Path) -> None:
         export(model, tmp_path)
     model.float()
     assert_computes_the_same(export(model, tmp_path).path, model)
-
-
-# -- refusals ---------------------------------------------------------------------------------------------------------
 
 
 @each_format
@@ -493,9 +486,6 @@ def test_without_onnxruntime_the_file_is_written_and_not_checked(
     assert_computes_the_same(report.path, model)
 
 
-# -- the command line -------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
@@ -549,7 +539,7 @@ def test_indices_point_at_the_samples_that_explain_names(tmp_path: Path) -> None
     """What an application shows, from the file alone, is what `explain` shows."""
     from timm_memwrap import explain
 
-    model = remember(create(read_head="classifier", memory_only=True))
+    model = remember(create(kind="memwrap_evidence"))
     path = export(model, tmp_path, with_evidence=True, top_k=3).path
     images = random_images(3)
     logits, weights, indices = load(path)(images)

@@ -27,6 +27,7 @@ from torch.export import Dim, ExportedProgram
 from timm_memwrap._utils import check_choice, check_count, optional_import, replacing
 from timm_memwrap.data import data_config, known_class_names
 from timm_memwrap.hub import from_pretrained
+from timm_memwrap.hub.privacy import public_bank
 from timm_memwrap.memory_checks import check_memory
 from timm_memwrap.model import MemoryReadout, MemoryWrapModel
 
@@ -103,8 +104,8 @@ def export_model(
 
     The file takes a batch `image` of any size `[B, C, H, W]` and returns `logits` `[B, C]`. JSON in it says what the
     memory means: ids, labels and predictions of the samples, names of the classes, the encoder's fingerprint, and how
-    images are prepared. The bank's images are left out. The file is written whole or not at all, and the model given
-    keeps its mode and device.
+    images are prepared. As in a push, images are left out, and of an id that is a path its name stays. The file is
+    written whole or not at all, and the model given keeps its mode and device.
 
     Args:
         model_or_dir: A model with a memory bank, or what `from_pretrained` takes.
@@ -140,7 +141,7 @@ def export_model(
     size = tuple(config["input_size"] if input_size is None else input_size)
     # A copy: mode, device and gradients of the model given are left alone.
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False).use_index(None)
-    model.memory_bank = model.memory_bank.without_images()
+    model.memory_bank = public_bank(model.memory_bank)
     _check_precision(model)
     with torch.no_grad():
         expected = {batch: _expected(model, batch, size) for batch in _CHECKED_BATCHES}
@@ -218,13 +219,16 @@ def _trace(exported: nn.Module, size: tuple[int, ...]) -> ExportedProgram:
         first = str(error).strip().split("\n")[0]
         raise ExportError(f"torch.export cannot trace the model with a batch of any size: {first}") from error
     # Stack traces name files of this machine.
-    for module in program.graph_module.modules():
-        if isinstance(module, torch.fx.GraphModule):
-            for node in module.graph.nodes:
-                node.meta.pop("stack_trace", None)
+    for node in _nodes(program):
+        node.meta.pop("stack_trace", None)
     # It would be the only pickle in the file.
     program.example_inputs = None
     return program
+
+
+def _nodes(program: ExportedProgram) -> list[torch.fx.Node]:
+    modules = [module for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
+    return [node for module in modules for node in module.graph.nodes]
 
 
 def _describe(model: MemoryWrapModel, config: dict[str, Any]) -> dict[str, Any]:
@@ -280,6 +284,13 @@ def _write_onnx(
 ) -> None:
     import onnx
 
+    for node in _nodes(program):
+        # The exporter knows sort by this name alone. In ONNX it is stable.
+        if node.target is torch.ops.aten.sort.stable:
+            node.target, node.kwargs = (
+                torch.ops.aten.sort.default,
+                {k: node.kwargs[k] for k in ("dim", "descending") if k in node.kwargs},
+            )
     try:
         converted = torch.onnx.export(
             program,

@@ -135,23 +135,24 @@ def test_gradients_are_those_of_finite_differences(
             assert float(gradient.flatten()[flat]) == pytest.approx(slope, rel=1e-3, abs=1e-6 * largest)
 
 
-@pytest.mark.parametrize("memory_only", [True, False])
+@pytest.mark.parametrize("name", ["memwrap_evidence_test_resnet", "memwrap_test_resnet"])
 def test_a_linear_model_with_one_sample_has_attributions_by_its_weights(
-    make_images: Callable[..., torch.Tensor], memory_only: bool, monkeypatch: pytest.MonkeyPatch
+    make_images: Callable[..., torch.Tensor], name: str
 ) -> None:
-    """With one sample its weight is 1 whatever the images: `f = C m`, or `f = (C x + C m) / 2` if the input is read."""
-    plain = timm.create_model("test_resnet", num_classes=4)
-    model = timm_memwrap.wrap(plain, memory_only=memory_only, read_head="logits").eval()
-    matrix = torch.randn(4, 3 * 32 * 32) / 50
-    monkeypatch.setattr(model.backbone, "forward", lambda x: x.flatten(1) @ matrix.T)
-    memory = make_images(1, seed=1)
-    timm_memwrap.build_memory_bank(model, TensorDataset(memory, torch.tensor([2])), size=None, progress=False)
-    image = make_images(1)
+    """With one sample its weight is 1 whatever the images: `f = C(m)`, or `f = C([x, m])` if the input is read."""
+    evidence = "evidence" in name
+    arguments = {} if evidence else {"classifier": "linear", "read_head": "identity"}
+    model = timm.create_model(name, num_classes=4, **arguments).eval()
+    encoder = torch.randn(model.encoding_size, 3 * 32 * 32) / 50
+    model.encode = lambda x: x.flatten(1) @ encoder.T
+    memory, image = make_images(1, seed=1), make_images(1)
+    model.memory_bank.replace(model.encode(memory), torch.tensor([2]), [0])
     found = attribute(model, image, [(memory[0], 2)], baseline="mean", n_steps=3, progress=False)[0]
-    weights = matrix[found.target].view(3, 32, 32)
-    on_input, on_memory = (0.0, 1.0) if memory_only else (0.5, 0.5)
-    assert torch.allclose(found.heatmap, on_input * weights * image[0], atol=1e-6)
-    assert torch.allclose(found.memory_heatmaps[0], on_memory * weights * memory[0], atol=1e-6)
+    classifier = model.backbone.get_classifier() if evidence else model.get_classifier()
+    weights = classifier.weight[found.target].detach().view(-1, model.encoding_size) @ encoder
+    on_input, on_memory = (torch.zeros_like(weights[0]), weights[0]) if evidence else weights
+    assert torch.allclose(found.heatmap, on_input.view(3, 32, 32) * image[0], atol=1e-6)
+    assert torch.allclose(found.memory_heatmaps[0], on_memory.view(3, 32, 32) * memory[0], atol=1e-6)
     assert found.completeness_gap == pytest.approx(0, abs=1e-5)
 
 
@@ -169,7 +170,7 @@ def test_memory_is_bounded_and_batches_do_not_change_the_result(
     model, memory, images = make_model("memory wrap"), _memory(make_images), make_images(2)
     expected = [attribute(model, image, memory, n_steps=9, top_k=2, progress=False)[0] for image in images]
     sizes: list[int] = []
-    model.backbone.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    model.backbone.conv1.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     found = attribute(model, images, memory, n_steps=9, top_k=2, batch_size=batch_size, progress=False)
     # One point takes the input and its two memory images.
     assert max(sizes) <= max(batch_size, 3)

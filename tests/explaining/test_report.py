@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 
 import pytest
+import timm
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -44,20 +45,22 @@ def test_it_agrees_with_a_count_by_hand(model: MemoryWrapModel, make_images: Cal
     assert all(harm > 0 for harm in harms)
 
 
-def test_a_wrong_label_is_found_and_removing_it_helps(make_model: Callable[..., MemoryWrapModel]) -> None:
-    model = make_model("vote")
+def test_a_wrong_label_is_found_and_removing_it_helps() -> None:
+    plain = timm.create_model("test_resnet", num_classes=4)
+    model = timm_memwrap.wrap(plain, read_head="identity", classifier="vote").eval()
     # Four well separated classes of inputs, three memory samples each, one of them with a wrong label.
-    centres = torch.eye(4) * 10
+    width = model.encoding_size
+    centres = torch.eye(4, width) * 100
     labels = torch.arange(12) % 4
-    encodings = centres[labels] + torch.randn(12, 4)
+    encodings = centres[labels] + torch.randn(12, width)
     labels[5] = 2
     bank = model.memory_bank
     bank.replace(encodings, labels, [f"s{i}" for i in range(12)])
-    model.encode = lambda x: x.flatten(1)[:, :4]  # type: ignore[method-assign]
+    model.encode = lambda x: x.flatten(1)[:, :width]  # type: ignore[method-assign]
     inputs = torch.zeros(4, 3, 32, 32)
-    inputs.view(4, -1)[:, :4] = encodings[[5, 5, 5, 5]] + 0.01 * torch.randn(4, 4)
+    inputs.view(4, -1)[:, :width] = encodings[[5, 5, 5, 5]] + 0.01 * torch.randn(4, width)
     # So sharp that only the nearest sample is read.
-    model.head.scale = 1000.0
+    model.head.scale = 10_000.0
     data = TensorDataset(inputs, torch.ones(4, dtype=torch.long))
     report = memory_report(model, data, progress=False)
     assert report.wrong == 4
