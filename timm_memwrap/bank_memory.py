@@ -3,6 +3,7 @@
 Shapes: M memory samples, P of them asked for, C classes.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,9 @@ from timm_memwrap.memory_bank import MemoryBank
 from timm_memwrap.memory_layer import MemoryLayer, PreparedMemory
 from timm_memwrap.search import ExactIndex, FaissIndex
 
-__all__ = ["BankMemory", "bank_memory"]
+__all__ = ["BankMemory", "bank_memory", "empty_memory", "warn_of_empty_memory"]
+
+_logger = logging.getLogger(__name__)
 
 # Up to so many samples, scoring and weighing all of them is as quick as a search, and never waits for the device.
 DENSE_SIZE = 4096
@@ -76,3 +79,19 @@ def _new_index(memory: PreparedMemory, index_args: dict[str, Any] | None) -> Any
     # On a device, a search that depends on what it finds would have to wait for it.
     searched = memory.size > DENSE_SIZE and memory.keys.vectors.device.type == "cpu"
     return ExactIndex(memory.keys) if searched else None
+
+
+def empty_memory(head: MemoryLayer, device: torch.device) -> PreparedMemory:
+    """Returns a memory of no samples, from which a layer reads the zero vector."""
+    nothing = torch.zeros(0, head.encoder_output_dim, device=device)
+    return head.prepare(nothing, torch.zeros(0, dtype=torch.long, device=device))
+
+
+@torch.compiler.assume_constant_result
+def warn_of_empty_memory() -> bool:
+    """Warns, and returns that it has. The compiler calls it while it traces, where a call of the logger would break."""
+    _logger.warning(
+        "The memory is empty, so the model reads nothing from it. Call timm_memwrap.build_memory_bank(model, data) "
+        "before evaluation."
+    )
+    return True

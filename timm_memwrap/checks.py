@@ -152,7 +152,11 @@ class without_values(TorchFunctionMode):
     in, and no other.
     """
 
-    _RANDOM = frozenset({"normal_", "uniform_", "bernoulli_", "exponential_"})
+    # PyTorch hands some of its initialisers over as a whole, and does not ask again for what they call.
+    _RANDOM = frozenset(
+        {"normal_", "uniform_", "bernoulli_", "exponential_", "erfinv_", "trunc_normal_", "orthogonal_"}
+        | {"kaiming_normal_", "kaiming_uniform_", "xavier_normal_", "xavier_uniform_"}
+    )
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Leaves out what fills a tensor with random numbers."""
@@ -212,22 +216,27 @@ def check_fits(model: nn.Module, tensors: Mapping[str, Tensor], name: str) -> No
     """
     bank = f"{MEMORY_BANK}."
     expected = {key: value for key, value in model.state_dict().items() if not key.startswith(bank)}
-    found = {key: value for key, value in tensors.items() if not key.startswith(bank)}
-    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    if missing or unexpected:
+    wrong = misfits(expected, {key: value for key, value in tensors.items() if not key.startswith(bank)})
+    if wrong:
         raise FileError(
-            f"{name} does not fit {model.pretrained_cfg['architecture']!r}: missing {_some(missing)}, unexpected "  # type: ignore[index]
-            f"{_some(unexpected)}. It is not of the architecture and model_args in {CONFIG_FILE}."
+            f"{name} does not fit {model.pretrained_cfg['architecture']!r}: {' '.join(wrong[:5])} The file is damaged, "  # type: ignore[index]
+            f"or not of the architecture and model_args in {CONFIG_FILE}."
         )
-    for key, tensor in expected.items():
-        other = found[key]
-        if tensor.shape != other.shape:
-            raise FileError(
-                f"{name}: {key} has shape {list(other.shape)}; {CONFIG_FILE} describes {list(tensor.shape)}. They are "
-                f"not of the same model, or one is damaged."
-            )
-        if tensor.is_floating_point() != other.is_floating_point():
-            raise FileError(f"{name}: {key} is of {other.dtype}; expected {tensor.dtype}. The file is damaged.")
+
+
+def misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], names: bool = True) -> list[str]:
+    """Returns in what weights differ from those expected: shapes, kinds, and with `names` which there are."""
+    wrong = []
+    if names and expected.keys() != found.keys():
+        missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+        wrong.append(f"missing {_some(missing)}, unexpected {_some(unexpected)}.")
+    for key in expected.keys() & found.keys():
+        own, other = expected[key], found[key]
+        if own.shape != other.shape:
+            wrong.append(f"size mismatch for {key}: its shape is {list(other.shape)}, expected {list(own.shape)}.")
+        elif own.is_floating_point() != other.is_floating_point():
+            wrong.append(f"{key} is of {other.dtype}, expected {own.dtype}.")
+    return wrong
 
 
 @contextmanager

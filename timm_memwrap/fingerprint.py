@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Watch", "fingerprint"]
+__all__ = ["Watch", "WatchedFingerprint", "fingerprint"]
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -72,3 +72,25 @@ def _state(tensor: Tensor) -> tuple[int, int, torch.dtype, bool]:
     # Inference tensors have no version counter, so that they count as changed.
     version = 0 if tensor.is_inference() else tensor._version
     return tensor.data_ptr(), version, tensor.dtype, tensor.requires_grad
+
+
+class WatchedFingerprint:
+    """The fingerprint of a module, computed again only after its weights may have changed."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def of(self, module: nn.Module) -> str:
+        """Returns `fingerprint(module)`."""
+        tensors = list(module.state_dict(keep_vars=True).values())
+        if self._known is None or not self._known[0].unchanged(tensors):
+            self._known = (Watch(tensors), fingerprint(module))
+        return self._known[1]
+
+    def forget(self) -> None:
+        """Makes the next call compute it."""
+        self._known: tuple[Watch, str] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy must not watch the original's tensors.
+        return {"_known": None}

@@ -26,7 +26,24 @@ def resolve_memory_args(
     read_head: str = "linear",
     classifier: str | None = None,
 ) -> dict[str, Any]:
-    """Fills in what is `None`, and raises a `ValueError` if an argument is unknown or two do not fit each other."""
+    """Fills in what is `None` of the arguments that shape how a memory is read.
+
+    Args:
+        memory_only: Whether the prediction is made from the memory alone.
+        distance: `"cosine"`, `"l2"` or `"dot"`.
+        scale: Factor on the similarities; `"learned"` makes it a parameter. `None` is 20.0 with
+            `read_head="probabilities"`, 10.0 with `"pre_logits"` and `"logits"`, else 1.0 as published.
+        read_head: What projects query and key: `"linear"`, a layer of its own; `"identity"`, nothing, as in the
+            published code. Three read with the backbone's own classifier: `"pre_logits"` compares what goes into it,
+            which suits a backbone that was trained for these classes; `"probabilities"` the pre-logits and, to a fifth,
+            the probabilities that it predicts; `"logits"` its centred logits.
+        classifier: What makes logits of the memory vector: `"mlp"`, as published; `"linear"`, one layer; `"own"`, the
+            backbone's; `"vote"`, the weights summed over the samples' labels, with `memory_only`. `None` is `"own"`
+            for the read heads that read with it, else `"mlp"`.
+
+    Raises:
+        ValueError: If an argument is unknown, or two do not fit each other.
+    """
     check_choice("distance", distance, DISTANCES)
     check_choice("read_head", read_head, READ_HEADS)
     own = read_head in OWN_READ_HEADS

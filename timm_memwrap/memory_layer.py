@@ -1,6 +1,6 @@
 """What the heads share: query, key, value and the read of a memory.
 
-Shapes: B inputs, M memory samples, D width of an encoding, V of a value, K samples kept per input, C outputs.
+Shapes: B inputs, M memory samples, D or E width of an encoding, V of a value, K samples kept per input, C outputs.
 """
 
 import math
@@ -27,7 +27,7 @@ from timm_memwrap.attention import (
     wide,
 )
 
-__all__ = ["MemoryLayer", "PreparedMemory", "Read", "is_factor", "output_width"]
+__all__ = ["MemoryLayer", "MemoryReadout", "PreparedMemory", "Read", "is_factor", "output_width"]
 
 # The scale as a parameter, and where it starts: at 1 the support grows with the memory, and explains nothing.
 LEARNED = "learned"
@@ -75,6 +75,24 @@ class Read(NamedTuple):
     weights: Tensor
     positions: Tensor
     similarities: Tensor
+
+
+class MemoryReadout(NamedTuple):
+    """What a forward read from the memory.
+
+    Attributes:
+        logits: Logits `[B, C]`.
+        weights: Content weights `[B, K]`, strongest first; rows with less support end in zeros.
+        positions: Positions `[B, K]` of those samples in the memory set; they mean nothing where the weight is zero.
+        similarities: Similarities `[B, K]` to these samples, in the read's own metric and before its scale.
+        encoding: Encodings of the inputs `[B, E]`.
+    """
+
+    logits: Tensor
+    weights: Tensor
+    positions: Tensor
+    similarities: Tensor
+    encoding: Tensor
 
 
 class MemoryLayer(nn.Module, ABC):

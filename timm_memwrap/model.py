@@ -6,7 +6,7 @@ Shapes: B inputs, M memory samples, E width of an encoding, C classes, K samples
 import logging
 import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,42 +14,24 @@ from torch import Tensor, nn
 from timm_memwrap import constants
 from timm_memwrap.attention import wide
 from timm_memwrap.backbone import OwnClassifier, classifies_affinely, encode_features
-from timm_memwrap.bank_memory import BankMemory, bank_memory
+from timm_memwrap.bank_memory import BankMemory, bank_memory, empty_memory, warn_of_empty_memory
 from timm_memwrap.checks import misfits
 from timm_memwrap.encoding_queue import EncodingQueue
-from timm_memwrap.fingerprint import Watch, fingerprint
+from timm_memwrap.fingerprint import WatchedFingerprint
 from timm_memwrap.heads import Calibration, new_head
 from timm_memwrap.memory_args import OWN_READ_HEADS, resolve_memory_args
 from timm_memwrap.memory_bank import MemoryBank
-from timm_memwrap.memory_layer import PreparedMemory, is_factor
+from timm_memwrap.memory_layer import MemoryReadout, PreparedMemory, is_factor
 from timm_memwrap.search import check_index
 from timm_memwrap.timm_interface import TimmInterface, add_prefix
 
-__all__ = ["MemoryReadout", "MemoryWrapModel"]
+__all__ = ["MemoryWrapModel"]
 
 _logger = logging.getLogger(__name__)
 
 QUEUE_SIZE = 1024
 # Memory samples that are classified at a time.
 _BLOCK = 1024
-
-
-class MemoryReadout(NamedTuple):
-    """What a forward read from the memory.
-
-    Attributes:
-        logits: Logits `[B, C]`.
-        weights: Content weights `[B, K]`, strongest first; rows with less support end in zeros.
-        positions: Positions `[B, K]` of those samples in the memory set; they mean nothing where the weight is zero.
-        similarities: Similarities `[B, K]` to these samples, in the read's own metric and before its scale.
-        encoding: Encodings of the inputs `[B, E]`.
-    """
-
-    logits: Tensor
-    weights: Tensor
-    positions: Tensor
-    similarities: Tensor
-    encoding: Tensor
 
 
 class MemoryWrapModel(TimmInterface):
@@ -106,7 +88,7 @@ class MemoryWrapModel(TimmInterface):
         self.queue: EncodingQueue | None = None
         self._warned = False
         self._index_args: dict[str, Any] | None = None
-        self._fingerprint: tuple[Watch, str] | None = None
+        self._fingerprint = WatchedFingerprint()
 
         traits = dict(getattr(backbone, "_traits", {}))
         self._traits = {**traits, "first_conv": add_prefix(traits.get("first_conv"))}
@@ -139,10 +121,7 @@ class MemoryWrapModel(TimmInterface):
     @temperature.setter
     def temperature(self, temperature: float) -> None:
         if not is_factor(temperature):
-            raise ValueError(
-                f"temperature={temperature!r} is not a divisor. Pass a finite number above 0; 1.0 leaves logits as "
-                f"they are."
-            )
+            raise ValueError(f"temperature={temperature!r} is not a divisor. Pass a finite number above 0, e.g. 1.0.")
         self.calibration.temperature.fill_(temperature)
 
     def forward(
@@ -241,10 +220,7 @@ class MemoryWrapModel(TimmInterface):
 
     def encoder_fingerprint(self) -> str:
         """Returns the fingerprint of the weights that encode images."""
-        tensors = list(self.backbone.state_dict(keep_vars=True).values())
-        if self._fingerprint is None or not self._fingerprint[0].unchanged(tensors):
-            self._fingerprint = (Watch(tensors), fingerprint(self.backbone))
-        return self._fingerprint[1]
+        return self._fingerprint.of(self.backbone)
 
     def memory_is_stale(self) -> bool:
         """Returns whether the encoder has changed since it encoded the memory bank."""
@@ -383,10 +359,9 @@ class MemoryWrapModel(TimmInterface):
             memory = self.head.prepare(self.queue.encodings.to(wide(encoding).dtype))
             return self._apply_memory(encoding, memory, self.queue.empty_entries(encoding.shape[0]), ranked)
         if not self._warned:
-            self._warned = _warn_of_empty_memory()
-        nothing = encoding.new_zeros(0, self.encoding_size)
-        memory = self.head.prepare(nothing, torch.zeros(0, dtype=torch.long, device=encoding.device))
-        return self._apply_memory(encoding, memory, None, ranked)
+            self._warned = warn_of_empty_memory()
+        nothing = empty_memory(self.head, next(self.backbone.parameters()).device)
+        return self._apply_memory(encoding, nothing, None, ranked)
 
     def _apply_memory(self, encoding: Tensor, memory: PreparedMemory, hidden: Any, ranked: bool) -> MemoryReadout:
         head = self.head
@@ -402,7 +377,7 @@ class MemoryWrapModel(TimmInterface):
         return bank_memory(self.memory_bank, self.head, others, dtype, self._index_args)
 
     def _forget_derived(self) -> None:
-        self._fingerprint = None
+        self._fingerprint.forget()
         if self.memory_bank.derived is not None:
             self.memory_bank.derived = None
 
@@ -422,17 +397,3 @@ class MemoryWrapModel(TimmInterface):
         if fitted and self.memory_bank.provenance.encoder:
             self.memory_bank.set_encoder(self.encoder_fingerprint())
         return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy must not watch the original's tensors.
-        return {**self.__dict__, "_fingerprint": None}
-
-
-@torch.compiler.assume_constant_result
-def _warn_of_empty_memory() -> bool:
-    """Warns, and returns that it has. The compiler calls it while it traces, where a call of the logger would break."""
-    _logger.warning(
-        "The memory is empty, so the model reads nothing from it. Call timm_memwrap.build_memory_bank(model, data) "
-        "before evaluation."
-    )
-    return True
