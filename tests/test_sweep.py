@@ -5,7 +5,6 @@ Slow: one case takes a second or two, and there are more than a thousand. Run by
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from copy import deepcopy
 from typing import Any
 from unittest import mock
 
@@ -16,7 +15,6 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from timm_memwrap import MemoryWrapModel
-from timm_memwrap.backbone import OwnClassifier, classifies_affinely
 from timm_memwrap.constants import BASELINE_PREFIX, EVIDENCE_PREFIX, PREFIX
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -105,59 +103,3 @@ def assert_groups_as(plain: Any, model: Any) -> None:
         else:
             # A few backbones put their own head into their last block's group; ours, which they do not know, follows.
             assert head in ({max(expected.values())}, {max(own.values()) + 1})
-
-
-@pytest.mark.parametrize("backbone", backbones())
-def test_affine_classifiers_are_told_from_others(backbone: str) -> None:
-    """Compares `forward_head` with the classifier on the pre-logits, on random features and weights."""
-    model, features = with_real_head(backbone)
-    assert classifies_affinely(model) == is_affine(model, features)
-
-
-@torch.no_grad()
-def with_real_head(backbone: str) -> tuple[Any, Any]:
-    """Returns a model on the meta device but for what its `forward_head` uses, and random features for that."""
-    with torch.device("meta"), no_initialisation():
-        model: Any = timm.create_model(backbone, num_classes=NUM_CLASSES).eval()
-        features = model.forward_features(torch.zeros(2, *model.pretrained_cfg["input_size"]))
-    used: set[nn.Module] = {model}
-    hooks = [part.register_forward_pre_hook(lambda part, _: used.add(part)) for part in model.modules()]
-    model.forward_head(deepcopy(features))
-    for hook in hooks:
-        hook.remove()
-    for part in used:
-        for name, parameter in part.named_parameters(recurse=False):
-            setattr(part, name, nn.Parameter(0.1 * torch.randn(parameter.shape)))
-        for name, buffer in part.named_buffers(recurse=False):
-            setattr(part, name, (0.5 + torch.rand(buffer.shape)).to(buffer.dtype))
-    return model, materialised(features)
-
-
-def materialised(features: Any) -> Any:
-    if isinstance(features, Tensor):
-        return torch.randn(features.shape).to(features.dtype) if features.is_meta else features
-    if isinstance(features, dict):
-        return {name: materialised(part) for name, part in features.items()}
-    if isinstance(features, tuple | list):
-        return type(features)(materialised(part) for part in features)
-    return features
-
-
-@torch.no_grad()
-def is_affine(model: Any, features: Any) -> bool:
-    if not isinstance(model.get_classifier(), nn.Module) or isinstance(model.get_classifier(), nn.ModuleList):
-        return False
-    classifier = OwnClassifier(model, False)
-    pre_logits = model.forward_head(deepcopy(features), pre_logits=True)
-    logits = model.forward_head(features)
-    assert logits.shape == (2, NUM_CLASSES)
-    try:
-        found = classifier(pre_logits)
-    except RuntimeError:
-        # The classifier takes other features than these.
-        return False
-    between = classifier(pre_logits.mean(dim=0, keepdim=True))
-    tolerance = 1e-4 * logits.abs().max()
-    return bool(
-        (found - logits).abs().max() <= tolerance and (between - found.mean(dim=0)).abs().max() <= 10 * tolerance
-    )
