@@ -15,7 +15,7 @@ __all__ = ["OwnClassifier", "classifies_affinely", "encode_features"]
 # Modules that are affine functions of their input in evaluation mode.
 _AFFINE = (nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.Identity, nn.Dropout)
 # Classes of timm's whose `forward_head` does more to the pre-logits than `get_classifier` says. Found by comparing the
-# two over all architectures (tests/test_backbone.py).
+# two over all architectures (tests/test_affine_classifiers.py).
 _MORE_THAN_THEIR_CLASSIFIER = ("EfficientVitMsra", "SHViT", "VOLO")
 
 
