@@ -397,4 +397,5 @@ def test_class_names_are_the_datas_else_the_models_else_none(make_model: MakeMod
 
 def test_the_size_is_known_where_it_can_be(make_model: MakeModel) -> None:
     assert size_of(_data()) == size_of(DataLoader(_data(), batch_size=5)) == size_of(_prefetching()) == N
+    assert size_of(Subset(_data(), [3, 4])) == 2
     assert size_of(iter([])) is None

@@ -1,12 +1,10 @@
 """What a data set is: images, labels, class names, ids and batches. Every other room reads data through this one."""
 
 from timm_memwrap.data.classes import class_names, known_class_names, match_labels
-from timm_memwrap.data.digits import Digits
 from timm_memwrap.data.images import Images, split_off
 from timm_memwrap.data.naming import SampleImages, picture_of
 from timm_memwrap.data.opening import DIGITS, open_dataset, open_remembered, open_source
 from timm_memwrap.data.samples import Samples, encoded_batches, size_of
-from timm_memwrap.data.shards import Shards
 from timm_memwrap.data.transforms import (
     BATCH_SIZE,
     batches_of,
@@ -21,11 +19,9 @@ from timm_memwrap.data.transforms import (
 __all__ = [
     "BATCH_SIZE",
     "DIGITS",
-    "Digits",
     "Images",
     "SampleImages",
     "Samples",
-    "Shards",
     "batches_of",
     "class_names",
     "data_config",

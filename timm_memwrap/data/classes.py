@@ -1,7 +1,7 @@
-"""Labels and names of classes: those of a data set, those of a model, and how the two are matched."""
+"""Labels and class names of data sets and models, and how the two are matched."""
 
 import logging
-from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,15 @@ from torch.utils.data import Dataset, Subset
 from timm_memwrap.data.naming import file_name
 from timm_memwrap.model import MemoryWrapModel
 
-__all__ = ["class_names", "dataset_classes", "innermost", "known_class_names", "known_labels", "match_labels"]
+__all__ = [
+    "class_names",
+    "dataset_classes",
+    "innermost",
+    "known_class_names",
+    "known_labels",
+    "labels_by_name",
+    "match_labels",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -28,13 +36,20 @@ def known_class_names(model: MemoryWrapModel) -> list[str]:
     return [str(name) for name in (known.values() if isinstance(known, dict) else known)]
 
 
+def innermost(dataset: Any) -> Any:
+    """Returns the data set that a `Subset` was taken of."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return dataset
+
+
 def dataset_classes(dataset: Any) -> list[str]:
     """Returns the class names of a data set by label: its `classes`, else its reader's; empty if there are none."""
     dataset = innermost(dataset)
     reader = getattr(dataset, "reader", None)
     by_name = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
-    by_index = {int(i): str(name) for name, i in by_name.items()}
-    names = getattr(dataset, "classes", None) or [by_index.get(i, "") for i in range(max(by_index, default=-1) + 1)]
+    by_label = {label: name for name, label in by_name.items()}
+    names = getattr(dataset, "classes", None) or [by_label.get(i, "") for i in range(max(by_label, default=-1) + 1)]
     return [str(name) for name in names]
 
 
@@ -47,10 +62,10 @@ def known_labels(dataset: Any) -> Tensor | None:
         return None
     reader: Any = getattr(dataset, "reader", None)
     candidates = [getattr(part, name, None) for part in (dataset, reader) for name in ("targets", "labels")]
-    if isinstance(samples := getattr(reader, "samples", None), list):  # timm's folders and tar files
+    if isinstance(samples := getattr(reader, "samples", None), list):  # timm's folders
         candidates.append([sample[1] for sample in samples])
-    elif hasattr(reader, "label_key") and not getattr(reader, "remap_class", False):
-        candidates.append(reader.dataset[reader.label_key])  # a column of a Hugging Face table, without the images
+    elif hasattr(reader, "iter_targets"):  # Hugging Face data sets in timm
+        candidates.append(list(reader.iter_targets()))
     for candidate in candidates:
         try:
             labels = torch.as_tensor(candidate)
@@ -59,13 +74,6 @@ def known_labels(dataset: Any) -> Tensor | None:
         if labels.shape == (len(dataset),) and not labels.is_floating_point():
             return labels.long()
     return None
-
-
-def innermost(dataset: Any) -> Any:
-    """Returns the data set that a `Subset` was taken of."""
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
-    return dataset
 
 
 class _Relabelled(Dataset):
@@ -79,22 +87,21 @@ class _Relabelled(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image, label = self.dataset[index][:2]
-        label = int(label)
         if not 0 <= label < len(self._labels):
             raise ValueError(
                 f"Sample {index} has the label {label}; expected 0 to {len(self._labels) - 1}. Pass labelled data."
             )
-        return image, self._labels[label]
+        return image, self._labels[int(label)]
 
-    def filename(self, index: int, **kwargs: Any) -> str | None:
+    def filename(self, index: int) -> str | None:
         return file_name(self.dataset, index)
 
 
 def match_labels(model: MemoryWrapModel, dataset: Any) -> Any:
     """Gives a data set the model's labels: by name where both have class names, else by number.
 
-    An image folder numbers the classes that it holds. If it holds only some of the model's, or the model has them in
-    another order, these numbers would be the wrong labels.
+    An image folder numbers the classes that it holds. If these are only some of the model's, or in another order, its
+    numbers are not the model's labels.
 
     Args:
         model: The model, whose memory bank or pretrained cfg has the class names.
@@ -104,8 +111,7 @@ def match_labels(model: MemoryWrapModel, dataset: Any) -> Any:
         The data set, or a view of it with other labels.
 
     Raises:
-        ValueError: If the model does not have a class of the data, two classes share a name, or only one side has
-            names and the numbers of classes differ.
+        ValueError: If the classes cannot be matched.
     """
     theirs, ours = dataset_classes(dataset), known_class_names(model)
     if theirs == ours or not theirs:
@@ -120,21 +126,24 @@ def match_labels(model: MemoryWrapModel, dataset: Any) -> Any:
         if ours:
             _logger.warning("The data has numbers for class names, so labels are taken by number: 0 is %r.", ours[0])
         return dataset
-    unknown = sorted(set(theirs) - set(ours))
-    if unknown:
+    return _Relabelled(dataset, labels_by_name(theirs, ours), ours)
+
+
+def labels_by_name(theirs: Sequence[str], ours: Sequence[str]) -> list[int]:
+    """Returns the model's label of each class of a data set; raises a `ValueError` where there is not one."""
+    if unknown := sorted(set(theirs) - set(ours)):
         raise ValueError(
             f"The data has classes that the model does not know: {_some(unknown, 5)}. It knows {_some(ours, 10)}. "
             f"Rename or remove them in the data."
         )
-    twice = sorted(name for name, count in Counter(ours).items() if count > 1 and name in theirs)
-    if twice:
+    if twice := [name for name in theirs if ours.count(name) > 1]:
         raise ValueError(
             f"The model has {twice[0]!r} as the name of several classes, so labels cannot be matched by name. Give "
             f"each its own: model.memory_bank.set_class_names(names)."
         )
-    return _Relabelled(dataset, [ours.index(name) for name in theirs], ours)
+    return [ours.index(name) for name in theirs]
 
 
-def _some(names: list[str], count: int) -> str:
+def _some(names: Sequence[str], count: int) -> str:
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return f"{', '.join(map(repr, names[:count]))}{more}"

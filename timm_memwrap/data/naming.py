@@ -1,8 +1,8 @@
-"""Ids of samples, which are names of files where there are any, and the way back from an id to its image."""
+"""Names of samples, which are those of their files where there are any, and the way back from a name to its image."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import PurePath
+from functools import cached_property
+from pathlib import PurePath, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -12,27 +12,20 @@ from torch.utils.data import Subset
 from timm_memwrap.data.transforms import to_batch, to_picture
 from timm_memwrap.memory_bank import SampleId
 
-__all__ = ["SampleImages", "file_name", "picture_of", "sample_ids"]
+__all__ = ["SampleImages", "file_name", "picture_of"]
 
 
 def file_name(dataset: Any, index: int) -> str | None:
     """Returns the file name of a sample, with "/" on every platform; `None` if the data set does not know it."""
     if isinstance(dataset, Subset):
         return file_name(dataset.dataset, int(dataset.indices[index]))
-    samples = getattr(dataset, "samples", None)  # torchvision's image folders
-    if hasattr(dataset, "filename"):  # timm's data sets
-        name = dataset.filename(index, basename=False, absolute=False)
+    if hasattr(dataset, "filename"):  # timm's data sets and ours
+        name = dataset.filename(index)
         return PurePath(name).as_posix() if name else None
-    if isinstance(samples, list) and samples:
+    if isinstance(samples := getattr(dataset, "samples", None), list):  # torchvision's image folders
         # The folder is the class; two classes may well both have a 0001.png.
         return PurePath(*PurePath(str(samples[index][0])).parts[-2:]).as_posix()
     return None
-
-
-def sample_ids(dataset: Any, indices: Sequence[int]) -> list[SampleId]:
-    """Returns the samples' file names where these are known and tell them apart, else `indices`."""
-    names = [name for i in indices if (name := file_name(dataset, i)) is not None]
-    return [*names] if len(set(names)) == len(indices) else [*indices]
 
 
 class SampleImages:
@@ -48,7 +41,6 @@ class SampleImages:
 
     def __init__(self, model: nn.Module, dataset: Any) -> None:
         self._model, self._dataset = model, dataset
-        self._positions: dict[tuple[str, ...], int] | None = None
 
     def picture(self, sample_id: SampleId) -> np.ndarray | None:
         """Returns the sample as an array `[H, W, 3]` of uint8, or `None` if it is not there."""
@@ -70,23 +62,28 @@ class SampleImages:
         return to_batch(self._model, image)[0]
 
     def _find(self, sample_id: SampleId) -> Any:
-        dataset = self._dataset
-        if isinstance(dataset, Mapping):
-            return dataset.get(sample_id)
+        if isinstance(self._dataset, Mapping):
+            return self._dataset.get(sample_id)
         index = sample_id if isinstance(sample_id, int) else self._position(sample_id)
-        if index is None or not 0 <= index < len(dataset):
+        if index is None or not 0 <= index < len(self._dataset):
             return None
-        sample = dataset[index]
+        sample = self._dataset[index]
         return sample[0] if isinstance(sample, Sequence) else sample
 
     def _position(self, name: str) -> int | None:
-        if self._positions is None:
-            names = [file_name(self._dataset, i) for i in range(len(self._dataset))]
-            ends = [set() if name is None else _ends(name) for name in names]
-            count = Counter(end for of_one in ends for end in of_one)
-            self._positions = {end: i for i, of_one in enumerate(ends) for end in of_one if count[end] == 1}
-        parts = _parts(name)
+        # Splits at both separators: a bank may come from a machine with the other one.
+        parts = PureWindowsPath(name).parts
         return self._positions.get(parts, self._positions.get(parts[-2:]))
+
+    @cached_property
+    def _positions(self) -> dict[tuple[str, ...], int | None]:
+        """Positions by path, with and without its folders; `None` where several files have it."""
+        found: dict[tuple[str, ...], int | None] = {}
+        for i in range(len(self._dataset)):
+            parts = PureWindowsPath(file_name(self._dataset, i) or "").parts
+            for end in {parts, parts[-2:], parts[-1:]}:
+                found[end] = None if end in found else i
+        return found
 
 
 def picture_of(
@@ -96,14 +93,3 @@ def picture_of(
     if thumbnail is not None:
         return to_picture(model, thumbnail)
     return None if stored is None else stored.picture(sample_id)
-
-
-def _ends(name: str) -> set[tuple[str, ...]]:
-    """Ends of a path by which its sample is found: all of it, with its folder, and alone."""
-    parts = _parts(name)
-    return {parts, parts[-2:], parts[-1:]}
-
-
-def _parts(name: str) -> tuple[str, ...]:
-    # A bank may come from a machine with the other separator.
-    return tuple(name.replace("\\", "/").split("/"))

@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler
 from torch.utils.data.dataloader import default_collate
 
 from timm_memwrap.data.classes import dataset_classes, innermost, known_class_names, known_labels
-from timm_memwrap.data.naming import sample_ids
-from timm_memwrap.data.transforms import BATCH_SIZE, check_images, data_config, stack, to_batch
+from timm_memwrap.data.naming import file_name
+from timm_memwrap.data.transforms import BATCH_SIZE, as_batch, data_config, to_batch
 from timm_memwrap.memory_bank import SampleId
 from timm_memwrap.model import MemoryWrapModel
 
-__all__ = ["Samples", "check_labels", "encoded_batches", "size_of"]
+__all__ = ["Samples", "encoded_batches", "size_of"]
 
 _logger = logging.getLogger(__name__)
 
@@ -28,19 +28,14 @@ _logger = logging.getLogger(__name__)
 class Samples:
     """The samples of a data set or loader of `(image, label)`.
 
-    A data set is read in order. So is the data set of a `DataLoader`, of a subclass, and of a loader that wraps one as
-    its `loader` (timm's `PrefetchLoader`), with the loader's own workers, collate function and whatever else it does
-    to a batch. Which samples training draws, and in what order, does not matter: shuffling and dropping the last batch
-    are undone, and a sampler is passed over with a warning. Only a `SubsetRandomSampler` or a sequence of positions
-    limits the samples, as a `Subset` does.
-
-    Other iterables of batches are read once, as they come, and their samples are numbered in that order.
-
-    Images are tensors, which are taken for model inputs, or PIL images, which get the model's own transform unless the
-    loader has a collate function for them.
+    A data set is read in order. So is that of a `DataLoader`, or of a loader that wraps one as its `loader` (timm's
+    `PrefetchLoader`), with whatever the loader does to a batch: shuffling and dropping the last batch are undone, and a
+    sampler is passed over with a warning. Only a `SubsetRandomSampler` or a sequence of positions limits the samples,
+    as a `Subset` does. Other iterables of batches are read once, and their samples are numbered as they come.
 
     Args:
-        data: The data set or loader.
+        data: The data set or loader. Images are tensors, which are taken for model inputs, or PIL images, which get
+            the model's own transform unless the loader has a collate function for them.
         model: The model whose inputs and labels they are.
 
     Raises:
@@ -53,23 +48,22 @@ class Samples:
             data = DataLoader(data, BATCH_SIZE)
         elif not isinstance(data, Iterable):
             raise ValueError(f"{type(data).__name__} is neither a dataset nor a loader of (image, label).")
-        inner = _data_loader(data)
-        self._loader, self._dataset = data, getattr(data if inner is None else inner, "dataset", None)
+        self._loader, self._inner = data, _data_loader(data)
+        self._dataset = getattr(data if self._inner is None else self._inner, "dataset", None)
         self.length: int | None = None  # None for a stream, whose samples can only be read in its own order
         self._indices: Sequence[int] = ()
         if not _is_indexed(self._dataset):
             return
-        if inner is None or inner.batch_sampler is None:
-            raise ValueError(
-                f"{type(data).__name__} reads a data set in an order that is not known, so its samples cannot be told "
-                f"apart. Pass the data set, a DataLoader with a batch_size, or iter(loader) to number samples as read."
-            )
-        sampler = _sampler(inner)
+        if self._inner is None or self._inner.batch_sampler is None:
+            raise self._unknown_order()
+        sampler = _sampler(self._inner)
         fixed = _fixed_positions(sampler)
         self._indices = range(len(self._dataset)) if fixed is None else fixed
         self.length = len(self._indices)
-        self._batch_size = inner.batch_size or getattr(inner.batch_sampler, "batch_size", None) or BATCH_SIZE
-        if fixed is None and not _reads_all_once(sampler, self.length):
+        everything = isinstance(sampler, SequentialSampler) or (
+            isinstance(sampler, RandomSampler) and not sampler.replacement and sampler.num_samples == self.length
+        )
+        if fixed is None and not everything:
             _logger.warning(
                 "%s chooses samples for training, so it is passed over: all %d samples are read in order. For some of "
                 "them, pass a Subset of the data.",
@@ -79,17 +73,9 @@ class Samples:
 
     @cached_property
     def labels(self) -> Tensor | None:
-        """Labels `[N]` of all samples if the data set lists them; `None` if only reading each image would tell.
-
-        Raises:
-            ValueError: If the model does not have such classes.
-        """
+        """Labels `[N]` of all samples if the data set lists them; `None` if only reading each image would tell."""
         labels = None if self.length is None else known_labels(self._dataset)
-        if labels is None:
-            return None
-        labels = labels[torch.as_tensor(self._indices, dtype=torch.long)]
-        check_labels(labels, self._model.num_classes)
-        return labels
+        return None if labels is None else self._known(labels[torch.as_tensor(self._indices, dtype=torch.long)])
 
     @property
     def name(self) -> str:
@@ -106,50 +92,58 @@ class Samples:
         """Returns file names where the data set knows them and they tell samples apart, else positions in it."""
         if self.length is None:
             return list(positions)
-        return sample_ids(self._dataset, [self._indices[i] for i in positions])
+        indices = [self._indices[i] for i in positions]
+        names = [name for i in indices if (name := file_name(self._dataset, i)) is not None]
+        return [*names] if len(set(names)) == len(indices) else [*indices]
 
     def batches(self, positions: Sequence[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields images `[B, C, H, W]` and labels `[B]` of the samples at these positions, or all for `None`.
-
-        Raises:
-            ValueError: If a batch is anything else, or the model does not have such classes.
-        """
-        changes: dict[str, Any] = {}
-        inner = _data_loader(self._loader)
+        """Yields images `[B, C, H, W]` and labels `[B]` of the samples at these positions, or all for `None`."""
+        inner, changes = self._inner, {}
         if inner is not None and inner.collate_fn is default_collate:
             changes["collate_fn"] = partial(_collate, self._config)
         if self.length is None:
             assert positions is None, "a stream has one order"
-            loader = self._loader if inner is None else _twin(self._loader, **changes)
-            yield from map(self._checked, loader)
+            yield from map(self._checked, _twin(self._loader, **changes) if changes else self._loader)
             return
         indices = [self._indices[i] for i in (range(self.length) if positions is None else positions)]
-        order, seen = _Order(indices, self._batch_size), 0
+        assert inner is not None
+        size = inner.batch_size or getattr(inner.batch_sampler, "batch_size", None) or BATCH_SIZE
+        order, seen = _Order(indices, size), 0
         for batch in _twin(self._loader, batch_sampler=order, **changes):
             images, labels = self._checked(batch)
             seen += len(labels)
             yield images, labels
         if seen != len(indices) or order.given != len(order):
-            raise ValueError(
-                f"{type(self._loader).__name__} does not read what its batch sampler asks for, so its samples cannot "
-                f"be told apart. Pass the data set, or iter(loader) to number samples as read."
-            )
+            raise self._unknown_order()
 
     def _checked(self, batch: Any) -> tuple[Tensor, Tensor]:
-        if not isinstance(batch, Sequence) or len(batch) < 2:
-            raise ValueError(f"A batch of the data is {type(batch).__name__}; expected (images, labels).")
-        images, labels = batch[0], torch.as_tensor(batch[1])
-        if not isinstance(images, Tensor):
-            images = stack(self._config, images)
-        check_images(images)
+        images, labels = _pair(batch, "batch", "(images, labels)")
+        images, labels = as_batch(self._config, images), torch.as_tensor(labels)
         if labels.shape != images.shape[:1] or bool((labels != labels.long()).any()):
             raise ValueError(
                 f"A batch of the data has images {list(images.shape)} and labels {list(labels.shape)} of "
                 f"{labels.dtype}; expected [B, C, H, W] and [B], one class index per image. Mixup and one-hot labels "
                 f"are for training, not for the memory."
             )
-        check_labels(labels, self._model.num_classes)
-        return images, labels.long()
+        return images, self._known(labels.long())
+
+    def _known(self, labels: Tensor) -> Tensor:
+        """Returns labels `[N]`, or raises a `ValueError` if the model does not have such classes."""
+        num_classes = self._model.num_classes
+        outside = labels[(labels < 0) | (labels >= num_classes)].unique().tolist()
+        if outside:
+            raise ValueError(
+                f"Labels of the data are {', '.join(map(str, outside[:5]))}, outside num_classes={num_classes}: "
+                f"expected class indices, 0 to {num_classes - 1}. Create the model with num_classes="
+                f"{int(labels.max()) + 1} or more, or match class names: timm_memwrap.data.match_labels(model, data)."
+            )
+        return labels
+
+    def _unknown_order(self) -> ValueError:
+        return ValueError(
+            f"{type(self._loader).__name__} reads its data set in an order that is not known, so its samples cannot be "
+            f"told apart. Pass the data set, a DataLoader with a batch_size, or iter(loader) to number samples as read."
+        )
 
 
 def encoded_batches(model: MemoryWrapModel, data: Any) -> Iterator[tuple[Tensor, Tensor]]:
@@ -162,20 +156,10 @@ def encoded_batches(model: MemoryWrapModel, data: Any) -> Iterator[tuple[Tensor,
 def size_of(data: Any) -> int | None:
     """Returns the number of samples of a data set or loader, if it is known."""
     loader = _data_loader(data)
-    fixed = None if loader is None else _fixed_positions(_sampler(loader))
-    dataset = getattr(data, "dataset", data) if loader is None else loader.dataset
-    return len(fixed) if fixed is not None else len(dataset) if isinstance(dataset, Sized) else None
-
-
-def check_labels(labels: Tensor, num_classes: int) -> None:
-    """Raises a `ValueError` if labels are not class indices of a model."""
-    outside = labels[(labels < 0) | (labels >= num_classes)].unique().tolist()
-    if outside:
-        raise ValueError(
-            f"Labels of the data are {', '.join(map(str, outside[:5]))}, outside num_classes={num_classes}: expected "
-            f"class indices, 0 to {num_classes - 1}. Create the model with num_classes={int(labels.max()) + 1} or "
-            f"more, or change the labels; timm_memwrap.data.match_labels(model, data) does so by class names."
-        )
+    if loader is not None:
+        fixed = _fixed_positions(_sampler(loader))
+        data = loader.dataset if fixed is None else fixed
+    return len(data) if isinstance(data, Sized) else None
 
 
 class _Order(Sampler[list[int]]):
@@ -231,19 +215,17 @@ def _fixed_positions(sampler: Any) -> list[int] | None:
     return sorted({int(i) for batch in batches for i in batch})
 
 
-def _reads_all_once(sampler: Any, length: int) -> bool:
-    if isinstance(sampler, RandomSampler):
-        return not sampler.replacement and sampler.num_samples == length
-    return isinstance(sampler, SequentialSampler)
-
-
 def _is_indexed(data: Any) -> TypeGuard[Any]:
     # PyTorch's IterableDataset has a __getitem__ that raises.
     return hasattr(data, "__getitem__") and isinstance(data, Sized) and not isinstance(data, IterableDataset)
 
 
+def _pair(value: Any, what: str, expected: str) -> tuple[Any, Any]:
+    if not isinstance(value, Sequence) or len(value) < 2:
+        raise ValueError(f"A {what} of the data is {type(value).__name__}; expected {expected}.")
+    return value[0], value[1]
+
+
 def _collate(config: dict[str, Any], samples: list[Any]) -> tuple[Tensor, Any]:
-    for sample in samples:
-        if not isinstance(sample, Sequence) or len(sample) < 2:
-            raise ValueError(f"A sample of the data is {type(sample).__name__}; expected (image, label).")
-    return stack(config, [sample[0] for sample in samples]), default_collate([sample[1] for sample in samples])
+    images, labels = zip(*(_pair(sample, "sample", "(image, label)") for sample in samples), strict=True)
+    return as_batch(config, images), default_collate([*labels])

@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
@@ -10,76 +11,61 @@ from torch.utils.data import Dataset
 
 __all__ = ["Shards"]
 
-_LABEL = "cls"
-
 
 class Shards(Dataset):
     """Images and labels of WebDataset tar files: members that share a name up to the first dot are one sample.
 
     The label is the sample's `.cls` member: a class index, or a class name. Only the tar headers and the labels are
-    read in advance.
-
-    Args:
-        root: Folder of the shards.
-        split: Part of their file names, e.g. `"train"` for `pets-train-0000.tar`; or a glob pattern.
-
-    Raises:
-        ValueError: If there are no such shards, or a sample has no label.
+    read in advance. `split` is a part of the files' names, as in `pets-train-0000.tar`, or a glob pattern.
     """
 
-    def __init__(self, root: str | Path, split: str) -> None:
-        pattern = split if any(sign in split for sign in "*?[") else f"*{split}*.tar"
-        shards = sorted(Path(root).glob(pattern)) if Path(root).is_dir() else []
+    def __init__(self, root: str, split: str) -> None:
+        pattern = split if set(split) & set("*?[") else f"*{split}*.tar"
+        shards = sorted(Path(root).glob(pattern))
         if not shards:
             raise ValueError(
-                f"There are no shards {pattern!r} in {str(root)!r}. Pass their folder, and part of their names."
+                f"There are no shards {pattern!r} in {root!r}. Pass their folder, and part of their names."
             )
-        self._samples: list[tuple[Path, int, int, str]] = []
-        labels: list[str] = []
-        for shard in shards:
-            self._index(shard, labels)
+        samples = [sample for shard in shards for sample in _read_shard(shard)]
+        self._samples = [(shard, image) for shard, image, _ in samples]
+        labels = [label for *_, label in samples]
         numbers = all(label.isdecimal() for label in labels)
-        highest = max(map(int, labels), default=-1) if numbers else -1
-        self.classes = [str(i) for i in range(highest + 1)] if numbers else sorted(set(labels))
-        position = {name: i for i, name in enumerate(self.classes)}
-        self.targets = [int(label) if numbers else position[label] for label in labels]
+        self.classes = [] if numbers else sorted(set(labels))
+        numbered = {name: i for i, name in enumerate(self.classes)}
+        self.targets = [int(label) if numbers else numbered[label] for label in labels]
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        path, offset, size, _ = self._samples[index]
-        with path.open("rb") as file:
+        shard, (_, offset, size) = self._samples[index]
+        with shard.open("rb") as file:
             file.seek(offset)
-            content = file.read(size)
-        return Image.open(io.BytesIO(content)), self.targets[index]
+            return Image.open(io.BytesIO(file.read(size))), self.targets[index]
 
-    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        """Returns a sample's name, as timm's data sets do: its shard and its member in it."""
-        path, _, _, member = self._samples[index]
-        if basename:
-            return PurePosixPath(member).name
-        return f"{path if absolute else path.name}/{member}"
+    def filename(self, index: int) -> str:
+        """Returns a sample's shard and its image in it."""
+        shard, (name, *_) = self._samples[index]
+        return f"{shard.name}/{name}"
 
-    def _index(self, shard: Path, labels: list[str]) -> None:
-        images: dict[str, tuple[int, int, str]] = {}
-        found: dict[str, str] = {}
-        extensions = get_img_extensions(as_set=True)
-        try:
-            with tarfile.open(shard) as file:
-                for member in file:
-                    folder, _, name = member.name.rpartition("/")
-                    stem, _, extension = name.partition(".")
-                    key = f"{folder}/{stem}"
-                    if extension.lower() == _LABEL:
-                        content = file.extractfile(member)
-                        found[key] = content.read().decode().strip() if content is not None else ""
-                    elif f".{extension.lower()}" in extensions:
-                        images[key] = (member.offset_data, member.size, member.name)
-        except tarfile.TarError as error:
-            raise ValueError(f"{str(shard)!r} is not a whole tar file: {error}") from error
-        for key, (offset, size, member_name) in images.items():
-            if key not in found:
-                raise ValueError(f"{member_name!r} in {str(shard)!r} has no .{_LABEL} member beside it, so no label.")
-            self._samples.append((shard, offset, size, member_name))
-            labels.append(found[key])
+
+def _read_shard(shard: Path) -> Iterator[tuple[Path, tuple[str, int, int], str]]:
+    """Yields each sample's shard, its image's name, offset and size there, and its label."""
+    images: dict[PurePosixPath, tuple[str, int, int]] = {}
+    labels: dict[PurePosixPath, str] = {}
+    extensions = get_img_extensions(as_set=True)
+    try:
+        with tarfile.open(shard) as file:
+            for member in file:
+                path = PurePosixPath(member.name)
+                stem, _, extension = path.name.partition(".")
+                if extension.lower() == "cls" and (content := file.extractfile(member)):
+                    labels[path.parent / stem] = content.read().decode().strip()
+                elif f".{extension.lower()}" in extensions:
+                    images[path.parent / stem] = (member.name, member.offset_data, member.size)
+    except tarfile.TarError as error:
+        raise ValueError(f"{str(shard)!r} is not a whole tar file: {error}") from error
+    for key, image in images.items():
+        if key not in labels:
+            raise ValueError(f"{image[0]!r} in {str(shard)!r} has no .cls member beside it, so no label.")
+        yield shard, image, labels[key]

@@ -1,4 +1,4 @@
-"""Images on their way into the model, and back into pictures for people to look at.
+"""Images on their way into the model, and back into pictures for people.
 
 Shapes: B or N images, C channels.
 """
@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 __all__ = [
     "BATCH_SIZE",
+    "as_batch",
     "batches_of",
-    "check_images",
     "data_config",
     "image_mode",
     "one_by_one",
     "small_images",
-    "stack",
     "to_batch",
     "to_picture",
 ]
@@ -45,43 +44,12 @@ def data_config(model: nn.Module) -> dict[str, Any]:
 
 
 def image_mode(channels: int) -> str:
-    """Returns the PIL mode of images with this many channels.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """Returns the PIL mode of images with this many channels."""
     if channels not in (1, 3):
         raise ValueError(
             f"The model takes {channels} channels, but images are read in grey (1) or colour (3). Pass tensors."
         )
     return "L" if channels == 1 else "RGB"
-
-
-def batches_of(model: nn.Module, images: Any) -> list[Tensor]:
-    """Makes model inputs `[B, C, H, W]` of whatever images `explain` takes.
-
-    A tensor stays one batch, so that its logits are those of `model(images)`; other images are cut into batches.
-
-    Raises:
-        ValueError: If there are none, or they do not fit the model.
-    """
-    if isinstance(images, Tensor):
-        return [to_batch(model, images)]
-    several = one_by_one(images)
-    if not several:
-        raise ValueError("No images to explain: the list is empty. Pass at least one.")
-    size = len(several) if any(isinstance(image, Tensor) for image in several) else BATCH_SIZE
-    return [to_batch(model, several[i : i + size]) for i in range(0, len(several), size)]
-
-
-def to_batch(model: nn.Module, images: Any) -> Tensor:
-    """Makes one model input `[B, C, H, W]` of tensors, PIL images or paths, on the model's device."""
-    if not isinstance(images, Tensor):
-        images = stack(data_config(model), one_by_one(images))
-    if images.ndim == 3:
-        images = images.unsqueeze(0)
-    check_images(images)
-    return images.to(next(model.parameters()))
 
 
 def one_by_one(images: Any) -> list[Any]:
@@ -91,46 +59,63 @@ def one_by_one(images: Any) -> list[Any]:
     return [images] if isinstance(images, Tensor | Image.Image | str | os.PathLike) else list(images)
 
 
-def check_images(images: Tensor) -> None:
-    """Raises a `ValueError` if a tensor is not a batch of model inputs."""
+def batches_of(model: nn.Module, images: Any) -> list[Tensor]:
+    """Makes model inputs `[B, C, H, W]` of whatever images `explain` takes.
+
+    A tensor stays one batch, so that its logits are those of `model(images)`; other images are cut into batches.
+    """
+    if isinstance(images, Tensor):
+        return [to_batch(model, images)]
+    several = one_by_one(images)
+    if not several:
+        raise ValueError("No images to explain: the list is empty. Pass at least one.")
+    return [to_batch(model, several[i : i + BATCH_SIZE]) for i in range(0, len(several), BATCH_SIZE)]
+
+
+def to_batch(model: nn.Module, images: Any) -> Tensor:
+    """Makes one model input `[B, C, H, W]` of tensors, PIL images or paths, on the model's device."""
+    if not isinstance(images, Tensor):
+        images = one_by_one(images)
+    elif images.ndim == 3:
+        images = images.unsqueeze(0)
+    return as_batch(data_config(model), images).to(next(model.parameters()))
+
+
+def as_batch(config: Mapping[str, Any], images: Tensor | Sequence[Any]) -> Tensor:
+    """Stacks tensors `[C, H, W]`, PIL images and paths, which get timm's transform; checks what is a batch already."""
+    if not isinstance(images, Tensor):
+        transform, tensors = create_transform(**config), []
+        for image in map(_opened, images):
+            if isinstance(image, Image.Image):
+                image = transform(image.convert(image_mode(config["input_size"][0])))
+            tensors.append(image)
+        shapes = {tuple(tensor.shape) for tensor in tensors}
+        if len(shapes) != 1:
+            raise ValueError(f"Images of shapes {sorted(shapes)} do not make a batch. Pass images of one shape.")
+        images = torch.stack(tensors)
     if images.ndim != 4 or not len(images) or not images.is_floating_point():
         raise ValueError(
             f"images are {images.dtype} of shape {list(images.shape)}; expected floats [B, C, H, W] or [C, H, W], "
             f"normalised as in training. Pass PIL images or paths to have the model's own transform applied."
         )
+    return images
 
 
-def stack(config: Mapping[str, Any], images: Sequence[Any]) -> Tensor:
-    """Makes a batch `[B, C, H, W]` of tensors `[C, H, W]`, and of PIL images and paths, which get timm's transform."""
-    transform, tensors = create_transform(**config), []
-    for image in images:
-        if isinstance(image, str | os.PathLike):
-            image = _read(image)
-        if isinstance(image, Image.Image):
-            image = transform(image.convert(image_mode(config["input_size"][0])))
-        tensors.append(_checked(image))
-    shapes = {tuple(tensor.shape) for tensor in tensors}
-    if len(shapes) != 1:
-        raise ValueError(f"Images of shapes {sorted(shapes)} do not make a batch. Pass images of one shape.")
-    return torch.stack(tensors)
-
-
-def _checked(image: Any) -> Tensor:
-    if not isinstance(image, Tensor) or image.ndim != 3:
-        shape = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
-        raise ValueError(f"An image is {shape}; expected a tensor [C, H, W], a PIL image or a path.")
+def _opened(image: Any) -> Any:
+    """Reads an image if it is a path, and raises a `ValueError` if it is neither a picture nor a tensor of one."""
+    if isinstance(image, str | os.PathLike):
+        try:
+            with Image.open(image) as file:
+                file.load()
+                return file
+        except (OSError, Image.DecompressionBombError) as error:
+            raise ValueError(
+                f"The image {os.fspath(image)!r} cannot be read: {error}. Repair it, or leave it out."
+            ) from error
+    if not isinstance(image, Image.Image) and (not isinstance(image, Tensor) or image.ndim != 3):
+        found = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
+        raise ValueError(f"An image is {found}; expected a tensor [C, H, W], a PIL image or a path.")
     return image
-
-
-def _read(path: str | os.PathLike) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"The image {os.fspath(path)!r} cannot be read: {error}. Repair it, or leave it out."
-        ) from error
 
 
 def to_picture(model: nn.Module, image: Any) -> np.ndarray:
@@ -139,39 +124,31 @@ def to_picture(model: nn.Module, image: Any) -> np.ndarray:
     Float tensors `[C, H, W]` are taken for model inputs, and their normalisation is undone; uint8 tensors, PIL images
     and paths are shown as they are.
     """
-    if isinstance(image, str | os.PathLike):
-        image = _read(image)
+    image = _opened(image)
     if isinstance(image, Image.Image):
         return np.asarray(image.convert("RGB"))
-    image = _checked(image).detach().cpu()
     if image.is_floating_point():
-        image = _to_uint8(_denormalise(image, data_config(model)))
+        image = _pixels(image, model)
     if image.shape[0] != 3:
         # There are no colours to show, so one channel stands for all.
         image = image[:1].expand(3, -1, -1)
-    return image.permute(1, 2, 0).numpy()
+    return image.permute(1, 2, 0).cpu().numpy()
 
 
 def small_images(images: Tensor, model: nn.Module) -> Tensor:
-    """Makes uint8 pictures `[N, C, H, W]` of at most 64 pixels a side of model inputs `[N, C, H, W]`.
-
-    Raises:
-        ValueError: If they have neither 1 nor 3 channels.
-    """
+    """Makes uint8 pictures `[N, C, H, W]` of at most 64 pixels a side of model inputs `[N, C, H, W]`."""
     if images.shape[1] not in (1, 3):
         raise ValueError(f"Images have {images.shape[1]} channels; only 1 or 3 can be shown. Pass store_images=False.")
-    images = _denormalise(images.detach().cpu(), data_config(model))
     factor = _SMALL / max(images.shape[-2:])
     if factor < 1:
         size = [max(1, round(side * factor)) for side in images.shape[-2:]]
-        images = F.interpolate(images, size, mode="bilinear", antialias=True)
-    return _to_uint8(images)
+        images = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
+    return _pixels(images, model)
 
 
-def _denormalise(images: Tensor, config: Mapping[str, Any]) -> Tensor:
+def _pixels(images: Tensor, model: nn.Module) -> Tensor:
+    """Undoes the normalisation of model inputs `[..., C, H, W]`; returns uint8 on the CPU."""
+    config = data_config(model)
     mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
-    return images.float() * std + mean
-
-
-def _to_uint8(images: Tensor) -> Tensor:
+    images = images.detach().cpu().float() * std + mean
     return (images.clamp(0, 1) * 255).round().to(torch.uint8)
