@@ -12,8 +12,8 @@ from PIL import Image
 import timm_memwrap
 from timm_memwrap import explain
 from timm_memwrap.cli import main
-from timm_memwrap.explaining import evaluate_explanations, memory_report
 from timm_memwrap.data import open_source
+from timm_memwrap.explaining import evaluate_explanations, memory_report
 from timm_memwrap.jobs.explain import find_images
 
 CLASSES = ["ant", "bee", "cow"]
@@ -105,13 +105,13 @@ def test_evaluate_prints_and_writes_the_metrics_by_the_names_of_the_classes(
     assert main([*args, "--json", str(file), "--progress", "false"]) == 0
     by_hand = [(Image.open(path), CLASSES.index(path.parent.name)) for path, _ in find_images([place / "data/test"])]
     expected = evaluate_explanations(model, by_hand, progress=False)
-    assert capsys.readouterr().out.strip() == str(expected)
+    assert capsys.readouterr().out == f"{expected}\n\nWritten: {file}\n"
     found = json.loads(file.read_text())
     assert found["accuracy"] == expected.accuracy
     assert found["count"] == 6
     # The classes stand in the folder itself.
     assert main(["evaluate", str(place / "model"), "--data", str(place / "data/test"), "--split", ""]) == 0
-    assert capsys.readouterr().out.strip() == str(expected)
+    assert capsys.readouterr().out == f"{expected}\n\nWritten: {file}\n"
 
 
 def test_report_prints_and_draws(
@@ -147,7 +147,7 @@ def test_names_do_not_steer_the_terminal(place: Path, tmp_path: Path, capsys: py
     [
         (["explain", "{0}/model", "{0}/nothing.png"], "There is no '{0}/nothing.png'"),
         (["explain", "{0}/model", "{0}/model"], "holds no images. Expected files ending in .bmp"),
-        (["explain", "{0}/nothing", "{0}/data"], "is neither a folder nor the name of a repository"),
+        (["explain", "{0}/nothing", "{0}/data"], "is not a directory"),
         (["explain", "{0}/model", "{0}/data/test", "--top_k", "0"], "top_k=0"),
         (["explain", "{0}/model", "{0}/model/config.json"], "config.json' cannot be read"),
         (["evaluate", "{0}/model"], "No data"),

@@ -2,7 +2,7 @@ import pytest
 import timm
 import torch
 
-from timm_memwrap.training.control import WithoutMemory
+from timm_memwrap.training.heads import WithoutMemory
 
 
 @pytest.mark.parametrize("name", ["memwrap_test_resnet", "memwrap_baseline_test_resnet"])

@@ -3,7 +3,7 @@ import timm
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from timm_memwrap.training.frozen import FrozenClassifier, FrozenMemory, encode_images, freeze
+from timm_memwrap.training.heads import FrozenClassifier, FrozenMemory, encode_images, freeze
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "test_efficientnet", "test_byobnet"])
@@ -44,8 +44,8 @@ def test_what_has_several_classifiers_cannot_be_divided() -> None:
         freeze(timm.create_model("deit_tiny_distilled_patch16_224", num_classes=3))
 
 
-def test_the_classifier_as_read_head_cannot_be_trained_on_its_own_logits() -> None:
-    model = timm.create_model("memwrap_baseline_test_resnet", num_classes=3, read_head="classifier")
+def test_the_own_classifier_cannot_be_trained_through_its_memory() -> None:
+    model = timm.create_model("memwrap_evidence_test_resnet", num_classes=3, read_head="logits")
     with pytest.raises(ValueError, match=r"memory\.mode=none"):
         freeze(model)
 

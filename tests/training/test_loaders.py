@@ -4,9 +4,9 @@ import pytest
 import torch
 from timm.data import Mixup
 
-from timm_memwrap.training.configuration import DataConfig
-from timm_memwrap.training.datasets import open_dataset
-from timm_memwrap.training.loaders import MemoryCollate, Numbered, create_mixup, eval_loader, train_loader
+from timm_memwrap.data import open_dataset
+from timm_memwrap.training.configuration import DataConfig, MemoryConfig
+from timm_memwrap.training.loaders import augmented, check_batch_size, create_mixup, eval_loader, train_loader
 
 CONFIG = {
     "input_size": (1, 8, 8),
@@ -30,8 +30,7 @@ def images():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_memory_of_a_step_holds_no_image_of_its_batch_and_none_twice(images, workers: int) -> None:
     config = _config(batch_size=20, color_jitter=0.0)
-    config.workers = workers
-    loader = train_loader(images, config, CONFIG, "sample", 40)
+    loader = train_loader(augmented(images, config, CONFIG), config, MemoryConfig("sample", 40), workers)
     drawn = []
     for batch, _, extra in loader:
         assert extra["memory"].shape == (40, 1, 8, 8)
@@ -43,7 +42,8 @@ def test_the_memory_of_a_step_holds_no_image_of_its_batch_and_none_twice(images,
 
 
 def test_positions_are_those_of_the_samples(images) -> None:
-    loader = train_loader(images, _config(batch_size=20, color_jitter=0.0), CONFIG, "queue", 10)
+    config = _config(batch_size=20, color_jitter=0.0)
+    loader = train_loader(augmented(images, config, CONFIG), config, MemoryConfig("queue", 10))
     for batch, labels, extra in loader:
         for image, label, position in zip(batch, labels, extra["positions"].tolist(), strict=True):
             assert label == images.targets[position]
@@ -75,11 +75,13 @@ def test_evaluation_has_no_randomness(images) -> None:
 )
 def test_batches_that_cannot_be_are_refused(images, mode: str, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        train_loader(images, _config(**options), CONFIG, mode, 40)
+        check_batch_size(len(images), _config(**options), MemoryConfig(mode, 40))
 
 
 def test_a_batch_of_one_is_enough_without_memory(images) -> None:
-    batch, _, extra = next(iter(train_loader(images, _config(batch_size=1), CONFIG, "none", 1)))
+    config = _config(batch_size=1)
+    check_batch_size(len(images), config, MemoryConfig("none"))
+    batch, _, extra = next(iter(train_loader(augmented(images, config, CONFIG), config, MemoryConfig("none"))))
     assert batch.shape == (1, 1, 8, 8)
     assert extra == {}
 
@@ -91,19 +93,17 @@ def test_mixup_is_timms_and_only_if_asked_for() -> None:
     assert (mixup.mixup_alpha, mixup.cutmix_alpha, mixup.label_smoothing) == (0.3, 1.0, 0.1)
 
 
-def test_numbered_hands_the_transform_on(images) -> None:
-    numbered = Numbered(images)
-    numbered.transform = lambda image: image.size
-    assert numbered[3] == ((8, 8), images.targets[3], 3)
+def test_augmentation_leaves_the_images_as_they_were(images) -> None:
+    assert augmented(images, _config(), CONFIG)[3][0].shape == (1, 8, 8)
     assert images.transform is None
 
 
-def test_a_collate_alone_draws_by_the_generator(images) -> None:
-    numbered = Numbered(images.with_transform(lambda image: torch.tensor(list(image.tobytes()))))
-    collate = MemoryCollate(numbered, "sample", 5, 2)
+def test_what_is_drawn_depends_on_the_generator_alone(images) -> None:
+    tensors = images.with_transform(lambda image: torch.tensor(list(image.tobytes())))
     draws = []
     for seed in (0, 0, 1):
+        loader = train_loader(tensors, _config(batch_size=2), MemoryConfig("sample", 5))
         torch.manual_seed(seed)
-        draws.append(collate([numbered[0], numbered[1]])[2]["memory"])
+        draws.append(next(iter(loader))[2]["memory"])
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])

@@ -9,10 +9,11 @@ from timm.task import ClassificationTask
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from timm_memwrap.training.configuration import TrainingConfig
+from timm_memwrap.training.checkpoint import Checkpoints
+from timm_memwrap.training.configuration import DataConfig, MemoryConfig, Recipe, TrainingConfig
 from timm_memwrap.training.evaluation import evaluate, sampled_accuracy
-from timm_memwrap.training.loaders import MemoryCollate, Numbered
-from timm_memwrap.training.loop import Checkpoints, fit
+from timm_memwrap.training.loaders import train_loader
+from timm_memwrap.training.loop import fit
 from timm_memwrap.training.processes import Processes
 from timm_memwrap.training.task import MemoryWrapTask
 
@@ -25,10 +26,10 @@ def _separable(count: int = 64) -> TensorDataset:
 
 
 def _loader(data: TensorDataset, batch_size: int = 16, mode: str = "none", shuffle: bool = True) -> DataLoader:
-    numbered = Numbered(data)
-    return DataLoader(
-        numbered, batch_size, shuffle=shuffle, drop_last=True, collate_fn=MemoryCollate(numbered, mode, 8, batch_size)
-    )
+    loader = train_loader(data, DataConfig(batch_size=batch_size), MemoryConfig(mode, 8))
+    if not shuffle:
+        loader = DataLoader(loader.dataset, batch_size, drop_last=True, collate_fn=loader.collate_fn)
+    return loader
 
 
 def _validate(model: nn.Module) -> dict[str, float]:
@@ -145,7 +146,8 @@ def test_layers_nearer_the_input_learn_slower_with_layer_decay(monkeypatch: pyte
 
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
     data = TensorDataset(torch.randn(8, 5), torch.arange(8) % 2)
-    recipe = {"training": {"lr": 0.1, "scale": (0.5, 1.0)}}
+    recipe = Recipe(data=DataConfig(scale=(0.5, 1.0)), training=TrainingConfig(lr=0.1))
+    other = Recipe(data=DataConfig(scale=(0.5, 1.0)), training=TrainingConfig(lr=0.2))
     checkpoints = Checkpoints(tmp_path / "c", recipe, resume=False)
     fit(
         _task(nn.Linear(5, 2)),
@@ -158,8 +160,8 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
     )
     assert Checkpoints(tmp_path / "c", recipe, resume=True).state["epoch"] == 0
     with pytest.raises(ValueError, match=r"training\.lr=0\.1, now it is 0\.2"):
-        Checkpoints(tmp_path / "c", {"training": {"lr": 0.2, "scale": (0.5, 1.0)}}, resume=True)
-    with pytest.raises(ValueError, match="holds a training already"):
+        Checkpoints(tmp_path / "c", other, resume=True)
+    with pytest.raises(ValueError, match="already holds a training"):
         Checkpoints(tmp_path / "c", recipe, resume=False)
     assert Checkpoints(tmp_path / "c", recipe, resume=False, overwrite=True).state is None
 

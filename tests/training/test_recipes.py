@@ -6,20 +6,22 @@ import pytest
 import torch
 from training_images import write_images
 
-from timm_memwrap.comparing.configuration import Comparison
+from timm_memwrap.data import data_config, open_dataset
+from timm_memwrap.experiments.configuration import Comparison
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.training.configuration import Recipe
-from timm_memwrap.training.creation import create_model, image_config, wrap_trained
-from timm_memwrap.training.datasets import open_dataset
-from timm_memwrap.training.loaders import eval_loader, train_loader
+from timm_memwrap.training.creation import create_model, wrap_trained
+from timm_memwrap.training.fitting import check_recipe, in_chans_of
+from timm_memwrap.training.loaders import augmented, eval_loader, train_loader
 from timm_memwrap.training.recipes import find_recipe, list_recipes, load_recipe, read_recipe, write_recipe
-from timm_memwrap.training.training import check_recipe, in_chans_of
 
 
 @pytest.mark.parametrize("name", list_recipes())
-def test_every_recipe_builds_its_model_and_its_data_pipeline(name: str, tmp_path: Path) -> None:
+def test_every_recipe_is_named_as_its_model_and_builds_it_and_its_data_pipeline(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(find_recipe(name))
     check_recipe(recipe)
+    prefix = "memwrap_evidence_" if recipe.memory.mode == "none" else "memwrap_"
+    assert name == "quickstart" or name.split(".")[0] == prefix + recipe.model.name.split(".")[0]
     recipe.data.workers = 0
     recipe.data.batch_size = 2
     recipe.memory.train_size = 3
@@ -33,11 +35,10 @@ def test_every_recipe_builds_its_model_and_its_data_pipeline(name: str, tmp_path
 
     write_images(tmp_path / "train", 2)
     images = open_dataset("", tmp_path, "train", mode="L" if in_chans_of(recipe) == 1 else "RGB")
-    config = image_config(model)
+    config = data_config(model)
     assert config["input_size"][-1] == (recipe.data.img_size or 224)
-    batch, labels, extra = next(
-        iter(train_loader(images, recipe.data, config, recipe.memory.mode, recipe.memory.train_size))
-    )
+    loader = train_loader(augmented(images, recipe.data, config), recipe.data, recipe.memory)
+    batch, labels, extra = next(iter(loader))
     assert list(batch.shape) == [2, *config["input_size"]]
     assert ("memory" in extra) == (recipe.memory.mode == "sample")
     assert labels.shape == (2,)
@@ -45,14 +46,6 @@ def test_every_recipe_builds_its_model_and_its_data_pipeline(name: str, tmp_path
     if recipe.memory.mode == "sample":
         with torch.device("meta"):
             assert model.train()(batch.to("meta"), memory=extra["memory"].to("meta")).shape == (2, 3)
-
-
-def test_a_recipe_is_named_as_its_model_is() -> None:
-    for name in list_recipes():
-        if name != "quickstart":
-            recipe = load_recipe(find_recipe(name))
-            prefix = "memwrap_baseline_" if recipe.memory.mode == "none" else "memwrap_"
-            assert name.split(".")[0] == prefix + recipe.model.name.split(".")[0]
 
 
 def test_no_recipe_says_again_what_it_inherits() -> None:

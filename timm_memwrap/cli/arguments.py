@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-__all__ = ["Parser", "expand", "make_parser", "show_progress"]
+__all__ = ["Parser", "expand", "make_parser"]
 
 # Short names of options that recipes have in a section.
 _SHORT = {
@@ -59,11 +59,6 @@ def expand(args: list[str], command: str, parser: Parser) -> list[str]:
         ValueError: If there is no such recipe, or it has unknown keys.
     """
     return list(_expanded(args, command, parser))
-
-
-def show_progress(progress: bool | None) -> bool:
-    """Returns whether to show progress bars; by default only in a terminal."""
-    return sys.stderr.isatty() if progress is None else progress
 
 
 def _expanded(args: list[str], command: str, parser: Parser) -> Iterator[str]:

@@ -40,12 +40,13 @@ def main(args: list[str] | None = None) -> int:
         hint = f"Did you mean {near[0]!r}?" if near else "See timm-memwrap --help."
         print(f"timm-memwrap: there is no command {name!r}. {hint}", file=sys.stderr)
         return 2
+    if name == "run":
+        # Its errors are the script's.
+        run(*rest)
+        return 0
     logging.basicConfig(format="%(message)s")
     logging.getLogger("timm_memwrap").setLevel(logging.INFO)
     try:
-        if name == "run":
-            run(*rest)
-            return 0
         parser = make_parser(name, COMMANDS[name])
         values = parser.instantiate(parser.parse_args(expand(rest, name, parser)))
         values.pop("config")

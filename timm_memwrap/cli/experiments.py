@@ -2,26 +2,25 @@
 
 from typing import Any
 
-from timm_memwrap.cli.arguments import show_progress
-from timm_memwrap.cli.output import print_result
+from timm_memwrap.cli.output import IN_TERMINAL, print_result
 
 __all__ = ["benchmark", "compare"]
 
 
-def compare(out: str = "comparison", progress: bool | None = None, **sections: Any) -> None:
+def compare(out: str = "comparison", progress: bool = IN_TERMINAL, **sections: Any) -> None:
     """Trains heads side by side on the same images and seeds, and measures them and their evidence.
 
     Started again with the same folder it continues where it stopped; heads and seeds may be added.
 
     Args:
         out: Folder for the trainings, the measures, the table and the figure.
-        progress: Whether to show progress bars; null for only in a terminal.
+        progress: Whether to show progress bars; by default in a terminal.
         **sections: As of Comparison.
     """
     from timm_memwrap.experiments.comparison import compare as run
     from timm_memwrap.experiments.configuration import Comparison
 
-    report = run(Comparison(**sections), out, show_progress(progress))
+    report = run(Comparison(**sections), out, progress)
     print(f"{report}\n\nWritten: {report.directory}")
 
 

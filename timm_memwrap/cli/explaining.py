@@ -1,7 +1,6 @@
 """The commands that explain predictions, and measure explanations and memories."""
 
-from timm_memwrap.cli.arguments import show_progress
-from timm_memwrap.cli.output import print_result
+from timm_memwrap.cli.output import IN_TERMINAL, print_result
 
 __all__ = ["evaluate", "explain", "report"]
 
@@ -14,7 +13,7 @@ def explain(
     memory_data: str | None = None,
     heatmaps: str | None = None,
     json: str | None = None,
-    progress: bool | None = None,
+    progress: bool = IN_TERMINAL,
 ) -> None:
     """Explains images by the remembered images that their predictions used.
 
@@ -28,7 +27,7 @@ def explain(
         heatmaps: Show in the report where in the images the prediction comes from, by this method:
             integrated_gradients, input_x_gradient or saliency. Needs memory_data and out.
         json: File to write the explanations to as JSON, or - to print that instead of tables.
-        progress: Whether to show progress bars; null for only in a terminal.
+        progress: Whether to show progress bars; by default in a terminal.
     """
     from timm_memwrap.data import open_remembered
     from timm_memwrap.hub import from_pretrained
@@ -37,7 +36,7 @@ def explain(
     found = find_images(images)
     model = from_pretrained(source).eval()
     memory = None if memory_data is None else open_remembered(memory_data)
-    explanations = explain_files(model, found, top_k, memory, heatmaps, out, show_progress(progress))
+    explanations = explain_files(model, found, top_k, memory, heatmaps, out, progress)
     named = [(name, explanation) for (_, name), explanation in zip(found, explanations, strict=True)]
     text = "\n\n".join(describe(model, name, explanation) for name, explanation in named)
     if out is not None:
@@ -46,7 +45,7 @@ def explain(
 
 
 def evaluate(
-    source: str, data: str = "", split: str = "test", json: str | None = None, progress: bool | None = None
+    source: str, data: str = "", split: str = "test", json: str | None = None, progress: bool = IN_TERMINAL
 ) -> None:
     """Evaluates a model and its explanations over labelled images.
 
@@ -57,7 +56,7 @@ def evaluate(
         data: The images: an image folder or tar file, digits, or torch/NAME or hfds/OWNER/NAME as timm reads them.
         split: The split; of an image folder the folder in it, or '' if the classes are in the folder itself.
         json: File to write the metrics to as JSON, or - to print that instead of a table.
-        progress: Whether to show progress bars; null for only in a terminal.
+        progress: Whether to show progress bars; by default in a terminal.
     """
     from timm_memwrap.data import match_labels, open_source
     from timm_memwrap.explaining import evaluate_explanations
@@ -65,7 +64,7 @@ def evaluate(
 
     dataset = open_source(data, split)
     model = from_pretrained(source).eval()
-    metrics = evaluate_explanations(model, match_labels(model, dataset), progress=show_progress(progress))
+    metrics = evaluate_explanations(model, match_labels(model, dataset), progress=progress)
     print_result(metrics, {"source": source, "data": data, "split": split, **metrics.to_dict()}, json)
 
 
@@ -76,7 +75,7 @@ def report(
     out: str | None = None,
     memory_data: str | None = None,
     json: str | None = None,
-    progress: bool | None = None,
+    progress: bool = IN_TERMINAL,
 ) -> None:
     """Finds remembered images that mislead, that are never read, or whose label the model disputes.
 
@@ -87,7 +86,7 @@ def report(
         out: File to draw the worst to: a PNG, PDF or SVG, by its suffix.
         memory_data: As in explain.
         json: File to write the counts to as JSON, or - to print that instead of a table.
-        progress: Whether to show progress bars; null for only in a terminal.
+        progress: Whether to show progress bars; by default in a terminal.
     """
     from timm_memwrap.data import match_labels, open_remembered, open_source
     from timm_memwrap.explaining import memory_report, plot_memory_report
@@ -96,7 +95,7 @@ def report(
     dataset = open_source(data, split)
     memory = None if memory_data is None else open_remembered(memory_data)
     model = from_pretrained(source).eval()
-    found = memory_report(model, match_labels(model, dataset), progress=show_progress(progress))
+    found = memory_report(model, match_labels(model, dataset), progress=progress)
     if out is not None:
         plot_memory_report(model, found, path=out, dataset=memory)
     print_result(found, found.to_dict(), json)

@@ -1,9 +1,13 @@
 """Prints results, as text or as JSON."""
 
 import json
+import sys
 from typing import Any
 
-__all__ = ["print_result"]
+__all__ = ["IN_TERMINAL", "print_result"]
+
+# Whether someone can see a progress bar move.
+IN_TERMINAL = sys.stderr.isatty()
 
 
 def print_result(text: object, values: Any, target: str | None) -> None:

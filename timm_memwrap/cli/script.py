@@ -14,12 +14,12 @@ def run(*args: str) -> None:
         *args: Path of the script, and its arguments.
 
     Raises:
-        ValueError: If there is no such script.
+        SystemExit: If there is no such script.
     """
     if not args or not Path(args[0]).is_file():
-        raise ValueError(
-            f"{args[0] if args else ''!r} is not a file. Pass the path of a script, e.g. of timm's train.py: "
-            f"timm-memwrap run SCRIPT [ARGUMENTS ...]"
+        raise SystemExit(
+            f"usage: timm-memwrap run SCRIPT [ARGUMENTS ...]\n"
+            f"{args[0] if args else 'SCRIPT'!r} is not a file. Pass the path of a script, e.g. of timm's train.py."
         )
     sys.argv = list(args)
     sys.path.insert(0, str(Path(args[0]).resolve().parent))

@@ -2,18 +2,18 @@
 
 from typing import Any
 
-from timm_memwrap.cli.arguments import show_progress
+from timm_memwrap.cli.output import IN_TERMINAL
 
 __all__ = ["quickstart", "train", "wrap"]
 
 
-def quickstart(out: str = "quickstart", recipe: str = "quickstart", progress: bool = True) -> None:
+def quickstart(out: str = "quickstart", recipe: str = "quickstart", progress: bool = IN_TERMINAL) -> None:
     """Trains a small model on digits, gives it a memory, explains, saves and reloads it, with nothing to download.
 
     Args:
         out: Folder for the model and the figure.
         recipe: Name of a recipe in hub_configs, or path of a YAML file of that form.
-        progress: Whether to show progress bars.
+        progress: Whether to show progress bars; by default in a terminal.
     """
     from timm_memwrap.jobs.quickstart import run_quickstart
     from timm_memwrap.training.recipes import find_recipe, load_recipe
@@ -41,7 +41,7 @@ def quickstart(out: str = "quickstart", recipe: str = "quickstart", progress: bo
 
 
 def train(
-    out: str = "output", resume: bool = False, overwrite: bool = False, progress: bool | None = None, **sections: Any
+    out: str = "output", resume: bool = False, overwrite: bool = False, progress: bool = IN_TERMINAL, **sections: Any
 ) -> None:
     """Trains a model from a recipe, and leaves it with its memory, model card, metrics and curves in a folder.
 
@@ -49,14 +49,14 @@ def train(
         out: Folder for all of it.
         resume: Whether to resume an interrupted training in this folder.
         overwrite: Whether to start over in a folder that holds a training.
-        progress: Whether to show progress bars; null for only in a terminal.
+        progress: Whether to show progress bars; by default in a terminal.
         **sections: As of Recipe.
     """
     from timm_memwrap.jobs.train import train as run
     from timm_memwrap.training.configuration import Recipe
 
     recipe = Recipe(**sections)
-    report = run(recipe, out, resume, overwrite, show_progress(progress))
+    report = run(recipe, out, resume, overwrite, progress)
     if not report.first:
         return
     print(
@@ -74,19 +74,19 @@ def train(
     _print_saved(report.directory)
 
 
-def wrap(model: str, data: str = "", out: str = "output", progress: bool | None = None, **options: Any) -> None:
+def wrap(model: str, data: str = "", out: str = "output", progress: bool = IN_TERMINAL, **options: Any) -> None:
     """Gives a trained classifier a memory in one pass over its training images, with nothing to train.
 
     Args:
         model: What timm.create_model takes, e.g. resnet50.a1_in1k, hf-hub:owner/name or local-dir:path; or a folder.
         data: The training images: an image folder, a tar file, digits, or a data set that timm can read.
         out: Folder for the model with its memory.
-        progress: Whether to show progress bars; null for only in a terminal.
+        progress: Whether to show progress bars; by default in a terminal.
         **options: As of wrap_classifier.
     """
     from timm_memwrap.jobs.wrap import wrap_classifier
 
-    report = wrap_classifier(model, data, out, progress=show_progress(progress), **options)
+    report = wrap_classifier(model, data, out, progress=progress, **options)
     if report.plain_accuracy is not None:
         print(f"{report.plain_accuracy:7.2%}  accuracy of the classifier as it was")
     if report.metrics is not None:

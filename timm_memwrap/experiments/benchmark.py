@@ -25,7 +25,7 @@ from timm.task import ClassificationTask
 from torch import Tensor, nn
 
 from timm_memwrap._utils import check_choice, check_count
-from timm_memwrap.experiments.timing import Call, Row, make_rows, measure
+from timm_memwrap.experiments.timing import Call, Row, compare_calls, make_rows
 from timm_memwrap.explaining import explain
 from timm_memwrap.hub import from_pretrained, push_to_hub, save_pretrained
 from timm_memwrap.layers import MemoryWrapLayer
@@ -161,11 +161,10 @@ def _inference(
             calls["memorywrap, cached encodings"] = lambda: layer(encode(images), kept)
     limits = {(1000, True): 1.02, (1000, False): 1.05, (100_000, True): 1.05, (100_000, False): 1.5}
     limit = limits.get((bank_size, batch_size >= 32)) if name == "resnet18" else None
-    with torch.inference_mode():
-        times = measure(calls, rounds, device)
     setting = {"model": name, "img_size": img_size, "batch_size": batch_size, "bank_size": bank_size}
     budgets = {"wrapped classifier": limit, "published head, kept memory": limit}
-    return make_rows(times, "inference", "plain backbone", budgets, **setting)
+    with torch.inference_mode():
+        return compare_calls(calls, "inference", rounds, device, budgets, **setting)
 
 
 def _reading(bank_size: int, width: int, batch_size: int, device: str, rounds: int, indexes: list[str]) -> list[Row]:
@@ -180,10 +179,9 @@ def _reading(bank_size: int, width: int, batch_size: int, device: str, rounds: i
             reads[f"faiss {kind}"] = memory._replace(index=FaissIndex(memory.keys, kind))
         calls: dict[str, Call] = {"matrix product": lambda: query @ memory.keys.vectors.T}
         calls |= {what: partial(layer.read, query, searched) for what, searched in reads.items()}
-        times = measure(calls, rounds, device)
+        budgets = {"exact read": 1.5 if bank_size >= 1_000_000 else None}
+        rows = compare_calls(calls, "read", rounds, device, budgets, batch_size=batch_size, bank_size=bank_size)
         weights = {what: _dense(layer.read(query, searched), bank_size) for what, searched in reads.items()}
-    budgets = {"exact read": 1.5 if bank_size >= 1_000_000 else None}
-    rows = make_rows(times, "read", "matrix product", budgets, batch_size=batch_size, bank_size=bank_size)
     return [
         replace(row, **_quality(weights["exact read"], weights[row.what], labels))
         if row.what.startswith("faiss")
@@ -223,9 +221,8 @@ def _against_published(width: int, device: str, rounds: int) -> list[Row]:
             "memorywrap, l2": lambda: layer(queries, encodings),
             "exact read, l2": lambda: ours.classify(queries, ours.read(ours.query(queries), memory).vector),
         }
-        times = measure(calls, max(1, rounds // 3), device)
-    setting = {"batch_size": 128, "bank_size": PUBLISHED_LIMIT}
-    return make_rows(times, "read", "memorywrap, l2", {"exact read, l2": 1 / 50}, **setting)
+        setting = {"batch_size": 128, "bank_size": PUBLISHED_LIMIT}
+        return compare_calls(calls, "read", max(1, rounds // 3), device, {"exact read, l2": 1 / 50}, **setting)
 
 
 def _training(name: str, img_size: int, device: str, rounds: int) -> list[Row]:
@@ -254,9 +251,8 @@ def _training(name: str, img_size: int, device: str, rounds: int) -> list[Row]:
         "memory from the queue": step(f"memwrap_{name}", positions=torch.arange(batch_size, device=device)),
         f"paper's protocol, {PUBLISHED_MEMORY} images": step(f"memwrap_{name}", memory=memory),
     }
-    times = measure(calls, rounds, device)
     setting = {"model": name, "img_size": img_size, "batch_size": batch_size}
-    return make_rows(times, "training", "plain backbone", {"memory from the batch": 1.05}, **setting)
+    return compare_calls(calls, "training", rounds, device, {"memory from the batch": 1.05}, **setting)
 
 
 def _explaining(name: str, img_size: int, device: str, rounds: int) -> list[Row]:
@@ -265,15 +261,14 @@ def _explaining(name: str, img_size: int, device: str, rounds: int) -> list[Row]
     wrapped = _filled(wrap(timm.create_model(name, num_classes=CLASSES).to(device)), bank_size)
     images = torch.randn(batch_size, wrapped.in_chans, img_size, img_size, device=device)
     calls: dict[str, Call] = {"prediction": lambda: wrapped(images), "explanation": lambda: explain(wrapped, images)}
-    with torch.inference_mode():
-        times = measure(calls, rounds, device)
     setting = {"model": name, "img_size": img_size, "batch_size": batch_size, "bank_size": bank_size}
-    return make_rows(times, "explain", "prediction", {"explanation": 1.2}, **setting)
+    with torch.inference_mode():
+        return compare_calls(calls, "explain", rounds, device, {"explanation": 1.2}, **setting)
 
 
 def _saving(name: str, rounds: int) -> list[Row]:
     """Times saving and loading beside timm's own of the backbone and a raw write and read of the bank."""
-    size, anchor = 10_000, "timm, and the bank raw"
+    size, anchor, ours_name = 10_000, "timm, and the bank raw", "model with its memory"
     plain = timm.create_model(name, num_classes=CLASSES).eval()
     # Without a head of its own, it holds what the two files beside it hold.
     options: Mapping[str, Any] = {"num_classes": CLASSES, "read_head": "identity", "classifier": "linear"}
@@ -297,8 +292,8 @@ def _saving(name: str, rounds: int) -> list[Row]:
             "load": (load_raw, lambda: from_pretrained(ours)),
         }
         for verb, (their_call, our_call) in verbs.items():
-            times = measure({anchor: their_call, "model with its memory": our_call}, rounds)
-            found = make_rows(times, "save", anchor, {"model with its memory": 1.3}, model=name, bank_size=size)
+            calls = {anchor: their_call, ours_name: our_call}
+            found = compare_calls(calls, "save", rounds, budgets={ours_name: 1.3}, model=name, bank_size=size)
             rows += [replace(row, what=f"{verb}: {row.what}") for row in found]
     return rows
 
@@ -317,8 +312,7 @@ def _pushing(name: str, rounds: int, namespace: str) -> list[Row]:
             "save": lambda: save_pretrained(model, folder),
             "push": lambda: push_to_hub(model, f"{namespace}/benchmark-{next(numbers)}"),
         }
-        times = measure(calls, rounds)
-    return make_rows(times, "push", "save", model=name, bank_size=10_000)
+        return compare_calls(calls, "push", rounds, model=name, bank_size=10_000)
 
 
 def _importing(rounds: int) -> list[Row]:
@@ -334,4 +328,4 @@ def _importing(rounds: int) -> list[Row]:
             done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
             if i:
                 times[name].append(float(done.stdout))
-    return make_rows(times, "import", "import timm")
+    return make_rows(times, "import", {})

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Call", "Row", "make_rows", "measure", "table"]
+__all__ = ["Call", "Row", "compare_calls", "make_rows", "measure", "table"]
 
 Call = Callable[[], Any]
 
@@ -60,22 +60,32 @@ def measure(calls: Mapping[str, Call], rounds: int, device: str = "cpu") -> dict
     return times
 
 
-def make_rows(
-    times: Mapping[str, Sequence[float]],
+def compare_calls(
+    calls: Mapping[str, Call],
     part: str,
-    anchor: str,
+    rounds: int,
+    device: str = "cpu",
     budgets: Mapping[str, float | None] | None = None,
     **setting: Any,
 ) -> list[Row]:
-    """Makes a row of each series of times.
+    """Times calls, and makes a row of each.
 
     Args:
-        times: What `measure` returned.
+        calls: The calls by name; the first is the anchor that the others are divided by.
         part: The part of the benchmark.
-        anchor: The series that the others are divided by.
+        rounds: As in `measure`.
+        device: As in `measure`.
         budgets: Largest allowed ratios by name.
         **setting: Further fields that the rows share.
     """
+    return make_rows(measure(calls, rounds, device), part, budgets or {}, **setting)
+
+
+def make_rows(
+    times: Mapping[str, Sequence[float]], part: str, budgets: Mapping[str, float | None], **setting: Any
+) -> list[Row]:
+    """Makes a row of each series of times. See `compare_calls`."""
+    anchor = next(iter(times))
     return [
         Row(
             part=part,
@@ -83,7 +93,7 @@ def make_rows(
             milliseconds=statistics.median(values),
             ratio=statistics.median(a / b for a, b in zip(values, times[anchor], strict=True)),
             anchor=anchor,
-            budget=(budgets or {}).get(what),
+            budget=budgets.get(what),
             **setting,
         )
         for what, values in times.items()

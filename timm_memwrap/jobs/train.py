@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +60,7 @@ def train(
     out: str | os.PathLike,
     resume: bool = False,
     overwrite: bool = False,
-    progress: bool | None = None,
+    progress: bool = True,
 ) -> TrainingReport:
     """Trains the model of a recipe, builds its memory, evaluates and saves it, and pushes it if the recipe says so.
 
@@ -76,7 +75,7 @@ def train(
             bit for bit with one process on a CPU in full precision (PyTorch's own bfloat16 gradients differ from run to
             run).
         overwrite: Whether to start over in a folder that holds a training.
-        progress: Whether to show progress bars; `None` for only in a terminal.
+        progress: Whether to show progress bars.
 
     Raises:
         ValueError: If the recipe contradicts itself or the data, or the loss is not finite.
@@ -84,7 +83,7 @@ def train(
     check_recipe(recipe)
     if recipe.hub.push is not None:
         check_repo_id(recipe.hub.push)
-    out, progress = Path(out), sys.stderr.isatty() if progress is None else progress
+    out = Path(out)
     start = time.perf_counter()
     with processes(recipe.training.device) as env:
         try:
@@ -113,7 +112,12 @@ def _finish(fitted: Fitted, out: Path, seconds: float) -> TrainingReport:
     sampled = []
     if memory.sampled_evaluations:
         sampled = sampled_accuracy(
-            model, loader, fitted.memory_images, memory.train_size, memory.sampled_evaluations, recipe.training.seed
+            model,
+            loader,
+            fitted.batches(fitted.images).dataset,
+            memory.train_size,
+            memory.sampled_evaluations,
+            recipe.training.seed,
         )
     report = TrainingReport(
         out, model, metrics.accuracy, plain_accuracy, sampled, metrics, fitted.history, seconds, env.first

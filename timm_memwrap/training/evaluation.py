@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 from timm_memwrap._utils import evaluating
-from timm_memwrap.data import Images
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.training.processes import Processes
 
@@ -36,7 +35,7 @@ def evaluate(model: nn.Module, loader: Any, processes: Processes, **kwargs: Any)
 
 
 def sampled_accuracy(
-    model: MemoryWrapModel, loader: DataLoader, memory: Images, size: int, draws: int, seed: int = 0
+    model: MemoryWrapModel, loader: DataLoader, memory: Any, size: int, draws: int, seed: int = 0
 ) -> list[float]:
     """Evaluates by the paper's protocol (Section 4): each batch reads training images drawn at random.
 

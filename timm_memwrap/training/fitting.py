@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import create_transform
 from timm.task import ClassificationTask
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from timm_memwrap._utils import check_count
 from timm_memwrap.building import build_memory_bank
@@ -21,14 +20,7 @@ from timm_memwrap.training.configuration import Recipe
 from timm_memwrap.training.creation import check_model_config, create_model
 from timm_memwrap.training.evaluation import evaluate
 from timm_memwrap.training.heads import FrozenMemory, WithoutMemory, encode_images, freeze
-from timm_memwrap.training.loaders import (
-    MemoryCollate,
-    Numbered,
-    check_batch_size,
-    create_mixup,
-    eval_loader,
-    train_loader,
-)
+from timm_memwrap.training.loaders import augmented, check_batch_size, create_mixup, eval_loader, train_loader
 from timm_memwrap.training.loop import fit
 from timm_memwrap.training.outputs import tensorboard, write_metrics
 from timm_memwrap.training.processes import Processes
@@ -132,6 +124,7 @@ def fit_recipe(
     if processes.first:
         write_recipe(recipe, out / "recipe.yaml")
     images, held_out = open_data(recipe, progress and processes.first)
+    check_batch_size(len(images), recipe.data, recipe.memory)
     if recipe.memory.size is not None and recipe.memory.size > len(images):
         raise ValueError(
             f"memory.size={recipe.memory.size}, but there are {len(images)} training images. Pass at most that, or "
@@ -183,7 +176,6 @@ class Fitted:
         model: The model; after training in evaluation mode, without a memory bank.
         images: The training images.
         held_out: The validation images.
-        memory_images: The training images with the evaluation transform.
         eval_batches: This process's batches of the validation images.
         history: A row of metrics for each epoch.
     """
@@ -203,7 +195,6 @@ class Fitted:
         self.progress, self.reads_memory = progress, reads_memory
         self.history: list[dict[str, Any]] = []
         self.data_config = data_config(model)
-        self.memory_images = images.with_transform(create_transform(**self.data_config))
         self.eval_batches = self.batches(held_out, processes.rank, processes.world_size)
 
     def batches(self, images: Images, rank: int = 0, world_size: int = 1) -> DataLoader:
@@ -215,7 +206,7 @@ class Fitted:
         recipe = self.recipe
         build_memory_bank(
             model,
-            DataLoader(self.memory_images, recipe.data.batch_size, num_workers=recipe.data.workers),
+            self.batches(self.images),
             size=recipe.memory.size,
             selection=recipe.memory.selection,
             store_images=store_images,
@@ -228,32 +219,21 @@ class Fitted:
 
     def whole(self) -> tuple[ClassificationTask, DataLoader, Any]:
         """Returns what `fit` needs to train all weights."""
-        memory, distributed = self.recipe.memory, self.processes.distributed
-        loader = train_loader(
-            self.images, self.recipe.data, self.data_config, memory.mode, memory.train_size, distributed
-        )
+        recipe, distributed = self.recipe, self.processes.distributed
+        images = augmented(self.images, recipe.data, self.data_config)
+        loader = train_loader(images, recipe.data, recipe.memory, recipe.data.workers, distributed)
         return self._task(self.model), loader, self._validate
 
     def head_alone(self) -> tuple[ClassificationTask, DataLoader, Any]:
         """Returns what `fit` needs to train the head on encodings."""
         recipe, processes = self.recipe, self.processes
-        memory, batch_size = recipe.memory, recipe.data.batch_size
-        check_batch_size(len(self.images), recipe.data, memory.mode)
+        memory = recipe.memory
         head = freeze(self.model)
         known, unseen = (
             encode_images(head, self.model, self.batches(part), processes.device, self.progress)
             for part in (self.images, self.held_out)
         )
-        numbered = Numbered(known)
-        sampler: Any = DistributedSampler(numbered, drop_last=True) if processes.distributed else None
-        loader: DataLoader = DataLoader(
-            numbered,
-            batch_size,
-            shuffle=sampler is None,
-            sampler=sampler,
-            drop_last=True,
-            collate_fn=MemoryCollate(numbered, memory.mode, memory.train_size, batch_size),
-        )
+        loader = train_loader(known, recipe.data, memory, distributed=processes.distributed)
         kwargs: dict[str, Any] = {}
         if isinstance(head, FrozenMemory) and self.reads_memory:
             encodings, size = known.tensors[0], None if memory.selection == "all" else memory.size
@@ -261,7 +241,7 @@ class Fitted:
             chosen = select(memory.selection, labels, encodings, size, recipe.training.seed)
             kwargs["memory"] = encodings[chosen].to(processes.device)
         mine = TensorDataset(*(tensor[processes.rank :: processes.world_size] for tensor in unseen.tensors))
-        batches = DataLoader(mine, batch_size)
+        batches = DataLoader(mine, recipe.data.batch_size)
         return self._task(head), loader, lambda module: evaluate(module, batches, processes, **kwargs)
 
     def _task(self, module: Any) -> ClassificationTask:

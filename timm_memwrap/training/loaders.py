@@ -1,25 +1,23 @@
-"""Makes batches for training and evaluation with timm's loader and transforms.
+"""Makes batches for training and evaluation with timm's transforms.
 
-A training batch is `(images, labels, extra)`, where `extra` holds what the memory mode reads beside the batch.
+A training batch is `(inputs, labels, extra)`, where `extra` holds what the memory mode reads beside the batch.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from PIL import Image
-from timm.data import Mixup, create_loader
+from timm.data import Mixup, create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
 from timm_memwrap.data import Images
-from timm_memwrap.training.configuration import DataConfig
+from timm_memwrap.training.configuration import DataConfig, MemoryConfig
 
-__all__ = ["MemoryCollate", "Numbered", "check_batch_size", "create_mixup", "eval_loader", "train_loader"]
+__all__ = ["augmented", "check_batch_size", "create_mixup", "eval_loader", "train_loader"]
 
 
-class Numbered(Dataset):
-    """A data set of `(image, label, position)`."""
+class _Numbered(Dataset):
+    """A data set of `(input, label, position)`."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -28,44 +26,17 @@ class Numbered(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Any, Any, int]:
-        image, label = self.dataset[index][:2]
-        return image, label, index
-
-    @property
-    def transform(self) -> Callable[[Image.Image], Any] | None:
-        """The transform of the underlying data set, which timm's loader sets."""
-        return self.dataset.transform
-
-    @transform.setter
-    def transform(self, transform: Callable[[Image.Image], Any] | None) -> None:
-        self.dataset = self.dataset.with_transform(transform)
+        return (*self.dataset[index][:2], index)
 
 
-class MemoryCollate:
-    """Collates a batch and what the memory mode reads beside it, in the process that loads the images.
+class _MemoryCollate:
+    """Collates a batch and what the memory mode reads beside it, in the process that loads the inputs."""
 
-    Args:
-        numbered: The training samples.
-        mode: `"sample"` adds `memory`: `size` other training images, drawn for each batch. `"queue"` adds `positions`
-            of the samples. Other modes add nothing.
-        size: Number of images to draw.
-        batch_size: Number of samples in a batch.
-
-    Raises:
-        ValueError: If there are fewer samples than a batch and `size` together.
-    """
-
-    def __init__(self, numbered: Numbered, mode: str, size: int, batch_size: int) -> None:
-        if mode == "sample" and size + batch_size > len(numbered):
-            raise ValueError(
-                f"memory.train_size={size} and data.batch_size={batch_size} are more than the {len(numbered)} training "
-                f"images: the memory must not hold the images of the batch. Lower one of them."
-            )
-        self.numbered, self.mode, self.size = numbered, mode, size
+    def __init__(self, numbered: _Numbered, memory: MemoryConfig) -> None:
+        self.numbered, self.mode, self.size = numbered, memory.mode, memory.train_size
 
     def __call__(self, samples: list[tuple[Any, Any, int]]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Returns images `[B, C, H, W]`, labels `[B]`, and by name what the mode adds."""
-        images, labels, positions = default_collate(samples)
+        inputs, labels, positions = default_collate(samples)
         extra = {}
         if self.mode == "queue":
             extra["positions"] = positions
@@ -75,36 +46,39 @@ class MemoryCollate:
             order = torch.randperm(len(self.numbered)).tolist()
             drawn = [i for i in order if i not in taken][: self.size]
             extra["memory"] = default_collate([self.numbered[i][0] for i in drawn])
-        return images, labels, extra
+        return inputs, labels, extra
 
 
 def train_loader(
-    images: Images,
-    config: DataConfig,
-    model_config: dict[str, Any],
-    mode: str,
-    train_size: int,
-    distributed: bool = False,
+    dataset: Any, config: DataConfig, memory: MemoryConfig, workers: int = 0, distributed: bool = False
 ) -> DataLoader:
-    """Makes shuffled and augmented training batches.
+    """Makes shuffled training batches.
 
     Args:
-        images: The training images.
-        config: How they are augmented.
-        model_config: The model's input size, normalisation and interpolation, as `data_config` returns them.
-        mode: As in `MemoryConfig`.
-        train_size: As in `MemoryConfig`.
+        dataset: A data set of `(input, label)`.
+        config: The size of a batch.
+        memory: The mode, which decides what `extra` holds: `"sample"` adds `memory`, `train_size` other inputs that are
+            drawn for each batch; `"queue"` adds `positions` of the samples; other modes add nothing.
+        workers: Processes that load inputs.
         distributed: Whether each process of the default group gets its part.
-
-    Raises:
-        ValueError: If there are fewer images than a batch takes, or the batch does not suit the mode.
     """
-    check_batch_size(len(images), config, mode)
-    numbered = Numbered(images)
-    return create_loader(
-        numbered,  # type: ignore[arg-type]
+    numbered = _Numbered(dataset)
+    sampler: Any = DistributedSampler(numbered, drop_last=True) if distributed else None
+    return DataLoader(
+        numbered,
+        config.batch_size,
+        shuffle=sampler is None,
+        sampler=sampler,
+        drop_last=True,
+        collate_fn=_MemoryCollate(numbered, memory),
+        num_workers=workers,
+    )
+
+
+def augmented(images: Images, config: DataConfig, model_config: dict[str, Any]) -> Images:
+    """Returns the images with timm's augmentation, for a model of a data config."""
+    transform = create_transform(
         input_size=model_config["input_size"],
-        batch_size=config.batch_size,
         is_training=True,
         re_prob=config.re_prob,
         re_mode="pixel",
@@ -117,52 +91,16 @@ def train_loader(
         interpolation=model_config["interpolation"],
         mean=model_config["mean"],
         std=model_config["std"],
-        num_workers=config.workers,
-        distributed=distributed,
-        collate_fn=MemoryCollate(numbered, mode, train_size, config.batch_size),
-        use_prefetcher=False,
-        # A persistent worker would continue its random numbers, so that a resumed run would differ.
-        persistent_workers=False,
     )
+    return images.with_transform(transform)
 
 
 def eval_loader(
     images: Images, config: DataConfig, model_config: dict[str, Any], rank: int = 0, world_size: int = 1
 ) -> DataLoader:
     """Makes batches in order with the evaluation transform; each process gets its part, no image twice."""
-    return create_loader(
-        images.at(range(rank, len(images), world_size)),  # type: ignore[arg-type]
-        input_size=model_config["input_size"],
-        batch_size=config.batch_size,
-        interpolation=model_config["interpolation"],
-        mean=model_config["mean"],
-        std=model_config["std"],
-        crop_pct=model_config["crop_pct"],
-        crop_mode=model_config["crop_mode"],
-        num_workers=config.workers,
-        use_prefetcher=False,
-        persistent_workers=False,
-    )
-
-
-def check_batch_size(count: int, config: DataConfig, mode: str) -> None:
-    """Raises if batches cannot be filled, or do not suit the memory mode.
-
-    Raises:
-        ValueError: If so.
-    """
-    size = config.batch_size
-    if size < 1 or size > count:
-        raise ValueError(
-            f"data.batch_size={size}, but there are {count} training images. Pass a batch size of 1 to {count}."
-        )
-    if mode == "batch" and size == 1:
-        raise ValueError(
-            "data.batch_size=1 with memory.mode=batch leaves nothing to read: the memory is the rest of the batch. Pass "
-            "a larger batch, or another mode."
-        )
-    if (config.mixup or config.cutmix) and size % 2:
-        raise ValueError(f"data.batch_size={size} is odd, but Mixup pairs the images of a batch. Pass an even one.")
+    mine = images.at(range(rank, len(images), world_size)).with_transform(create_transform(**model_config))
+    return DataLoader(mine, config.batch_size, num_workers=config.workers)
 
 
 def create_mixup(config: DataConfig, smoothing: float, num_classes: int) -> Mixup | None:
@@ -176,3 +114,28 @@ def create_mixup(config: DataConfig, smoothing: float, num_classes: int) -> Mixu
         label_smoothing=smoothing,
         num_classes=num_classes,
     )
+
+
+def check_batch_size(count: int, config: DataConfig, memory: MemoryConfig) -> None:
+    """Raises if batches of `count` images cannot be filled, or do not suit the memory mode.
+
+    Raises:
+        ValueError: If so.
+    """
+    size = config.batch_size
+    if size < 1 or size > count:
+        raise ValueError(
+            f"data.batch_size={size}, but there are {count} training images. Pass a batch size of 1 to {count}."
+        )
+    if memory.mode == "batch" and size == 1:
+        raise ValueError(
+            "data.batch_size=1 with memory.mode=batch leaves nothing to read: the memory is the rest of the batch. "
+            "Pass a larger batch, or another mode."
+        )
+    if memory.mode == "sample" and memory.train_size + size > count:
+        raise ValueError(
+            f"memory.train_size={memory.train_size} and data.batch_size={size} are more than the {count} training "
+            f"images, but the memory must not hold the images of the batch. Lower one of them."
+        )
+    if (config.mixup or config.cutmix) and size % 2:
+        raise ValueError(f"data.batch_size={size} is odd, but Mixup pairs the images of a batch. Pass an even one.")

@@ -90,7 +90,8 @@ class MemoryWrapTask(ClassificationTask):
         read: dict[str, Tensor] = {}
         # The first step has no earlier encodings, so it reads the rest of its batch.
         if len(self.queue):
-            read = {"memory": self.queue.encodings, "hidden": self.queue.hidden_from(positions)}
+            # A copy, because the backward pass needs what is overwritten below.
+            read = {"memory": self.queue.encodings.clone(), "hidden": self.queue.hidden_from(positions)}
         readout = self.trainable_module(input, return_readout=True, **read)
         self.queue.append(readout.encoding.detach(), positions)
         return readout.logits

@@ -3,9 +3,10 @@
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 
 import timm_memwrap
-from timm_memwrap.comparing.measures import (
+from timm_memwrap.experiments.measures import (
     Encoded,
     classification_measures,
     memory_measures,
@@ -16,25 +17,29 @@ from timm_memwrap.explaining import fit_temperature
 from timm_memwrap.explaining.metrics import expected_calibration_error
 from timm_memwrap.model import MemoryWrapModel
 
-CLASSES, EACH = 4, 6
+CLASSES, EACH, WIDTH = 4, 6, 96
 
 
 def _model(**options: object) -> MemoryWrapModel:
     plain = timm.create_model("test_resnet", num_classes=CLASSES)
-    return timm_memwrap.wrap(plain, read_head="classifier", **options).eval()  # type: ignore[arg-type]
+    with torch.no_grad():
+        # The first columns of an encoding are its logits.
+        plain.fc.weight.copy_(torch.eye(CLASSES, plain.head_hidden_size))
+        plain.fc.bias.zero_()
+    return timm_memwrap.wrap(plain, read_head="logits", **options).eval()  # type: ignore[arg-type]
 
 
 def _clusters(per_class: int = EACH, seed: int = 0) -> Encoded:
-    """Logits around one corner for each class."""
+    """Encodings whose logits are around one corner for each class."""
     labels = torch.arange(CLASSES * per_class) % CLASSES
     noise = torch.randn(len(labels), CLASSES, generator=torch.Generator().manual_seed(seed))
-    return Encoded(9 * torch.eye(CLASSES)[labels] + 0.3 * noise, labels)
+    return Encoded(F.pad(9 * torch.eye(CLASSES)[labels] + 0.3 * noise, (0, WIDTH - CLASSES)), labels)
 
 
 @pytest.mark.parametrize("options", [{}, {"classifier": "vote"}], ids=["logits", "vote"])
 def test_in_well_parted_classes_the_memory_is_everything(options: dict) -> None:
     model, memory = _model(**options), _clusters()
-    remember(model, memory, list(range(len(memory))))
+    remember(model, memory, range(memory.size))
     found = memory_measures(model, _clusters(3, seed=1), seed=0)
     assert found["accuracy"] == found["explanation_accuracy"] == found["identical_class_rate"] == 1
     assert found["accuracy_without_memory"] == 0
@@ -51,8 +56,14 @@ def test_without_its_strongest_sample_a_prediction_may_flip() -> None:
 
 
 def test_a_model_that_reads_the_input_too_keeps_what_it_saw() -> None:
-    model, memory = _model(memory_only=False), _clusters()
-    remember(model, memory, list(range(len(memory))))
+    model = timm.create_model(
+        "memwrap_test_resnet", num_classes=CLASSES, read_head="identity", classifier="linear"
+    ).eval()
+    with torch.no_grad():
+        model.head.classifier.weight.copy_(torch.eye(CLASSES, WIDTH).repeat(1, 2))
+        model.head.classifier.bias.zero_()
+    memory = _clusters()
+    remember(model, memory, range(memory.size))
     found = memory_measures(model, _clusters(3, seed=1), seed=0)
     assert found["accuracy_without_memory"] == 1
     assert found["shuffled_flip_rate"] < 1
@@ -61,9 +72,9 @@ def test_a_model_that_reads_the_input_too_keeps_what_it_saw() -> None:
 def test_a_memory_drawn_whole_is_the_bank() -> None:
     inputs, memory = _clusters(5, seed=1), _clusters()
     model = _model()
-    remember(model, memory, list(range(len(memory))))
+    remember(model, memory, range(memory.size))
     bank = memory_measures(model, inputs, seed=3)
-    drawn = redrawn_measures(model, inputs, memory, len(memory), batch_size=20, draws=2, seed=3)
+    drawn = redrawn_measures(model, inputs, memory, memory.size, batch_size=20, draws=2, seed=3)
     # What is shuffled is drawn by position.
     for name in set(bank) - {"shuffled_flip_rate", "accuracy_shuffled", "random_flip_rate"}:
         assert drawn[name] == pytest.approx(bank[name], abs=1e-6), name
@@ -76,7 +87,7 @@ def test_a_memory_is_drawn_anew_for_each_batch(monkeypatch: pytest.MonkeyPatch) 
         seen.append(sorted(positions))
         remember(model, memory, positions)
 
-    monkeypatch.setattr("timm_memwrap.comparing.measures.remember", spy)
+    monkeypatch.setattr("timm_memwrap.experiments.measures.remember", spy)
     redrawn_measures(_model(), _clusters(5, seed=1), _clusters(), 7, batch_size=10, draws=2, seed=0)
     assert len(seen) == 4
     assert len({tuple(positions) for positions in seen}) == 4

@@ -9,8 +9,8 @@ from training_images import write_images
 
 import timm_memwrap
 from timm_memwrap.cli import main
-from timm_memwrap.training.datasets import open_source
-from timm_memwrap.training.wrapping import wrap_classifier
+from timm_memwrap.data import open_source
+from timm_memwrap.jobs.wrap import wrap_classifier
 
 
 @pytest.fixture
@@ -33,9 +33,9 @@ def test_the_weights_are_kept_and_the_logits_are_of_the_memory_alone(tmp_path: P
     assert model.memory_bank.class_names == sorted(["cat", "dog", "Zebra"], key=str.lower)
     assert 0 <= report.plain_accuracy <= 1
     assert report.metrics.count == 12
-    readout = model.read_memory(torch.randn(2, 3, 32, 32))
-    expected = (readout.weights.unsqueeze(-1) * model.memory_bank.encodings[readout.indices]).sum(dim=1)
-    torch.testing.assert_close(readout.logits, expected[:, -3:] / model.temperature)
+    readout = model(torch.randn(2, 3, 32, 32), return_readout=True)
+    vector = (readout.weights.unsqueeze(-1) * model.memory_bank.encodings[readout.positions]).sum(dim=1)
+    torch.testing.assert_close(readout.logits, source.get_classifier()(vector) / model.temperature)
 
 
 def test_a_checkpoint_file_is_taken_for_the_weights(tmp_path: Path, folder: Path) -> None:

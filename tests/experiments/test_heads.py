@@ -7,8 +7,8 @@ import pytest
 import timm
 import torch
 
-from timm_memwrap.comparing.configuration import Comparison
-from timm_memwrap.comparing.heads import HEADS, RUNS, NearestNeighbours, SoftmaxVote, parse_head, recipe_of
+from timm_memwrap.experiments.configuration import Comparison
+from timm_memwrap.experiments.heads import HEADS, RUNS, NearestNeighbours, SoftmaxVote, parse_head, recipe_of
 from timm_memwrap.layers import LabelVote
 
 WIDTH, CLASSES = 6, 3
@@ -16,8 +16,9 @@ WIDTH, CLASSES = 6, 3
 
 def _read(layer: LabelVote, inputs: torch.Tensor, memory: torch.Tensor, hidden: Any = None) -> torch.Tensor:
     """Returns the weights `[B, M]` of all samples."""
-    weights, positions = layer.search(inputs, layer.keys(memory), hidden)
-    return torch.zeros(len(inputs), len(memory)).scatter_add(1, positions, weights)
+    labels = torch.zeros(len(memory), dtype=torch.long)
+    found = layer.eval().read(layer.query(inputs), layer.prepare(memory, labels), hidden)
+    return torch.zeros(len(inputs), len(memory)).scatter_add(1, found.positions, found.weights)
 
 
 def _cosine(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -41,7 +42,7 @@ def test_the_softmax_vote_is_the_kernel_estimate(scale: float) -> None:
     layer = SoftmaxVote(WIDTH, CLASSES, scale=scale)
     kernels = torch.tensor([[_cosine(one, sample) * scale for sample in memory] for one in inputs]).exp()
     votes = torch.stack([kernels[:, labels == label].sum(dim=1) for label in range(CLASSES)], dim=1)
-    read = _read(layer, inputs, memory) @ layer.values(memory, labels)
+    read = layer.read(layer.query(inputs), layer.prepare(memory, labels)).vector
     torch.testing.assert_close(layer.classify(inputs, read).softmax(dim=1), votes / votes.sum(dim=1, keepdim=True))
 
 
@@ -59,10 +60,10 @@ def test_a_hidden_sample_has_no_vote(layer: Any) -> None:
 
 def test_options_of_a_wrapped_classifier_follow_its_name() -> None:
     plain = timm.create_model("test_resnet", num_classes=CLASSES)
-    read = parse_head("classifier:scale=5:memory_only=false").read
+    read = parse_head("logits:scale=5:temperature=2").read
     assert read is not None
     model = read(plain)
-    assert (model.memory_args["read_head"], model.memory_args["scale"], model.memory_only) == ("classifier", 5.0, False)
+    assert (model.memory_args["read_head"], model.memory_args["scale"], model.temperature) == ("logits", 5.0, 2.0)
 
 
 @pytest.mark.parametrize("name", [name for name, head in HEADS.items() if head.run == "plain" and head.read])
@@ -84,11 +85,11 @@ def test_heads_of_the_plain_training_keep_its_weights(name: str) -> None:
     ("text", "message"),
     [
         ("probabilites", "Did you mean 'probabilities'?"),
-        ("zzz", "There are 'linear'"),
+        ("zzz", "Known are 'linear'"),
         ("knn:scale=5", "'knn' takes no options"),
-        ("classifier:scale", "'scale' in comparison.heads is not an option"),
-        ("classifier:speed=5", "'speed=5' in comparison.heads is not an option"),
-        ("classifier:scale=fast", "'scale=fast' in comparison.heads is not an option"),
+        ("logits:scale", "'scale' in comparison.heads is not an option"),
+        ("logits:speed=5", "'speed=5' in comparison.heads is not an option"),
+        ("logits:scale=fast", "'scale=fast' in comparison.heads is not an option"),
     ],
 )
 def test_what_is_no_head_is_said(text: str, message: str) -> None:

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from timm_memwrap.benchmark import PARTS, Row, benchmark, main, measure, plot_rows, table
+from timm_memwrap.cli import main
+from timm_memwrap.experiments.benchmark import PARTS, benchmark
+from timm_memwrap.experiments.plots import plot_rows
+from timm_memwrap.experiments.timing import Row, measure, table
 
 
 def test_every_part_is_measured_beside_its_anchor() -> None:
     parts = [part for part in PARTS if part != "push"]
-    rows = benchmark(["test_resnet"], [32], [2], [100], parts, rounds=1)
+    rows = benchmark(["test_resnet"], [32], [2], [100], parts, rounds=1, width=16)
     assert {row.part for row in rows} == set(parts)
     for row in rows:
         assert row.milliseconds > 0
@@ -40,7 +43,7 @@ def test_an_index_is_measured_with_what_it_finds() -> None:
 
 
 def test_a_table_says_which_budget_is_missed() -> None:
-    row = Row("read", "exact read", "", None, 32, 1_000_000, 12.5, 1.6, "matrix product", 1.5)
+    row = Row("read", "exact read", 12.5, 1.6, "matrix product", 1.5, batch_size=32, bank_size=1_000_000)
     text = table([row])
     assert "1,000,000" in text
     assert "1.5 MISSED" in text
@@ -49,7 +52,7 @@ def test_a_table_says_which_budget_is_missed() -> None:
 
 def test_a_plot_and_a_file_are_written(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     args = ["--parts", "[read]", "--bank_sizes", "[50,100]", "--rounds", "1", "--width", "8"]
-    assert main([*args, "--json_file", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.png")]) == 0
+    assert main(["benchmark", *args, "--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.png")]) == 0
     rows = json.loads((tmp_path / "b.json").read_text())
     assert {row["bank_size"] for row in rows if row["what"] == "exact read"} == {50, 100}
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")

@@ -3,8 +3,14 @@ from pathlib import Path
 
 import pytest
 
-from timm_memwrap.arguments import expand
 from timm_memwrap.cli import main
+from timm_memwrap.cli.arguments import expand, make_parser
+from timm_memwrap.cli.command import COMMANDS
+
+
+def _expand(args: list[str]) -> list[str]:
+    command, *rest = args
+    return [command, *expand(rest, command, make_parser(command, COMMANDS[command]))]
 
 
 @pytest.mark.parametrize(
@@ -21,16 +27,17 @@ from timm_memwrap.cli import main
         (["train", "--help"], ["train", "--help"]),
         (["wrap", "resnet18", "--store-images"], ["wrap", "resnet18", "--store_images=true"]),
         (["push", "a-folder", "me/x"], ["push", "a-folder", "me/x"]),
-        (["--help"], ["--help"]),
-        ([], []),
+        (["train", "--model.kwargs.depth", "3"], ["train", "--model.kwargs.depth=3"]),
+        (["compare", "--comparison.heads+", "knn"], ["compare", "--comparison.heads+=knn"]),
+        (["explain", "m", "--top-k", "2", "--", "--a.png"], ["explain", "m", "--top_k=2", "--", "--a.png"]),
     ],
 )
 def test_short_forms_are_written_out(given: list[str], expected: list[str]) -> None:
-    assert expand(given) == expected
+    assert _expand(given) == expected
 
 
 def test_a_recipe_is_given_by_name_and_brings_what_it_inherits() -> None:
-    command, config = expand(["train", "--config", "memwrap_resnet18.svhn_1k"])
+    command, config = _expand(["train", "--config", "memwrap_resnet18.svhn_1k"])
     recipe = json.loads(config.removeprefix("--config="))
     assert command == "train"
     assert recipe["model"]["name"] == "resnet18"
@@ -58,7 +65,8 @@ def test_options_override_the_recipe_and_the_result_is_shown(capsys: pytest.Capt
         (["--training.lr", "fast"], "fast"),
         (["--training.epochs", "1.5"], "1.5"),
         (["--memory.mode", "bach"], "bach"),
-        (["--model.scale", "big"], "expected"),
+        (["--model.scale", "big"], "big"),
+        (["--model.kwarg.depth", "3"], "no option --model.kwarg.depth. Did you mean --model.kwargs?"),
     ],
 )
 def test_a_mistake_is_one_line_with_the_nearest_option(
@@ -87,3 +95,31 @@ def test_help_lists_every_option_once(capsys: pytest.CaptureFixture) -> None:
     text = capsys.readouterr().out
     assert text.count("--training.lr ") == 1
     assert "usage: timm-memwrap train [--config RECIPE]" in text
+
+
+@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"run"}))
+def test_every_command_describes_each_of_its_options(command: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert f"usage: timm-memwrap {command}" in text
+    parser = make_parser(command, COMMANDS[command])
+    for action in parser._actions:
+        assert action.help, action.option_strings
+    # What a command passes on is in its help too.
+    passed = {"wrap": "val_split", "benchmark": "bank_sizes", "compare": "comparison.heads", "train": "hub.push"}
+    assert f"--{passed.get(command, 'config')} " in text
+
+
+@pytest.mark.parametrize("args", [[], ["--help"], ["-h"]])
+def test_the_overview_lists_every_command(args: list[str], capsys: pytest.CaptureFixture) -> None:
+    assert main(args) == 0
+    text = capsys.readouterr().out
+    for command in COMMANDS:
+        assert f"\n  {command} " in text
+
+
+def test_an_unknown_command_is_one_line_with_the_nearest(capsys: pytest.CaptureFixture) -> None:
+    assert main(["trian"]) == 2
+    assert capsys.readouterr().err == "timm-memwrap: there is no command 'trian'. Did you mean 'train'?\n"

@@ -13,24 +13,26 @@ from small_comparison import Compared
 
 import timm_memwrap
 from timm_memwrap.cli import main
-from timm_memwrap.comparing import comparison as module
-from timm_memwrap.comparing.comparison import compare
-from timm_memwrap.comparing.configuration import Comparison
-from timm_memwrap.comparing.heads import HEADS, recipe_of
+from timm_memwrap.data import data_config
+from timm_memwrap.experiments import comparison as module
+from timm_memwrap.experiments.comparison import compare
+from timm_memwrap.experiments.configuration import Comparison
+from timm_memwrap.experiments.heads import HEADS, recipe_of
 from timm_memwrap.explaining import evaluate_explanations
-from timm_memwrap.training.creation import image_config
 from timm_memwrap.training.evaluation import evaluate
+from timm_memwrap.training.fitting import Fitted, check_recipe, fit_recipe
 from timm_memwrap.training.loaders import eval_loader
-from timm_memwrap.training.processes import Processes
+from timm_memwrap.training.processes import Processes, processes
 from timm_memwrap.training.recipes import find_recipe, list_comparisons, list_recipes, load_recipe
-from timm_memwrap.training.training import Fitted, check_recipe, fit_recipe
 
 Make = Callable[..., Comparison]
 
 
 def _fitted(compared: Compared, run: str, tmp_path: Path, seed: int = 0, **kwargs: bool) -> Fitted:
     """Trains again, elsewhere."""
-    return fit_recipe(recipe_of(compared.config, run, seed), tmp_path / run, progress=False, **kwargs)
+    with processes("cpu") as env:
+        recipe = recipe_of(compared.config, run, seed)
+        return fit_recipe(recipe, tmp_path / run, env, progress=False, **kwargs)
 
 
 def test_every_head_is_measured_for_every_seed(compared: Compared) -> None:
@@ -49,18 +51,18 @@ def test_every_head_is_measured_for_every_seed(compared: Compared) -> None:
 
 def test_the_linear_head_is_the_plain_classifier(compared: Compared, tmp_path: Path) -> None:
     fitted = _fitted(compared, "plain", tmp_path)
-    loader = eval_loader(fitted.held_out, compared.config.data, image_config(fitted.model))
+    loader = eval_loader(fitted.held_out, compared.config.data, data_config(fitted.model))
     expected = evaluate(fitted.model, loader, Processes(torch.device("cpu")))["accuracy"]
     assert compared.report.measures["linear"][0]["accuracy"] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("head", ["probabilities", "classifier", "pre_logits", "vote"])
+@pytest.mark.parametrize("head", ["probabilities", "logits", "pre_logits", "vote"])
 def test_a_wrapped_head_is_what_wrapping_by_hand_gives(compared: Compared, tmp_path: Path, head: str) -> None:
     fitted = _fitted(compared, "plain", tmp_path)
     options = {"classifier": "vote"} if head == "vote" else {"read_head": head}
     model = timm_memwrap.wrap(fitted.model, **options).eval()
     images, held_out = (
-        eval_loader(part, compared.config.data, image_config(fitted.model)) for part in (fitted.images, fitted.held_out)
+        eval_loader(part, compared.config.data, data_config(fitted.model)) for part in (fitted.images, fitted.held_out)
     )
     timm_memwrap.build_memory_bank(model, images, size=None, progress=False)
     metrics = evaluate_explanations(model, held_out, progress=False)
@@ -76,7 +78,7 @@ def test_the_control_is_trained_and_evaluated_with_nothing_to_read(compared: Com
     fitted = _fitted(compared, "mlp", tmp_path, reads_memory=False)
     right = total = 0
     with torch.no_grad():
-        for images, labels in eval_loader(fitted.held_out, compared.config.data, image_config(fitted.model)):
+        for images, labels in eval_loader(fitted.held_out, compared.config.data, data_config(fitted.model)):
             encoding = fitted.model.encode(images)
             nothing = torch.zeros_like(encoding)
             logits = fitted.model.head.classifier(torch.cat([encoding, nothing], dim=1))
@@ -131,12 +133,12 @@ def test_heads_and_seeds_can_be_added(comparison: Make, tmp_path: Path) -> None:
     checkpoints = tmp_path / "runs" / "plain" / "seed_0" / "checkpoints"
     before = {path: path.stat().st_mtime_ns for path in checkpoints.iterdir()}
     more = copy.deepcopy(first)
-    more.comparison.heads, more.comparison.seeds = ["linear", "classifier:scale=3", "classifier"], [0, 1]
+    more.comparison.heads, more.comparison.seeds = ["linear", "logits:scale=3", "logits"], [0, 1]
     report = compare(more, tmp_path, progress=False)
     assert {head: list(by_seed) for head, by_seed in report.measures.items()} == {
         head: [0, 1] for head in more.comparison.heads
     }
-    assert report.measures["classifier"][0]["support_size"] < report.measures["classifier:scale=3"][0]["support_size"]
+    assert report.measures["logits"][0]["support_size"] < report.measures["logits:scale=3"][0]["support_size"]
     assert before
     assert {path: path.stat().st_mtime_ns for path in checkpoints.iterdir()} == before
 
@@ -165,11 +167,11 @@ def test_a_folder_of_another_comparison_is_refused(
     ("section", "values", "message"),
     [
         ("comparison", {"heads": []}, "comparison.heads=[]"),
-        ("comparison", {"heads": ["linear", "linear"]}, "none twice"),
+        ("comparison", {"heads": ["linear", "linear"]}, "repeats a value"),
         ("comparison", {"heads": ["liner"]}, "Did you mean 'linear'?"),
         ("comparison", {"seeds": []}, "comparison.seeds=[]"),
-        ("comparison", {"seeds": [1, 1]}, "none twice"),
-        ("comparison", {"samples_per_class": [0]}, "comparison.samples_per_class=[0]"),
+        ("comparison", {"seeds": [1, 1]}, "repeats a value"),
+        ("comparison", {"samples_per_class": [0]}, "comparison.samples_per_class=0"),
         ("comparison", {"selections": ["all"]}, "'all'"),
         ("comparison", {"draws": 0}, "comparison.draws=0"),
         ("comparison", {"timing_rounds": -1}, "comparison.timing_rounds=-1"),

@@ -7,7 +7,7 @@ import pytest
 
 def _run(*args: object) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "timm_memwrap.run", *map(str, args)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "timm_memwrap.cli", "run", *map(str, args)], capture_output=True, text=True, timeout=120
     )
 
 
@@ -39,3 +39,12 @@ def test_a_missing_script_is_said(args: list[str]) -> None:
     assert done.returncode == 1
     assert "SCRIPT" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_error_of_the_script_keeps_its_traceback(tmp_path: Path) -> None:
+    script = tmp_path / "broken.py"
+    script.write_text("raise ValueError('of the script')\n")
+    done = _run(script)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "ValueError: of the script" in done.stderr

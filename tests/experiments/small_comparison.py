@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from timm_memwrap.comparing.configuration import Comparison
-from timm_memwrap.comparing.table import ComparisonReport
+from timm_memwrap.experiments.configuration import Comparison
+from timm_memwrap.experiments.table import ComparisonReport
 from timm_memwrap.training.recipes import find_recipe, load_recipe
 
 

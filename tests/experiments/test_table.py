@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from timm_memwrap.comparing.table import ComparisonReport, Statistic, plot_growth
+from timm_memwrap.experiments.plots import plot_growth
+from timm_memwrap.experiments.table import ComparisonReport, Statistic
 
 ACCURACIES = {"linear": {0: 0.5, 1: 0.6, 2: 0.9}, "batch": {0: 0.52, 1: 0.58, 2: 0.94}, "knn": {1: 0.4}}
 
@@ -82,11 +83,13 @@ def test_growth_is_drawn_where_there_is_some(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = _report(tmp_path)
-    path = plot_growth(report, tmp_path)
+    path = plot_growth(report, tmp_path / "growth.png")
     assert path is not None
     assert path.read_bytes().startswith(b"\x89PNG")
-    assert plot_growth(ComparisonReport(tmp_path, {"linear": report.measures["linear"]}, {}), tmp_path) is None
-    monkeypatch.setattr("timm_memwrap.comparing.table.find_spec", lambda name: None)
+    assert (
+        plot_growth(ComparisonReport(tmp_path, {"linear": report.measures["linear"]}, {}), tmp_path / "x.png") is None
+    )
+    monkeypatch.setattr("timm_memwrap.experiments.plots.find_spec", lambda name: None)
     with caplog.at_level(logging.WARNING):
-        assert plot_growth(report, tmp_path) is None
+        assert plot_growth(report, tmp_path / "growth.png") is None
     assert "timm-memwrap[plot]" in caplog.text

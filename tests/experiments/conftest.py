@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 from small_comparison import Compared, make_comparison
 
-from timm_memwrap.comparing.comparison import compare
-from timm_memwrap.comparing.configuration import Comparison
-from timm_memwrap.comparing.heads import HEADS
+from timm_memwrap.experiments.comparison import compare
+from timm_memwrap.experiments.configuration import Comparison
+from timm_memwrap.experiments.heads import HEADS
 
 
 @pytest.fixture

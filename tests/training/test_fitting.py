@@ -1,0 +1,68 @@
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from training_images import write_images
+
+from timm_memwrap.training.configuration import DataConfig, ModelConfig, Recipe
+from timm_memwrap.training.creation import create_model
+from timm_memwrap.training.fitting import check_recipe, open_data
+
+Make = Callable[..., Recipe]
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": {"name": "resnet19"}}, r"resnet19"),
+        ({"model": {"name": "memwrap_resnet18"}}, r"Pass the backbone, 'resnet18'"),
+        ({"model": {"pretrained_path": "w.pth"}}, r"w\.pth.*safetensors"),
+        ({"model": {"in_chans": 5}}, r"in_chans=5"),
+        ({"model": {"read_head": "linear"}}, r"read_head='linear' needs training"),
+        ({"model": {"classifier": "vote"}, "memory": {"mode": "batch"}}, r"'vote' has no layer to train"),
+        ({"model": {"classifier": "mlp"}}, r"classifier='mlp'"),
+        ({"model": {"name": "memwrap_evidence_resnet18"}}, r"Pass the backbone, 'resnet18'"),
+        ({"model": {"read_head": "logits"}, "memory": {"mode": "batch"}}, r"'logits'.* has no head to train"),
+        ({"model": {"scale": "learned"}}, r"'learned' needs training with a memory"),
+        ({"training": {"epochs": 0}}, r"training\.epochs=0"),
+        ({"memory": {"size": 0}}, r"memory\.size=0"),
+        ({"data": {"mixup": 0.1}, "training": {"freeze_backbone": True}}, r"Mixup cannot mix"),
+    ],
+)
+def test_a_recipe_that_contradicts_itself_is_refused_before_data_is_read(
+    digits: Make, sections: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_recipe(digits(**sections))
+
+
+def test_a_temperature_that_would_be_replaced_is_refused(digits: Make) -> None:
+    with pytest.raises(ValueError, match=re.escape("model.temperature=2.0")):
+        check_recipe(digits(model={"temperature": 2.0}, memory={"calibrate": True}))
+
+
+def test_pretrained_weights_come_from_a_file_and_a_new_classifier_starts_from_zero(
+    tmp_path: Path, digits: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import save_file
+
+    source = timm.create_model("test_resnet")
+    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    recipe = digits(model={"pretrained_path": str(tmp_path / "w.safetensors"), "in_chans": 3})
+    recipe.data.mean = recipe.data.std = None
+    model = create_model(recipe.model, recipe.data, "none", 10, 3)
+    assert not model.get_classifier().weight.any()
+    a, b = source.state_dict(), model.state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a if not name.startswith("fc"))
+    recipe.model.head_init_scale = 1.0
+    assert create_model(recipe.model, recipe.data, "none", 10, 3).get_classifier().weight.any()
+
+
+def test_one_class_is_nothing_to_tell_apart(tmp_path: Path) -> None:
+    write_images(tmp_path / "train", 4, ("cat",))
+    recipe = Recipe(ModelConfig("test_resnet"), DataConfig(data_dir=str(tmp_path), val_split=None, workers=0))
+    with pytest.raises(ValueError, match="one class only, 'cat'"):
+        open_data(recipe, progress=False)
