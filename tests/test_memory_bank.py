@@ -104,6 +104,7 @@ def test_a_state_dict_that_lacks_a_buffer_or_has_one_too_many_is_refused() -> No
         _assert_same(bank, before)
     with pytest.raises(RuntimeError, match="surplus"):
         bank.load_state_dict({**state, "surplus": torch.zeros(1)})
+    _assert_same(bank, before)
 
 
 def test_a_bank_changed_in_place_says_what_it_holds_now() -> None:

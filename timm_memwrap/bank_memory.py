@@ -81,10 +81,10 @@ def _new_index(memory: PreparedMemory, index_args: dict[str, Any] | None) -> Any
     return ExactIndex(memory.keys) if searched else None
 
 
-def empty_memory(head: MemoryLayer, device: torch.device) -> PreparedMemory:
-    """Returns a memory of no samples, from which a layer reads the zero vector."""
-    nothing = torch.zeros(0, head.encoder_output_dim, device=device)
-    return head.prepare(nothing, torch.zeros(0, dtype=torch.long, device=device))
+def empty_memory(head: MemoryLayer, encoding: Tensor) -> PreparedMemory:
+    """Returns a memory of no samples for inputs of this device and precision: a layer reads the zero vector from it."""
+    nothing = encoding.new_zeros(0, head.encoder_output_dim)
+    return head.prepare(nothing, torch.zeros(0, dtype=torch.long, device=encoding.device))
 
 
 @torch.compiler.assume_constant_result

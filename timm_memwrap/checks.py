@@ -224,15 +224,17 @@ def check_fits(model: nn.Module, tensors: Mapping[str, Tensor], name: str) -> No
         )
 
 
-def misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], names: bool = True) -> list[str]:
+def misfits(expected: Mapping[str, Tensor], found: Mapping[str, Any], names: bool = True) -> list[str]:
     """Returns in what weights differ from those expected: shapes, kinds, and with `names` which there are."""
     wrong = []
     if names and expected.keys() != found.keys():
         missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
         wrong.append(f"missing {_some(missing)}, unexpected {_some(unexpected)}.")
-    for key in expected.keys() & found.keys():
+    for key in sorted(expected.keys() & found.keys()):
         own, other = expected[key], found[key]
-        if own.shape != other.shape:
+        if not isinstance(other, Tensor):
+            wrong.append(f"{key} is a {type(other).__name__}, not a tensor.")
+        elif own.shape != other.shape:
             wrong.append(f"size mismatch for {key}: its shape is {list(other.shape)}, expected {list(own.shape)}.")
         elif own.is_floating_point() != other.is_floating_point():
             wrong.append(f"{key} is of {other.dtype}, expected {own.dtype}.")

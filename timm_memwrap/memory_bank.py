@@ -337,10 +337,11 @@ class MemoryBank(nn.Module):
         found = {key[len(prefix) :]: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
         if not found:
             return
-        unexpected_keys.extend(prefix + name for name in found if name not in BUFFERS)
+        unexpected = [prefix + name for name in found if name not in BUFFERS]
         missing = [prefix + name for name in REQUIRED if name not in found]
+        unexpected_keys.extend(unexpected)
         missing_keys.extend(missing)
-        if missing:
+        if missing or (strict and unexpected):
             return
         try:
             # Copies: the bank must not change when the caller's dictionary does, nor keep a file mapped.

@@ -360,8 +360,7 @@ class MemoryWrapModel(TimmInterface):
             return self._apply_memory(encoding, memory, self.queue.empty_entries(encoding.shape[0]), ranked)
         if not self._warned:
             self._warned = warn_of_empty_memory()
-        nothing = empty_memory(self.head, next(self.backbone.parameters()).device)
-        return self._apply_memory(encoding, nothing, None, ranked)
+        return self._apply_memory(encoding, empty_memory(self.head, encoding), None, ranked)
 
     def _apply_memory(self, encoding: Tensor, memory: PreparedMemory, hidden: Any, ranked: bool) -> MemoryReadout:
         head = self.head
