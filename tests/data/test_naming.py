@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from torch.utils.data import Subset
 
-from timm_memwrap.data import SampleImages, Samples, match_labels, naming
+from timm_memwrap.data import SampleImages, Samples, classes, match_labels
 from timm_memwrap.model import MemoryWrapModel
 
 
@@ -69,7 +69,7 @@ def test_an_id_finds_its_file_or_none(
 def test_ids_have_slashes_on_windows(
     make_model: Callable[..., MemoryWrapModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(naming, "PurePath", PureWindowsPath)
+    monkeypatch.setattr(classes, "PurePath", PureWindowsPath)
     named = _Named(["a\\1.png", "b\\1.png"])
     model = make_model()
     ids = Samples(named, model).ids([0, 1])

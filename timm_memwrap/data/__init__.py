@@ -2,19 +2,10 @@
 
 from timm_memwrap.data.classes import class_names, known_class_names, match_labels
 from timm_memwrap.data.images import Images, split_off
-from timm_memwrap.data.naming import SampleImages, picture_of
 from timm_memwrap.data.opening import DIGITS, open_dataset, open_remembered, open_source
+from timm_memwrap.data.pictures import SampleImages, picture_of, small_images, to_picture
 from timm_memwrap.data.samples import Samples, encoded_batches, size_of
-from timm_memwrap.data.transforms import (
-    BATCH_SIZE,
-    batches_of,
-    data_config,
-    image_mode,
-    one_by_one,
-    small_images,
-    to_batch,
-    to_picture,
-)
+from timm_memwrap.data.transforms import BATCH_SIZE, batches_of, data_config, image_mode, one_by_one, to_batch
 
 __all__ = [
     "BATCH_SIZE",

@@ -1,25 +1,17 @@
-"""Labels and class names of data sets and models, and how the two are matched."""
+"""What a data set lists of its samples: labels, file names and class names, which are matched to the model's."""
 
 import logging
 from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from timm_memwrap.data.naming import file_name
 from timm_memwrap.model import MemoryWrapModel
 
-__all__ = [
-    "class_names",
-    "dataset_classes",
-    "innermost",
-    "known_class_names",
-    "known_labels",
-    "labels_by_name",
-    "match_labels",
-]
+__all__ = ["class_names", "known_class_names", "match_labels"]
 
 _logger = logging.getLogger(__name__)
 
@@ -34,6 +26,19 @@ def known_class_names(model: MemoryWrapModel) -> list[str]:
     """Returns the class names of the memory bank, else of the pretrained cfg; empty if neither has any."""
     known = model.memory_bank.class_names or model.pretrained_cfg.get("label_names") or []
     return [str(name) for name in (known.values() if isinstance(known, dict) else known)]
+
+
+def file_name(dataset: Any, index: int) -> str | None:
+    """Returns the file name of a sample, with "/" on every platform; `None` if the data set does not know it."""
+    if isinstance(dataset, Subset):
+        return file_name(dataset.dataset, int(dataset.indices[index]))
+    if hasattr(dataset, "filename"):  # timm's data sets and ours
+        name = dataset.filename(index)
+        return PurePath(name).as_posix() if name else None
+    if isinstance(samples := getattr(dataset, "samples", None), list):  # torchvision's image folders
+        # The folder is the class; two classes may well both have a 0001.png.
+        return PurePath(*PurePath(str(samples[index][0])).parts[-2:]).as_posix()
+    return None
 
 
 def innermost(dataset: Any) -> Any:
@@ -100,8 +105,7 @@ class _Relabelled(Dataset):
 def match_labels(model: MemoryWrapModel, dataset: Any) -> Any:
     """Gives a data set the model's labels: by name where both have class names, else by number.
 
-    An image folder numbers the classes that it holds. If these are only some of the model's, or in another order, its
-    numbers are not the model's labels.
+    The numbers that an image folder gives to the classes in it may be others than the model's.
 
     Args:
         model: The model, whose memory bank or pretrained cfg has the class names.

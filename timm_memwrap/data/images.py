@@ -14,8 +14,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from timm_memwrap._utils import check_count
-from timm_memwrap.data.classes import dataset_classes, known_labels
-from timm_memwrap.data.naming import file_name
+from timm_memwrap.data.classes import dataset_classes, file_name, known_labels
 from timm_memwrap.selection import select
 
 __all__ = ["Images", "split_off"]

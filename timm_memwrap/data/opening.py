@@ -15,7 +15,7 @@ from timm_memwrap.data.classes import labels_by_name
 from timm_memwrap.data.images import Images
 from timm_memwrap.data.shards import Shards
 
-__all__ = ["DIGITS", "open_dataset", "open_digits", "open_remembered", "open_source"]
+__all__ = ["DIGITS", "open_dataset", "open_remembered", "open_source"]
 
 DIGITS = "digits"
 

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler, SubsetRandomSampler
 from torch.utils.data.dataloader import default_collate
 
-from timm_memwrap.data.classes import dataset_classes, innermost, known_class_names, known_labels
-from timm_memwrap.data.naming import file_name
+from timm_memwrap.data.classes import dataset_classes, file_name, innermost, known_class_names, known_labels
 from timm_memwrap.data.transforms import BATCH_SIZE, as_batch, data_config, to_batch
 from timm_memwrap.memory_bank import SampleId
 from timm_memwrap.model import MemoryWrapModel

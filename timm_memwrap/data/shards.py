@@ -13,10 +13,10 @@ __all__ = ["Shards"]
 
 
 class Shards(Dataset):
-    """Images and labels of WebDataset tar files: members that share a name up to the first dot are one sample.
+    """Images and labels of the WebDataset tar files whose names have `split` in them, or match it as a glob pattern.
 
-    The label is the sample's `.cls` member: a class index, or a class name. Only the tar headers and the labels are
-    read in advance. `split` is a part of the files' names, as in `pets-train-0000.tar`, or a glob pattern.
+    Members that share a name up to the first dot are one sample, and its `.cls` member is its class, by index or name.
+    Only the tar headers and the labels are read in advance.
     """
 
     def __init__(self, root: str, split: str) -> None:

@@ -1,4 +1,4 @@
-"""Images on their way into the model, and back into pictures for people.
+"""Images on their way into the model.
 
 Shapes: B or N images, C channels.
 """
@@ -7,28 +7,14 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
-__all__ = [
-    "BATCH_SIZE",
-    "as_batch",
-    "batches_of",
-    "data_config",
-    "image_mode",
-    "one_by_one",
-    "small_images",
-    "to_batch",
-    "to_picture",
-]
+__all__ = ["BATCH_SIZE", "batches_of", "data_config", "image_mode", "one_by_one", "to_batch"]
 
 BATCH_SIZE = 64
-
-_SMALL = 64  # pixels
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:
@@ -60,10 +46,7 @@ def one_by_one(images: Any) -> list[Any]:
 
 
 def batches_of(model: nn.Module, images: Any) -> list[Tensor]:
-    """Makes model inputs `[B, C, H, W]` of whatever images `explain` takes.
-
-    A tensor stays one batch, so that its logits are those of `model(images)`; other images are cut into batches.
-    """
+    """Makes model inputs `[B, C, H, W]` of the images that `explain` takes; a tensor stays one, as `model` reads it."""
     if isinstance(images, Tensor):
         return [to_batch(model, images)]
     several = one_by_one(images)
@@ -85,7 +68,7 @@ def as_batch(config: Mapping[str, Any], images: Tensor | Sequence[Any]) -> Tenso
     """Stacks tensors `[C, H, W]`, PIL images and paths, which get timm's transform; checks what is a batch already."""
     if not isinstance(images, Tensor):
         transform, tensors = create_transform(**config), []
-        for image in map(_opened, images):
+        for image in map(opened, images):
             if isinstance(image, Image.Image):
                 image = transform(image.convert(image_mode(config["input_size"][0])))
             tensors.append(image)
@@ -101,7 +84,7 @@ def as_batch(config: Mapping[str, Any], images: Tensor | Sequence[Any]) -> Tenso
     return images
 
 
-def _opened(image: Any) -> Any:
+def opened(image: Any) -> Any:
     """Reads an image if it is a path, and raises a `ValueError` if it is neither a picture nor a tensor of one."""
     if isinstance(image, str | os.PathLike):
         try:
@@ -109,46 +92,8 @@ def _opened(image: Any) -> Any:
                 file.load()
                 return file
         except (OSError, Image.DecompressionBombError) as error:
-            raise ValueError(
-                f"The image {os.fspath(image)!r} cannot be read: {error}. Repair it, or leave it out."
-            ) from error
+            raise ValueError(f"The image {str(image)!r} cannot be read: {error}. Repair or remove it.") from error
     if not isinstance(image, Image.Image) and (not isinstance(image, Tensor) or image.ndim != 3):
         found = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
         raise ValueError(f"An image is {found}; expected a tensor [C, H, W], a PIL image or a path.")
     return image
-
-
-def to_picture(model: nn.Module, image: Any) -> np.ndarray:
-    """Makes an array `[H, W, 3]` of uint8 that shows an image.
-
-    Float tensors `[C, H, W]` are taken for model inputs, and their normalisation is undone; uint8 tensors, PIL images
-    and paths are shown as they are.
-    """
-    image = _opened(image)
-    if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
-    if image.is_floating_point():
-        image = _pixels(image, model)
-    if image.shape[0] != 3:
-        # There are no colours to show, so one channel stands for all.
-        image = image[:1].expand(3, -1, -1)
-    return image.permute(1, 2, 0).cpu().numpy()
-
-
-def small_images(images: Tensor, model: nn.Module) -> Tensor:
-    """Makes uint8 pictures `[N, C, H, W]` of at most 64 pixels a side of model inputs `[N, C, H, W]`."""
-    if images.shape[1] not in (1, 3):
-        raise ValueError(f"Images have {images.shape[1]} channels; only 1 or 3 can be shown. Pass store_images=False.")
-    factor = _SMALL / max(images.shape[-2:])
-    if factor < 1:
-        size = [max(1, round(side * factor)) for side in images.shape[-2:]]
-        images = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
-    return _pixels(images, model)
-
-
-def _pixels(images: Tensor, model: nn.Module) -> Tensor:
-    """Undoes the normalisation of model inputs `[..., C, H, W]`; returns uint8 on the CPU."""
-    config = data_config(model)
-    mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
-    images = images.detach().cpu().float() * std + mean
-    return (images.clamp(0, 1) * 255).round().to(torch.uint8)

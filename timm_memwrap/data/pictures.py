@@ -1,31 +1,58 @@
-"""Names of samples, which are those of their files where there are any, and the way back from a name to its image."""
+"""Pictures for people: of model inputs, and of memory samples, which are found by their ids.
+
+Shapes: N images, C channels.
+"""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import PurePath, PureWindowsPath
+from pathlib import PureWindowsPath
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Subset
 
-from timm_memwrap.data.transforms import to_batch, to_picture
+from timm_memwrap.data.classes import file_name
+from timm_memwrap.data.transforms import data_config, opened, to_batch
 from timm_memwrap.memory_bank import SampleId
 
-__all__ = ["SampleImages", "file_name", "picture_of"]
+__all__ = ["SampleImages", "picture_of", "small_images", "to_picture"]
+
+_SMALL = 64  # pixels
 
 
-def file_name(dataset: Any, index: int) -> str | None:
-    """Returns the file name of a sample, with "/" on every platform; `None` if the data set does not know it."""
-    if isinstance(dataset, Subset):
-        return file_name(dataset.dataset, int(dataset.indices[index]))
-    if hasattr(dataset, "filename"):  # timm's data sets and ours
-        name = dataset.filename(index)
-        return PurePath(name).as_posix() if name else None
-    if isinstance(samples := getattr(dataset, "samples", None), list):  # torchvision's image folders
-        # The folder is the class; two classes may well both have a 0001.png.
-        return PurePath(*PurePath(str(samples[index][0])).parts[-2:]).as_posix()
-    return None
+def to_picture(model: nn.Module, image: Any) -> np.ndarray:
+    """Makes a uint8 array `[H, W, 3]` of a PIL image, a path or a tensor `[C, H, W]`, of floats if a model input."""
+    image = opened(image)
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"))
+    if image.is_floating_point():
+        image = _pixels(image, model)
+    if image.shape[0] != 3:
+        # There are no colours to show, so one channel stands for all.
+        image = image[:1].expand(3, -1, -1)
+    return image.permute(1, 2, 0).cpu().numpy()
+
+
+def small_images(images: Tensor, model: nn.Module) -> Tensor:
+    """Makes uint8 pictures `[N, C, H, W]` of at most 64 pixels a side of model inputs `[N, C, H, W]`."""
+    if images.shape[1] not in (1, 3):
+        raise ValueError(f"Images have {images.shape[1]} channels; only 1 or 3 can be shown. Pass store_images=False.")
+    factor = _SMALL / max(images.shape[-2:])
+    if factor < 1:
+        size = [max(1, round(side * factor)) for side in images.shape[-2:]]
+        images = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
+    return _pixels(images, model)
+
+
+def _pixels(images: Tensor, model: nn.Module) -> Tensor:
+    """Undoes the normalisation of model inputs `[..., C, H, W]`; returns uint8 on the CPU."""
+    config = data_config(model)
+    mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    images = images.detach().cpu().float() * std + mean
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 class SampleImages:
@@ -48,11 +75,7 @@ class SampleImages:
         return None if image is None else to_picture(self._model, image)
 
     def input(self, sample_id: SampleId) -> Tensor:
-        """Returns the sample as a model input `[C, H, W]`.
-
-        Raises:
-            ValueError: If it is not there.
-        """
+        """Returns the sample as a model input `[C, H, W]`; raises a `ValueError` if it is not there."""
         image = self._find(sample_id)
         if image is None:
             raise ValueError(
