@@ -16,15 +16,15 @@ def test_a_short_run_leaves_a_model_a_figure_and_true_figures(tmp_path: Path) ->
         report = run_quickstart(recipe, tmp_path / "out", progress=False)
 
     assert report.reloaded_equal
-    assert report.memory_size == 200
+    assert len(report.trained.model.memory_bank) == 200
     assert report.test_size == 355
     # Ten classes: two epochs are far from enough, and far better than nothing.
-    assert min(report.plain, report.memory) > 0.3
-    assert 0 <= report.strongest_agrees <= 1 <= report.support <= 200
+    assert min(report.trained.plain_accuracy, report.trained.accuracy) > 0.3
+    assert 0 <= report.trained.metrics.identical_class_rate <= 1 <= report.trained.metrics.support_size <= 200
     assert report.figure.read_bytes().startswith(b"\x89PNG")
-    model = timm.create_model(f"local-dir:{report.directory}", pretrained=True)
+    model = timm.create_model(f"local-dir:{report.trained.directory}", pretrained=True)
     assert model.memory_bank.class_names == list("0123456789")
-    with safe_open(report.directory / "model.safetensors", framework="pt") as file:
+    with safe_open(report.trained.directory / "model.safetensors", framework="pt") as file:
         assert file.metadata()["format"] == "pt"
 
 

@@ -1,8 +1,11 @@
 """The commands that make a model: the quickstart, training, and wrapping a trained classifier."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from timm_memwrap.cli.output import IN_TERMINAL
+
+if TYPE_CHECKING:
+    from timm_memwrap.explaining import ExplanationMetrics
 
 __all__ = ["quickstart", "train", "wrap"]
 
@@ -22,20 +25,19 @@ def quickstart(out: str = "quickstart", recipe: str = "quickstart", progress: bo
     print(f"Recipe {path}")
     loaded = load_recipe(path)
     report = run_quickstart(loaded, out, progress)
-    name = loaded.model.name
+    name, trained = loaded.model.name, report.trained
     print(
         f"\nTest accuracy on scikit-learn's digits, {report.test_size} images\n"
-        f"  {report.plain:7.2%}  plain {name}, trained here\n"
-        f"  {report.memory:7.2%}  the same weights, through a memory of {report.memory_size} training images alone\n"
+        f"  {trained.plain_accuracy:7.2%}  plain {name}, trained here\n"
+        f"  {trained.accuracy:7.2%}  the same weights, through {len(trained.model.memory_bank)} remembered images alone\n"
         f"  {report.published:7.2%}  memwrap_{name}, trained with the published head\n"
-        f"Evidence: the strongest sample is of the predicted class in {report.strongest_agrees:.1%} of predictions, "
-        f"which use {report.support:.1f} samples on average.\n"
+        f"{_evidence(trained.metrics)}\n"
         f"Reloaded with timm.create_model: logits are "
         f"{'bit-identical' if report.reloaded_equal else 'DIFFERENT, which is a bug: please report it'}.\n"
         f"Figure: {report.figure}\n\n"
         f"Next, in Python:\n"
         f"  import timm, timm_memwrap\n"
-        f'  model = timm.create_model("local-dir:{report.directory}", pretrained=True).eval()\n'
+        f'  model = timm.create_model("local-dir:{trained.directory}", pretrained=True).eval()\n'
         f"  for e in timm_memwrap.explain(model, images): print(e.prediction, e.examples, e.counterfactuals)"
     )
 
@@ -67,10 +69,7 @@ def train(
     if report.sampled_accuracies:
         mean = sum(report.sampled_accuracies) / len(report.sampled_accuracies)
         print(f"  {mean:7.2%}  with {recipe.memory.train_size} training images drawn for each batch, as in the paper")
-    print(
-        f"Evidence: the strongest sample is of the predicted class in {report.metrics.explanation_accuracy:.1%} of "
-        f"predictions, which use {report.metrics.support_size:.1f} samples on average."
-    )
+    print(_evidence(report.metrics))
     _print_saved(report.directory)
 
 
@@ -90,12 +89,16 @@ def wrap(model: str, data: str = "", out: str = "output", progress: bool = IN_TE
     if report.plain_accuracy is not None:
         print(f"{report.plain_accuracy:7.2%}  accuracy of the classifier as it was")
     if report.metrics is not None:
-        print(
-            f"{report.metrics.accuracy:7.2%}  accuracy through its memory of {len(report.model.memory_bank)} samples\n"
-            f"{report.metrics.explanation_accuracy:7.1%}  of the strongest samples are of the predicted class; "
-            f"{report.metrics.support_size:.1f} samples a prediction"
-        )
+        print(f"{report.metrics.accuracy:7.2%}  accuracy through its memory of {len(report.model.memory_bank)} samples")
+        print(_evidence(report.metrics))
     _print_saved(report.directory)
+
+
+def _evidence(metrics: "ExplanationMetrics") -> str:
+    return (
+        f"Evidence: the strongest sample is of the predicted class in {metrics.identical_class_rate:.1%} of "
+        f"predictions, which use {metrics.support_size:.1f} samples on average."
+    )
 
 
 def _print_saved(directory: object) -> None:

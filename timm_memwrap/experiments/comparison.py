@@ -3,9 +3,6 @@
 import json
 import logging
 import os
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +25,7 @@ from timm_memwrap.experiments.measures import (
 )
 from timm_memwrap.experiments.plots import plot_growth
 from timm_memwrap.experiments.table import ComparisonReport
+from timm_memwrap.experiments.timing import Call, compare_calls
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.selection import SELECTIONS, select
 from timm_memwrap.training.fitting import Fitted, check_recipe, fit_recipe
@@ -78,18 +76,22 @@ def compare(config: Comparison, out: str | os.PathLike, progress: bool = True) -
                 path = out / "measures" / f"seed_{seed}" / f"{name.replace(':', ',')}.json"
                 if not path.exists():
                     _write_json(path, session.measure(head))
-                report.measures.setdefault(name, {})[seed] = json.loads(path.read_text(encoding="utf-8"))
+                report.measures.setdefault(name, {})[seed] = _read_json(path)
                 bar.update()
             if settings.timing_rounds and seed == settings.seeds[0]:
                 path = out / "measures" / f"times_{seed}.json"
-                if not path.exists() or set(heads) - set(json.loads(path.read_text(encoding="utf-8"))):
+                if not path.exists() or set(heads) - set(_read_json(path)):
                     _write_json(path, session.times(heads, settings.timing_rounds))
-                report.times.update(json.loads(path.read_text(encoding="utf-8")))
+                report.times.update(_read_json(path))
     versions = {"timm_memwrap": __version__, "timm": timm.__version__, "torch": torch.__version__}
     _write_json(out / "results.json", {"config": asdict(config), "versions": versions, **report.to_dict()})
     write_text(out / "table.md", f"{report}\n")
     plot_growth(report, out / "growth.png")
     return report
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _write_json(path: Path, values: Any) -> None:
@@ -174,23 +176,12 @@ class _Seed:
         plain = self._fit("plain")
         batch = self._some_images(plain, "held_out", _TIMED_BATCH)
         drawn = self._some_images(plain, "images", self.config.memory.train_size)
-        calls: dict[str, Callable[[], Any]] = {"plain": lambda: plain.model(batch)}
-        for name, head in heads.items():
-            calls[name] = self._prediction(head, batch, drawn)
-        seconds: dict[str, list[float]] = {name: [] for name in calls}
+        calls: dict[str, Call] = {"": lambda: plain.model(batch)}
+        calls |= {name: self._prediction(head, batch, drawn) for name, head in heads.items()}
         with torch.no_grad():
-            for name, call in [*calls.items()] * (rounds + 1):
-                start = time.perf_counter()
-                call()
-                seconds[name].append(time.perf_counter() - start)
-        # The first round warms up.
-        ratios = {
-            name: [one / plain for one, plain in zip(values[1:], seconds["plain"][1:], strict=True)]
-            for name, values in seconds.items()
-        }
-        return {name: statistics.median(ratios[name]) for name in heads}
+            return {row.what: row.ratio for row in compare_calls(calls, "prediction", rounds, batch.device.type)[1:]}
 
-    def _prediction(self, head: Head, batch: Tensor, drawn: Tensor) -> Callable[[], Any]:
+    def _prediction(self, head: Head, batch: Tensor, drawn: Tensor) -> Call:
         fitted = self._fit(head.run)
         if head.read is None:
             return lambda: _without_memory(fitted.model, batch)

@@ -36,13 +36,7 @@ class _Vote(LabelVote):
 
 
 class NearestNeighbours(_Vote):
-    """The k nearest neighbours, which have the same vote each.
-
-    Args:
-        encoder_output_dim: As in `LabelVote`.
-        output_dim: As in `LabelVote`.
-        neighbours: Number of samples that vote; all of a memory that has fewer.
-    """
+    """The k nearest neighbours, which have the same vote each; all samples of a memory that has fewer."""
 
     def __init__(self, encoder_output_dim: int, output_dim: int, neighbours: int = NEIGHBOURS) -> None:
         super().__init__(encoder_output_dim, output_dim, head=nn.Identity())
@@ -62,11 +56,6 @@ class SoftmaxVote(_Vote):
 
     This is the kernel of the NW head (Wang and Sabuncu 2022, https://arxiv.org/abs/2212.03411), on the features of the
     plain classifier instead of its own.
-
-    Args:
-        encoder_output_dim: As in `LabelVote`.
-        output_dim: As in `LabelVote`.
-        scale: Factor on the similarities.
     """
 
     def __init__(self, encoder_output_dim: int, output_dim: int, scale: float = SOFTMAX_SCALE) -> None:
@@ -121,10 +110,9 @@ def _vote(layer: Callable[[int, int], LabelVote]) -> Callable[[nn.Module], Memor
     return read
 
 
-def _wrapped(**options: Any) -> Callable[[nn.Module], MemoryWrapModel]:
+def _wrapped(temperature: float = 1.0, **options: Any) -> Callable[[nn.Module], MemoryWrapModel]:
     def read(model: nn.Module) -> MemoryWrapModel:
-        temperature = options.get("temperature", 1.0)
-        wrapped = wrap(model, **{name: value for name, value in options.items() if name != "temperature"})
+        wrapped = wrap(model, **options)
         wrapped.temperature = temperature
         return wrapped
 
@@ -144,12 +132,7 @@ HEADS: dict[str, Head] = {
     "vote": Head("plain", _wrapped(classifier="vote")),
     **{name: Head("plain", _wrapped(read_head=name)) for name in ("logits", "pre_logits", "probabilities")},
 }
-_OPTIONS: dict[str, Callable[[str], Any]] = {
-    "scale": float,
-    "temperature": float,
-    "classifier": str,
-    "distance": str,
-}
+_OPTIONS: dict[str, Callable[[str], Any]] = {"scale": float, "temperature": float, "classifier": str, "distance": str}
 
 
 def parse_head(text: str) -> Head:

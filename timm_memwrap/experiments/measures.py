@@ -73,16 +73,9 @@ def memory_measures(model: MemoryWrapModel, inputs: Encoded, seed: int) -> Measu
 def redrawn_measures(
     model: MemoryWrapModel, inputs: Encoded, memory: Encoded, size: int, batch_size: int, draws: int, seed: int
 ) -> Measures:
-    """Measures as `memory_measures`, with a memory drawn for each batch (paper, Section 4).
+    """Measures as `memory_measures`, with `size` images drawn from `memory` for each batch (paper, Section 4).
 
-    Args:
-        model: The model; its bank is replaced.
-        inputs: The inputs.
-        memory: The training images that memories are drawn from.
-        size: Number of images drawn.
-        batch_size: Number of inputs that share a memory.
-        draws: Number of evaluations of all inputs, whose measures are averaged.
-        seed: Seed of what is drawn.
+    The measures are averaged over `draws` evaluations of all inputs.
     """
     generator = torch.Generator().manual_seed(seed)
 

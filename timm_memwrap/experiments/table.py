@@ -1,9 +1,11 @@
 """The results of a comparison: means, standard deviations and paired differences, as a table and as JSON."""
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from timm_memwrap.experiments.markdown import markdown_table
 
 __all__ = ["REFERENCE", "ComparisonReport", "Statistic"]
 
@@ -22,7 +24,6 @@ _COLUMNS = (
     ("ECE, scaled", "calibration_error_scaled", 1, 3),
     ("NLL, scaled", "negative_log_likelihood_scaled", 1, 3),
 )
-_ABSENT = ""
 
 
 @dataclass(frozen=True)
@@ -76,41 +77,24 @@ class ComparisonReport:
         heads: dict[str, Any] = {}
         for head, by_seed in self.measures.items():
             names = dict.fromkeys(name for found in by_seed.values() for name in found if name != "growth")
-            summary: dict[str, Any] = {}
-            for name in names:
-                statistic = self.statistic(head, name)
-                assert statistic is not None
-                summary[name] = {"mean": statistic.mean, "deviation": statistic.deviation}
             difference = self.difference(head)
             heads[head] = {
-                "summary": summary,
-                "accuracy_difference": None
-                if difference is None
-                else {"to": REFERENCE, "mean": difference.mean, "deviation": difference.deviation},
+                "summary": {name: asdict(self._known(head, name)) for name in names},
+                "accuracy_difference": None if difference is None else {"to": REFERENCE, **asdict(difference)},
                 "prediction_time": self.times.get(head),
                 "seeds": by_seed,
             }
         return {"heads": heads}
 
     def __str__(self) -> str:
-        """Returns a Markdown table."""
+        """Returns a Markdown table, and another of the sizes of the memory bank."""
         titles = ["head", "accuracy %", f"to {REFERENCE}", *(title for title, *_ in _COLUMNS), "training", "prediction"]
-        rows = [titles, ["---"] * len(titles)]
-        trained = self.statistic(REFERENCE, "train_seconds") if REFERENCE in self.measures else None
-        for head in self.measures:
-            accuracy, difference = self.statistic(head, "accuracy"), self.difference(head)
-            row = [head, "" if accuracy is None else accuracy.text(100, 2)]
-            row.append(_ABSENT if difference is None or head == REFERENCE else difference.text(100, 2, signed=True))
-            for _, measure, factor, decimals in _COLUMNS:
-                statistic = self.statistic(head, measure)
-                row.append(_ABSENT if statistic is None else f"{factor * statistic.mean:.{decimals}f}")
-            seconds = self.statistic(head, "train_seconds")
-            row.append(_ABSENT if not trained or not seconds else f"{seconds.mean / trained.mean:.2f}x")
-            row.append(f"{self.times[head]:.2f}x" if head in self.times else _ABSENT)
-            rows.append(row)
-        widths = [max(len(row[i]) for row in rows) for i in range(len(titles))]
-        lines = [f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows]
-        return "\n".join([*lines, *self._growth_lines()])
+        tables = [markdown_table(titles, [self._row(head) for head in self.measures])]
+        growth = [self._growth_row(head, row) for head in self.measures for row in self.growth(head)]
+        if growth:
+            titles = ["head", "memory", "accuracy %", "strongest is an example", "identical class", "samples"]
+            tables.append(markdown_table(titles, growth))
+        return "\n\n".join(tables)
 
     def growth(self, head: str) -> list[dict[str, Any]]:
         """Returns means over the seeds for each size and selection of a head's bank, all samples last."""
@@ -121,30 +105,36 @@ class ComparisonReport:
         steps = [*zip(*(found["growth"] for found in runs), strict=True), tuple(whole)]
         names = ("accuracy", "explanation_accuracy", "identical_class_rate", "support_size", "calibration_error")
         return [
-            {
-                "selection": step[0]["selection"],
-                "samples_per_class": step[0]["samples_per_class"],
-                "memory_size": step[0]["memory_size"],
-                **{name: statistics.fmean(found[name] for found in step) for name in names},
-            }
+            {name: step[0][name] for name in ("selection", "samples_per_class", "memory_size")}
+            | {name: statistics.fmean(found[name] for found in step) for name in names}
             for step in steps
         ]
 
-    def _growth_lines(self) -> list[str]:
-        lines = []
-        for head in self.measures:
-            for row in self.growth(head):
-                each = row["samples_per_class"]
-                size = "all" if each is None else f"{each} per class, {row['selection']}"
-                lines.append(
-                    f"| {head} | {size} | {100 * row['accuracy']:.2f} | {100 * row['explanation_accuracy']:.1f} | "
-                    f"{100 * row['identical_class_rate']:.1f} | {row['support_size']:.1f} |"
-                )
-        if not lines:
-            return []
+    def _known(self, head: str, measure: str) -> Statistic:
+        statistic = self.statistic(head, measure)
+        assert statistic is not None
+        return statistic
+
+    def _row(self, head: str) -> list[str]:
+        difference = self.difference(head) if head != REFERENCE else None
+        row = [head, self._known(head, "accuracy").text(100, 2)]
+        row.append("" if difference is None else difference.text(100, 2, signed=True))
+        for _, measure, factor, decimals in _COLUMNS:
+            statistic = self.statistic(head, measure)
+            row.append("" if statistic is None else f"{factor * statistic.mean:.{decimals}f}")
+        seconds = self.statistic(head, "train_seconds")
+        trained = self.statistic(REFERENCE, "train_seconds") if REFERENCE in self.measures else None
+        row.append("" if not trained or not seconds else f"{seconds.mean / trained.mean:.2f}x")
+        row.append(f"{self.times[head]:.2f}x" if head in self.times else "")
+        return row
+
+    def _growth_row(self, head: str, row: dict[str, Any]) -> list[str]:
+        each = row["samples_per_class"]
         return [
-            "",
-            "| head | memory | accuracy % | strongest is an example | identical class | samples |",
-            "|---|---|---|---|---|---|",
-            *lines,
+            head,
+            "all" if each is None else f"{each} per class, {row['selection']}",
+            f"{100 * row['accuracy']:.2f}",
+            f"{100 * row['explanation_accuracy']:.1f}",
+            f"{100 * row['identical_class_rate']:.1f}",
+            f"{row['support_size']:.1f}",
         ]

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from timm_memwrap.experiments.markdown import markdown_table
+
 __all__ = ["Call", "Row", "compare_calls", "make_rows", "measure", "table"]
 
 Call = Callable[[], Any]
@@ -68,23 +70,14 @@ def compare_calls(
     budgets: Mapping[str, float | None] | None = None,
     **setting: Any,
 ) -> list[Row]:
-    """Times calls, and makes a row of each.
-
-    Args:
-        calls: The calls by name; the first is the anchor that the others are divided by.
-        part: The part of the benchmark.
-        rounds: As in `measure`.
-        device: As in `measure`.
-        budgets: Largest allowed ratios by name.
-        **setting: Further fields that the rows share.
-    """
+    """Times calls, and makes a row of each; the first is the anchor that the others are divided by."""
     return make_rows(measure(calls, rounds, device), part, budgets or {}, **setting)
 
 
 def make_rows(
     times: Mapping[str, Sequence[float]], part: str, budgets: Mapping[str, float | None], **setting: Any
 ) -> list[Row]:
-    """Makes a row of each series of times. See `compare_calls`."""
+    """Makes a row of each series of times, of which the first is the anchor, with the fields of `setting`."""
     anchor = next(iter(times))
     return [
         Row(
@@ -117,9 +110,7 @@ def table(rows: Sequence[Row]) -> str:
         )
         for row in rows
     ]
-    widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
-    shown = (header, tuple("-" * width for width in widths), *lines)
-    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in shown)
+    return markdown_table(header, lines)
 
 
 def _remark(row: Row) -> str:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from timm_memwrap.data import data_config
 from timm_memwrap.explaining import explain, plot_explanations
 from timm_memwrap.hub import save_pretrained
-from timm_memwrap.jobs.train import train
+from timm_memwrap.jobs.train import TrainingReport, train
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.training.configuration import Recipe
 from timm_memwrap.training.fitting import open_data
@@ -30,26 +30,16 @@ class QuickstartReport:
     """The result of the quickstart.
 
     Args:
-        plain: Test accuracy of the plain timm model, 0 to 1.
-        memory: Test accuracy of the same weights, read through the memory alone.
+        trained: The result of training the plain timm model, which is then read through its memory alone.
+        published: Test accuracy of a model trained with the published Memory Wrap head, 0 to 1.
         test_size: Number of test images.
-        published: Test accuracy of a model trained with the published Memory Wrap head.
-        strongest_agrees: Fraction of test images whose strongest memory sample is of the predicted class.
-        support: Mean number of memory samples that a prediction used.
-        memory_size: Number of samples in the bank.
-        directory: Folder of the saved model.
         figure: Figure of predictions with the memory samples that they used.
         reloaded_equal: Whether the model reloaded with timm gives bit-identical logits.
     """
 
-    plain: float
-    memory: float
-    test_size: int
+    trained: TrainingReport
     published: float
-    strongest_agrees: float
-    support: float
-    memory_size: int
-    directory: Path
+    test_size: int
     figure: Path
     reloaded_equal: bool
 
@@ -70,7 +60,6 @@ def run_quickstart(recipe: Recipe, out: str | os.PathLike, progress: bool = True
             f"memory.mode={recipe.memory.mode!r}: the quickstart trains the plain classifier. Pass none, or call train."
         )
     report = train(recipe, out, overwrite=True, progress=progress)
-    assert report.plain_accuracy is not None
     with_head = copy.deepcopy(recipe)
     with_head.memory.mode = "batch"
     with tempfile.TemporaryDirectory() as folder:
@@ -87,18 +76,7 @@ def run_quickstart(recipe: Recipe, out: str | os.PathLike, progress: bool = True
     reloaded = timm.create_model(f"local-dir:{report.directory}", pretrained=True).eval()
     with torch.inference_mode():
         equal = all(torch.equal(model(x), reloaded(x)) for x, _ in loader)
-    return QuickstartReport(
-        plain=report.plain_accuracy,
-        memory=report.accuracy,
-        test_size=len(test_data),
-        published=published,
-        strongest_agrees=report.metrics.identical_class_rate,
-        support=report.metrics.support_size,
-        memory_size=len(model.memory_bank),
-        directory=report.directory,
-        figure=figure,
-        reloaded_equal=equal,
-    )
+    return QuickstartReport(report, published, len(test_data), figure, equal)
 
 
 @torch.inference_mode()

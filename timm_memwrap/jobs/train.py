@@ -20,7 +20,7 @@ from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.training.configuration import Recipe
 from timm_memwrap.training.creation import wrap_trained
 from timm_memwrap.training.evaluation import evaluate, sampled_accuracy
-from timm_memwrap.training.fitting import Fitted, check_recipe, fit_recipe
+from timm_memwrap.training.fitting import Fitted, fit_recipe
 from timm_memwrap.training.processes import processes
 
 __all__ = ["TrainingReport", "train"]
@@ -80,7 +80,6 @@ def train(
     Raises:
         ValueError: If the recipe contradicts itself or the data, or the loss is not finite.
     """
-    check_recipe(recipe)
     if recipe.hub.push is not None:
         check_repo_id(recipe.hub.push)
     out = Path(out)

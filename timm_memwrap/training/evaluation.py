@@ -15,16 +15,13 @@ __all__ = ["evaluate", "sampled_accuracy"]
 
 
 def evaluate(model: nn.Module, loader: Any, processes: Processes, **kwargs: Any) -> dict[str, float]:
-    """Evaluates a model in evaluation mode, and restores its mode.
+    """Returns the mean cross-entropy `loss` and the `accuracy`, from 0 to 1, over the batches of all processes.
 
     Args:
-        model: Maps inputs to logits.
+        model: Maps inputs to logits; evaluated in evaluation mode, which is restored.
         loader: Batches `(inputs, labels)`; each of several processes has its own.
         processes: The processes, which all make this call.
         **kwargs: Passed to the model.
-
-    Returns:
-        `loss`, the mean cross-entropy, and `accuracy`, from 0 to 1, over the batches of all processes.
     """
     evaluator = ClassificationEvaluator(device=processes.device)
     with evaluating(model):
@@ -42,13 +39,10 @@ def sampled_accuracy(
     Args:
         model: The model; its bank is not read.
         loader: Batches `(images, labels)`.
-        memory: The training images, with the evaluation transform.
+        memory: A data set of the training images, with the evaluation transform.
         size: Number of images drawn for a batch.
-        draws: Number of evaluations.
+        draws: Number of evaluations, whose accuracies are returned.
         seed: Seed of what is drawn.
-
-    Returns:
-        The accuracy of each evaluation, from 0 to 1.
 
     Raises:
         ValueError: If there are fewer images than `size`.

@@ -183,12 +183,8 @@ class _Loop:
             if not bar.disable and now - refreshed > _REFRESH:
                 refreshed = now
                 loss_sum, correct = sums.tolist()
-                found = self._metrics(loss_sum, correct, seen)
-                shown = {"loss": f"{found['train_loss']:.3f}"}
-                if "train_accuracy" in found:
-                    shown["accuracy"] = f"{found['train_accuracy']:.1%}"
-                shown["img/s"] = f"{seen * processes.world_size / (now - start):.0f}"
-                bar.set_postfix({"epoch": f"{epoch + 1}/{config.epochs}", **shown}, refresh=False)
+                shown = self._metrics(loss_sum, correct, seen)
+                bar.set_postfix({"epoch": epoch + 1, **{k[6:]: f"{v:.3f}" for k, v in shown.items()}}, refresh=False)
         seconds = time.perf_counter() - start
         totals = torch.cat([sums, sums.new_tensor([seen])])
         if processes.distributed:
@@ -254,9 +250,9 @@ def _describe(row: Row, epochs: int) -> str:
 
 
 def _scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, steps: int) -> Any:
-    if config.sched == "plateau":
-        raise ValueError("training.sched='plateau' needs a metric in each step. Pass another, e.g. 'cosine'.")
     try:
+        if config.sched == "plateau":
+            raise ValueError("it needs a metric in each step. Pass another, e.g. 'cosine'.")
         scheduler, _ = create_scheduler_v2(
             optimizer,
             sched=config.sched,

@@ -16,26 +16,18 @@ from timm_memwrap.training.configuration import Recipe
 __all__ = [
     "find_recipe",
     "first_difference",
-    "list_comparisons",
-    "list_recipes",
     "load_recipe",
     "read_recipe",
+    "recipe_names",
     "to_dict",
     "write_recipe",
 ]
 
-# Start of the names of comparisons; the names of recipes that only others inherit from start with an underscore.
-_COMPARISON = "compare_"
 
-
-def list_recipes() -> list[str]:
-    """Lists the training recipes that come with the package."""
-    return [name for name in _names() if not name.startswith(_COMPARISON)]
-
-
-def list_comparisons() -> list[str]:
-    """Lists the comparisons of heads that come with the package."""
-    return [name for name in _names() if name.startswith(_COMPARISON)]
+def recipe_names() -> list[str]:
+    """Lists the recipes that come with the package; those of comparisons start with `compare_`."""
+    # Those that only others inherit from start with an underscore.
+    return sorted({file.stem for folder in _folders() for file in folder.glob("[!_]*.yaml")})
 
 
 def find_recipe(name: str, beside: Path | None = None) -> Path:
@@ -54,8 +46,8 @@ def find_recipe(name: str, beside: Path | None = None) -> Path:
         for file in (folder / f"{name}.yaml", folder / name):
             if file.is_file():
                 return file
-    near = get_close_matches(name, _names(), n=1)
-    hint = f"Did you mean {near[0]!r}?" if near else f"Known are {', '.join(map(repr, _names()))}."
+    near = get_close_matches(name, recipe_names(), n=1)
+    hint = f"Did you mean {near[0]!r}?" if near else f"Known are {', '.join(recipe_names())}."
     raise ValueError(f"No recipe {name!r}. {hint} Or pass the path of a YAML file.")
 
 
@@ -137,10 +129,6 @@ def first_difference(
             if ignored is not None and key not in ignored and old != value:
                 return f"{section}.{key}", old, value
     return None
-
-
-def _names() -> list[str]:
-    return sorted({file.stem for folder in _folders() for file in folder.glob("[!_]*.yaml")})
 
 
 def _folders() -> list[Path]:
