@@ -325,7 +325,10 @@ BANK = {
         "format_version=99; .*Upgrade timm-memwrap",
     ),
     "no width": ({"encodings": torch.zeros(12)}, "encodings"),
-    "weights of another shape": ({"backbone__conv1.0.weight": torch.zeros(2, 2)}, r"has shape \[2, 2\]"),
+    "weights of another shape": (
+        {"backbone__conv1.0.weight": torch.zeros(2, 2)},
+        r"backbone\.conv1\.0\.weight: its shape is \[2, 2\]",
+    ),
     "whole numbers for weights": (
         {"backbone__fc.weight": torch.zeros(3, 96, dtype=torch.int64)},
         r"backbone\.fc\.weight is of torch.int64",
@@ -360,7 +363,7 @@ CONFIG: dict[str, tuple[Any, str]] = {
     "another backbone": ({"architecture": "memwrap_evidence_test_vit"}, "does not fit 'memwrap_evidence_test_vit'"),
     "unknown argument": ({"model_args": {"bogus": 1}}, "cannot be built .*bogus"),
     "unknown value": ({"model_args": {"distance": "manhattan"}}, "cannot be built .*'manhattan'"),
-    "other classes": ({"num_classes": 4, "model_args": {"num_classes": 4}}, "describes"),
+    "other classes": ({"num_classes": 4, "model_args": {"num_classes": 4}}, "size mismatch for backbone.fc"),
     "two numbers of classes": ({"num_classes": 0}, "has num_classes=3, but the rest of it describes 0"),
     "classes not a number": ({"num_classes": "3"}, "num_classes is '3'"),
     "classes without end": (

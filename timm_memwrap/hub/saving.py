@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -182,17 +183,9 @@ def describe_memory(bank: MemoryBank) -> dict[str, Any]:
     """Returns what a bank holds as JSON, for people who read `config.json`; nothing is loaded from it."""
     if not len(bank):
         return {"size": 0}
-    provenance = bank.provenance
-    return {
-        "size": len(bank),
-        "class_counts": {str(label): count for label, count in bank.class_counts.items()},
-        "dataset": provenance.dataset,
-        "selection": provenance.selection,
-        "seed": provenance.seed,
-        "population": provenance.population,
-        "images": bank.images is not None,
-        "encoder": provenance.encoder,
-    }
+    counts = {str(label): count for label, count in bank.class_counts.items()}
+    images = bank.images is not None
+    return {"size": len(bank), "class_counts": counts, "images": images, **asdict(bank.provenance)}
 
 
 def local_source(directory: Path) -> str:

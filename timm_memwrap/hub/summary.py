@@ -21,7 +21,7 @@ class Summary:
         num_classes: Number of classes.
         parameters: Number of parameters.
         memory: What the bank holds, as in `config.json`.
-        class_counts: Number of samples in the memory by name of the class.
+        class_counts: Number of samples in the memory by class name.
         memory_bytes: Size of the memory.
         image_bytes: Size of the images in it.
         stale: Whether the memory was encoded with other weights; `None` if it is empty or not recorded.
