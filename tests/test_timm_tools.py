@@ -14,20 +14,22 @@ import torch
 import torch.distributed
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from timm.models import load_checkpoint
-from timm.utils import CheckpointSaver, ModelEmaV3
+from timm.models import create_feature_extractor, load_checkpoint
+from timm.utils import CheckpointSaver, ModelEmaV2, ModelEmaV3
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
 import timm_memwrap  # noqa: F401
 from timm_memwrap import MemoryWrapModel, build_memory_bank
+from timm_memwrap.checks import without_values
 
 CLASSES = 4
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "memwrap": ("memwrap_test_resnet", {}),
     "baseline": ("memwrap_baseline_test_resnet", {}),
-    "classifier": ("memwrap_baseline_test_resnet", {"read_head": "classifier"}),
+    "evidence": ("memwrap_evidence_test_resnet", {}),
+    "logits": ("memwrap_evidence_test_resnet", {"read_head": "logits"}),
 }
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -57,11 +59,17 @@ def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, seed: i
     optimizer.step()
 
 
+def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("memory_bank.")}
+
+
 def assert_same(model: Any, other: Any) -> None:
     """Asserts that two models have the same state and answer alike, their banks included."""
-    ours, theirs = model.state_dict(), other.state_dict()
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert equal(model.state_dict(), other.state_dict())
     images = random_images()
     with torch.no_grad():
         assert torch.equal(model.eval()(images), other.eval()(images))
@@ -88,21 +96,47 @@ def test_load_checkpoint(variant: str, suffix: str, into_filled: bool, tmp_path:
     assert_same(model, other)
 
 
-def test_load_checkpoint_of_an_empty_bank_empties_the_bank(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_checkpoint_without_a_bank_leaves_the_bank(strict: bool, tmp_path: Path) -> None:
     model, other = create(), fill(create(seed=1))
+    remembered = {name: tensor.clone() for name, tensor in other.memory_bank.state_dict().items()}
     torch.save(model.state_dict(), tmp_path / "checkpoint.pth")
-    load_checkpoint(other, str(tmp_path / "checkpoint.pth"))
-    assert len(other.memory_bank) == 0
-    assert_same(model, other)
+    load_checkpoint(other, str(tmp_path / "checkpoint.pth"), strict=strict)
+    assert equal(other.memory_bank.state_dict(), remembered)
+    assert equal(weights(other), weights(model))
+    # It was encoded with other weights, and says so.
+    assert other.memory_is_stale()
 
 
-def test_load_checkpoint_names_a_missing_weight(tmp_path: Path) -> None:
-    model = create()
-    state_dict = model.state_dict()
-    del state_dict["head.classifier.fc2.bias"]
+@each_variant
+@pytest.mark.parametrize("wrong", ["missing", "unexpected", "shape", "bank"])
+def test_a_refused_checkpoint_leaves_the_model_as_it_was(variant: str, wrong: str, tmp_path: Path) -> None:
+    model, other = fill(create(variant, seed=1)), fill(create(variant), size=7, seed=5)
+    state_dict = other.state_dict()
+    name = list(other.backbone.state_dict())[-1]
+    if wrong == "missing":
+        name = f"backbone.{name}"
+        del state_dict[name]
+    elif wrong == "unexpected":
+        name = "head.another.weight"
+        state_dict[name] = torch.zeros(2)
+    elif wrong == "shape":
+        name = f"backbone.{next(iter(other.backbone.state_dict()))}"
+        state_dict[name] = torch.zeros(2, 2)
+    else:
+        name = "encodings"
+        state_dict["memory_bank.encodings"] = torch.zeros(7, 5)
     torch.save(state_dict, tmp_path / "checkpoint.pth")
-    with pytest.raises(RuntimeError, match=r"head\.classifier\.fc2\.bias"):
+    images = random_images()
+    with torch.no_grad():
+        logits = model(images)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match=name.replace(".", r"\.")):
         load_checkpoint(model, str(tmp_path / "checkpoint.pth"))
+    assert equal(model.state_dict(), before)
+    assert not model.memory_is_stale()
+    with torch.no_grad():
+        assert torch.equal(model(images), logits)
 
 
 @each_variant
@@ -150,44 +184,75 @@ def test_clean_state_dict_of_a_wrapped_model_loads(tmp_path: Path) -> None:
 # -- EMA --------------------------------------------------------------------------------------------------------------
 
 
+def new_ema(kind: str, model: Any) -> Any:
+    return ModelEmaV2(model, decay=0.5) if kind == "V2" else ModelEmaV3(model, decay=0.5, foreach=kind == "V3 foreach")
+
+
+each_ema = pytest.mark.parametrize("kind", ["V2", "V3", "V3 foreach"])
+
+
 @each_variant
-@pytest.mark.parametrize("foreach", [True, False])
-def test_ema_averages_weights_and_no_memory(variant: str, foreach: bool) -> None:
-    model = fill(create(variant))
-    ema = ModelEmaV3(model, decay=0.5, foreach=foreach)
+@each_ema
+@pytest.mark.parametrize("remembers", ["both", "the average", "the model", "neither"])
+def test_ema_averages_weights_and_leaves_the_memory(variant: str, kind: str, remembers: str) -> None:
+    """Whether the bank is there when the average is made, comes later, goes, or never was."""
+    model = create(variant)
+    if remembers in ("both", "the average"):
+        fill(model)
+    ema = new_ema(kind, model)
+    if remembers == "the average":
+        model.memory_bank.clear()
+    if remembers == "the model":
+        fill(model)
     kept = {name: tensor.clone() for name, tensor in ema.module.memory_bank.state_dict().items()}
     optimizer = timm.optim.create_optimizer_v2(model, opt="sgd", lr=0.1)
     expected = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for step in range(3):
         train_step(model, optimizer, seed=step)
-        fill(model, size=12, seed=10 + step)
         ema.update(model)
         for name, parameter in model.named_parameters():
             expected[name].lerp_(parameter.detach(), 0.5)
     for name, parameter in ema.module.named_parameters():
         torch.testing.assert_close(parameter, expected[name])
-    # Its bank is of the time when it was made, whatever the model remembers by now.
-    remembered = ema.module.memory_bank.state_dict()
-    assert all(torch.equal(remembered[name], kept[name]) for name in kept)
-    assert not torch.equal(kept["encodings"], model.memory_bank.encodings)
-    assert ema.module.memory_is_stale()
+    # Its bank is of the time when it was made, and it knows that its weights are not those of that time.
+    assert equal(ema.module.memory_bank.state_dict(), kept)
+    assert ema.module.memory_is_stale() == bool(kept)
     fill(ema.module)
     assert not ema.module.memory_is_stale()
     assert torch.isfinite(ema.module(random_images())).all()
+    if remembers == "both":
+        ema.set(model)
+        assert_same(ema.module.train(), model.train())
 
 
-def test_ema_of_a_model_whose_bank_comes_and_changes_length() -> None:
-    model = create()
-    ema = ModelEmaV3(model, decay=0.5)
+@each_ema
+def test_ema_of_a_bank_that_was_built_again_is_stale_until_it_is_built_too(kind: str) -> None:
+    """timm averages what is in the state dict, and an average of two samples' encodings is of neither."""
+    model = fill(create())
+    ema = new_ema(kind, model)
     optimizer = timm.optim.create_optimizer_v2(model, opt="sgd", lr=0.1)
-    for size in (0, 5, 9):
-        train_step(model, optimizer, seed=size)
-        if size:
-            fill(model, size=size)
+    for step in range(3):
+        train_step(model, optimizer, seed=step)
+        fill(model, seed=10 + step)
         ema.update(model)
-        assert torch.isfinite(ema.module(random_images())).all()
-    ema.set(model)
-    assert all(torch.equal(a, b) for a, b in zip(ema.module.parameters(), model.parameters(), strict=True))
+    assert ema.module.memory_is_stale()
+    fill(ema.module, seed=12)
+    assert not ema.module.memory_is_stale()
+    other = fill(copy.deepcopy(ema.module), seed=12)
+    assert_same(ema.module, other)
+
+
+@each_ema
+def test_ema_of_a_bank_that_changed_its_length_is_an_error(kind: str) -> None:
+    model = fill(create())
+    ema = new_ema(kind, model)
+    fill(model, size=9)
+    with pytest.raises(RuntimeError, match="size"):
+        ema.update(model)
+    # What to do then: the average's memory is of no use, since its weights are others.
+    ema.module.memory_bank.clear()
+    ema.update(model)
+    assert torch.isfinite(ema.module(random_images())).all()
 
 
 # -- DistributedDataParallel ------------------------------------------------------------------------------------------
@@ -318,7 +383,7 @@ def test_compiled_model_sees_a_new_bank(compiled: Callable[[Any], Any]) -> None:
         torch.testing.assert_close(fast(images), model(images))
 
 
-@pytest.mark.parametrize("variant", ["memwrap", "classifier"])
+@pytest.mark.parametrize("variant", ["memwrap", "evidence", "logits"])
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 @pytest.mark.parametrize("given", ["nothing", "images", "encodings", "images, some hidden"])
 def test_compile_with_each_argument(variant: str, given: str, training: bool) -> None:
@@ -330,7 +395,7 @@ def test_compile_with_each_argument(variant: str, given: str, training: bool) ->
     if given.startswith("images"):
         arguments["memory"] = random_images(5, seed=3)
     if given == "encodings":
-        arguments["memory_encoding"] = torch.randn(5, model.encoding_size)
+        arguments["memory"] = torch.randn(5, model.encoding_size)
     if given.endswith("hidden"):
         hidden = torch.zeros(6, 5, dtype=torch.bool)
         hidden[0, :2] = hidden[3] = True
@@ -346,6 +411,9 @@ def test_compile_with_each_argument(variant: str, given: str, training: bool) ->
     torch.testing.assert_close(ours.weights[:, :support], theirs.weights)
     assert not ours.weights[:, support:].any()
     torch.testing.assert_close(ours.logits, theirs.logits)
+    read = theirs.weights > 0
+    assert torch.equal(ours.positions[:, :support][read], theirs.positions[read])
+    torch.testing.assert_close(ours.similarities[:, :support][read], theirs.similarities[read])
     for mine, parameter in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, parameter.grad)
 
@@ -388,3 +456,37 @@ def test_export_of_the_model_itself(variant: str, strict: bool, tmp_path: Path) 
         exported = torch.export.load(tmp_path / "model.pt2").module()
         for size in (1, 5):
             torch.testing.assert_close(exported(random_images(size)), model(random_images(size)))
+
+
+# -- torch.fx ---------------------------------------------------------------------------------------------------------
+
+
+@each_variant
+def test_a_model_without_classes_is_traced_as_its_backbone_is(variant: str) -> None:
+    """torch.fx hands every optional argument of `forward` over as a proxy, in place of its default."""
+    name, kwargs = VARIANTS[variant]
+    model, images = timm.create_model(name, num_classes=0, **kwargs).eval(), random_images()
+    with torch.no_grad():
+        expected = model(images)
+        assert torch.equal(torch.fx.symbolic_trace(model)(images), expected)
+        extractor = create_feature_extractor(model, ["backbone.layer2.0.add", "backbone.global_pool.flatten"])
+        block, pooled = extractor.eval()(images).values()
+        assert block.ndim == 4
+        assert torch.equal(pooled, expected)
+
+
+# -- layouts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("backbone", "output_fmt"),
+    [("swin_tiny_patch4_window7_224", "NHWC"), ("test_mambaout", "NHWC"), ("test_vit", None)],
+)
+@pytest.mark.parametrize("prefix", ["memwrap_", "memwrap_evidence_"])
+def test_the_layout_of_features_is_the_backbones(prefix: str, backbone: str, output_fmt: str | None) -> None:
+    with torch.device("meta"), without_values():
+        model, plain = (timm.create_model(name, num_classes=CLASSES) for name in (prefix + backbone, backbone))
+    assert getattr(model, "output_fmt", None) == getattr(plain, "output_fmt", None)
+    assert hasattr(model, "output_fmt") == hasattr(plain, "output_fmt")
+    if output_fmt is not None:
+        assert model.output_fmt == output_fmt

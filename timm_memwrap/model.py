@@ -147,7 +147,8 @@ class MemoryWrapModel(TimmInterface):
             ValueError: If there is no head to read with, or a vote has no labels to count.
         """
         if self.num_classes == 0:
-            if isinstance(memory, Tensor) or return_readout:
+            # What is traced by torch.fx is handed over in place of the defaults, and is neither.
+            if isinstance(memory, Tensor) or return_readout is True:
                 self.check_head()
             return self.backbone(x)
         encoding = self.encode(x)
