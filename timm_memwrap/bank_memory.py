@@ -56,14 +56,10 @@ def bank_memory(
     tensors = [tensor for module in (head, *others) for tensor in (*module.parameters(), *module.buffers())]
     tensors += [encodings, labels]
     known, compiling = bank.derived, torch.compiler.is_compiling()
-    if (
-        isinstance(known, BankMemory)
-        and known.head is head
-        and known.memory.keys.vectors.dtype == dtype
+    if isinstance(known, BankMemory) and known.memory.keys.vectors.dtype == dtype:
         # A compiled model cannot watch; training it or changing the bank drops what is known all the same.
-        and (compiling or (known.watch is not None and known.watch.unchanged(tensors)))
-    ):
-        return known
+        if compiling or (known.head is head and known.watch is not None and known.watch.unchanged(tensors)):
+            return known
     # Not in inference mode, whose tensors a later backward could not use.
     with torch.inference_mode(False), torch.no_grad():
         memory = head.prepare(encodings.to(dtype), labels)
