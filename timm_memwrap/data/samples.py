@@ -162,10 +162,9 @@ def size_of(data: Any) -> int | None:
 
 
 class _Order(Sampler[list[int]]):
-    """A batch sampler of the given indices, which counts the batches that were asked for."""
+    """Counts the batches that are asked for; `sampler` is the attribute that a `BatchSampler` has."""
 
     def __init__(self, indices: list[int], batch_size: int) -> None:
-        # The attribute that a BatchSampler has.
         self.sampler = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
         self.given = 0
 
