@@ -42,17 +42,11 @@ class Index(Protocol):
 
 
 class PreparedMemory(NamedTuple):
-    """A memory set made ready to be read.
-
-    Attributes:
-        keys: What queries are compared with.
-        values: What is summed, `[M, V]`; for a vote the labels `[M]`.
-        index: Searches the keys; `None` to score them all, which suits a small memory and gradients to it.
-    """
+    """A memory set made ready to be read."""
 
     keys: Keys
-    values: Tensor
-    index: Index | None = None
+    values: Tensor  # what is summed, [M, V]; for a vote the labels [M]
+    index: Index | None = None  # None to score all keys, which suits a small memory and gradients to it
 
     @property
     def size(self) -> int:
@@ -162,12 +156,7 @@ class MemoryLayer(nn.Module, ABC):
         return wide(memory_encoding)
 
     def prepare(self, memory_encoding: Tensor, labels: Tensor | None = None) -> PreparedMemory:
-        """Makes a memory set ready to be read.
-
-        Args:
-            memory_encoding: Memory encodings `[M, D]`.
-            labels: Labels of the memory samples `[M]`. Only `LabelVote` reads them.
-        """
+        """Makes memory encodings `[M, D]` ready to be read; only `LabelVote` needs their labels `[M]`."""
         return PreparedMemory(self.key(memory_encoding), self.value(memory_encoding, labels))
 
     def read(self, query: Tensor, memory: PreparedMemory, hidden: Tensor | None = None, ranked: bool = True) -> Read:

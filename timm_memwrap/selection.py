@@ -10,20 +10,10 @@ __all__ = ["SELECTIONS", "needs_encodings", "select"]
 
 
 def select(selection: str, labels: Tensor, encodings: Tensor | None, size: int | None, seed: int) -> list[int]:
-    """Chooses samples to remember.
+    """Returns the positions of samples to remember, in increasing order.
 
-    Args:
-        selection: One of `SELECTIONS`.
-        labels: Labels of all samples `[N]`.
-        encodings: Their encodings `[N, D]`, for selections that need them.
-        size: Number of samples to choose; `None` for all.
-        seed: Seed of the choice.
-
-    Returns:
-        Positions, in increasing order.
-
-    Raises:
-        ValueError: If there are fewer samples than `size`.
+    They are chosen by one of `SELECTIONS` from labels `[N]` and, where it needs them, encodings `[N, D]`. A `ValueError`
+    is raised if there are fewer than `size`; `None` is for all.
     """
     if size is None:
         return list(range(len(labels)))

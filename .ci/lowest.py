@@ -1,0 +1,11 @@
+"""Prints the lowest versions that pyproject.toml allows, as pip's constraints."""
+
+import re
+import tomllib
+from pathlib import Path
+
+project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text())["project"]
+for requirement in [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]:
+    lowest = re.match(r"([\w-]+)(?:\[.*?\])?>=([\d.]+)$", requirement)
+    if lowest:
+        print(f"{lowest[1]}=={lowest[2]}")
