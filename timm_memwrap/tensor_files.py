@@ -64,9 +64,8 @@ def write_tensors(
 ) -> Path:
     """Writes tensors from any device to a safetensors file, whole or not at all, and returns the path.
 
-    The format is that of safetensors. Its own writer would wait for the checksum (measured with resnet18 and 10,000
-    samples: a save takes 115 ms with it and 75 ms so, of which the disk takes 60), and makes files that only their
-    owner can read.
+    The format is that of safetensors. Its own writer would wait for the checksum, which is 18 ms of a save of 78 ms
+    (resnet18 and 10,000 samples, of which the disk takes 40), and makes files that only their owner can read.
 
     Args:
         tensors: The tensors by name.

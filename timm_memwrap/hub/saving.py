@@ -5,7 +5,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -133,7 +132,7 @@ def write_model(model: MemoryWrapModel, folder: Path, bank: MemoryBank) -> list[
     """Writes a model with this bank into an empty folder, and returns the files, the weights first.
 
     Raises:
-        ValueError: If what is written is not what loading accepts.
+        ValueError: If what would be written is not what loading accepts.
     """
     prefix = f"{MEMORY_BANK}."
     # Kept as they are: a state dict otherwise holds copies of a bank, which may be large.
@@ -153,13 +152,9 @@ def write_model(model: MemoryWrapModel, folder: Path, bank: MemoryBank) -> list[
     # In one order, however the model was made: what was loaded is saved as the same bytes.
     config["model_args"] = dict(sorted(config["model_args"].items()))
     path.write_text(text := json.dumps(config, indent=2), encoding="utf-8")
-    whole = WholeModel(tensors, config, "The model to save", verified=True, complete=True)
-    # One is Python's work and the other the disk's: together they take as long as one of them.
-    with ThreadPoolExecutor(1) as thread:
-        check = thread.submit(check_whole, whole)
-        # The configuration lies in the weights too, so that no kill parts what must agree.
-        write_tensors(tensors, weights, {CONFIG_KEY: text})
-        check.result()
+    check_whole(WholeModel(tensors, config, "The model to save", verified=True, complete=True))
+    # The configuration lies in the weights too, so that no kill parts what must agree.
+    write_tensors(tensors, weights, {CONFIG_KEY: text})
     return [weights, path]
 
 
