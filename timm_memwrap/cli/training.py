@@ -29,7 +29,7 @@ def quickstart(out: str = "quickstart", recipe: str = "quickstart", progress: bo
     print(
         f"\nTest accuracy on scikit-learn's digits, {report.test_size} images\n"
         f"  {trained.plain_accuracy:7.2%}  plain {name}, trained here\n"
-        f"  {trained.accuracy:7.2%}  the same weights, through {len(trained.model.memory_bank)} remembered images alone\n"
+        f"  {trained.accuracy:7.2%}  the same weights, through {len(trained.model.memory_bank)} remembered images\n"
         f"  {report.published:7.2%}  memwrap_{name}, trained with the published head\n"
         f"{_evidence(trained.metrics)}\n"
         f"Reloaded with timm.create_model: logits are "
