@@ -75,9 +75,6 @@ def assert_same(model: Any, other: Any) -> None:
         assert torch.equal(model.eval()(images), other.eval()(images))
 
 
-# -- checkpoints ------------------------------------------------------------------------------------------------------
-
-
 @each_variant
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 @pytest.mark.parametrize("into_filled", [False, True], ids=["into empty", "into filled"])
@@ -181,9 +178,6 @@ def test_clean_state_dict_of_a_wrapped_model_loads(tmp_path: Path) -> None:
     assert_same(model, other)
 
 
-# -- EMA --------------------------------------------------------------------------------------------------------------
-
-
 def new_ema(kind: str, model: Any) -> Any:
     return ModelEmaV2(model, decay=0.5) if kind == "V2" else ModelEmaV3(model, decay=0.5, foreach=kind == "V3 foreach")
 
@@ -253,9 +247,6 @@ def test_ema_of_a_bank_that_changed_its_length_is_an_error(kind: str) -> None:
     ema.module.memory_bank.clear()
     ema.update(model)
     assert torch.isfinite(ema.module(random_images())).all()
-
-
-# -- DistributedDataParallel ------------------------------------------------------------------------------------------
 
 
 def free_port() -> int:
@@ -334,9 +325,6 @@ def test_distributed_gradients_are_those_of_one_process(tmp_path: Path) -> None:
         gradients = torch.load(tmp_path / f"gradients-{rank}.pt")
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
-
-
-# -- compile ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -441,9 +429,6 @@ def test_compile_with_an_empty_memory(
     assert "The memory is empty" in caplog.text
 
 
-# -- torch.export -----------------------------------------------------------------------------------------------------
-
-
 @each_variant
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_of_the_model_itself(variant: str, strict: bool, tmp_path: Path) -> None:
@@ -458,9 +443,6 @@ def test_export_of_the_model_itself(variant: str, strict: bool, tmp_path: Path) 
             torch.testing.assert_close(exported(random_images(size)), model(random_images(size)))
 
 
-# -- torch.fx ---------------------------------------------------------------------------------------------------------
-
-
 @each_variant
 def test_a_model_without_classes_is_traced_as_its_backbone_is(variant: str) -> None:
     """torch.fx hands every optional argument of `forward` over as a proxy, in place of its default."""
@@ -473,9 +455,6 @@ def test_a_model_without_classes_is_traced_as_its_backbone_is(variant: str) -> N
         block, pooled = extractor.eval()(images).values()
         assert block.ndim == 4
         assert torch.equal(pooled, expected)
-
-
-# -- layouts ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

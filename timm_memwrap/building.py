@@ -147,7 +147,7 @@ def _encode(
         assert positions is not None
         share = positions[dist.get_rank() :: dist.get_world_size()]
     parameter = next(model.parameters())
-    encodings, labels, images = [], [], []
+    encodings, labels, images = list[Tensor](), list[Tensor](), list[Tensor]()
     with tqdm(total=None if share is None else len(share), desc="Memory bank", unit="img", disable=not progress) as bar:
         for image, label in samples.batches(share):
             features = model.backbone.forward_features(image.to(parameter))
