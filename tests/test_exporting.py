@@ -26,8 +26,8 @@ from torch import Tensor
 from timm_memwrap import MemoryWrapModel, exporting, save_pretrained
 from timm_memwrap.cli import main
 from timm_memwrap.exporting import FORMATS, METADATA_KEY, ExportError, ExportReport, default_path, export_model
-from timm_memwrap.memory_bank import Provenance
 from timm_memwrap.memory_args import OWN_READ_HEADS, READ_HEADS
+from timm_memwrap.memory_bank import Provenance
 
 CLASSES = 4
 SIZE = (3, 32, 32)

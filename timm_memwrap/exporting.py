@@ -28,6 +28,7 @@ from timm_memwrap._utils import check_choice, check_count, optional_import, repl
 from timm_memwrap.data import data_config, known_class_names
 from timm_memwrap.hub import from_pretrained
 from timm_memwrap.hub.privacy import public_bank
+from timm_memwrap.memory_bank import MemoryBank
 from timm_memwrap.memory_checks import check_memory
 from timm_memwrap.model import MemoryReadout, MemoryWrapModel
 
@@ -75,18 +76,19 @@ class ExportReport:
 
 
 class _Exported(nn.Module):
-    """A model with the outputs that are exported."""
+    """A model without its bank, with the memory that was prepared from it: each file holds it once."""
 
     def __init__(self, model: MemoryWrapModel, top_k: int | None) -> None:
         super().__init__()
         self.model, self.top_k = model, top_k
+        self.memory = model.head.prepare(*model.memory_bank.filled())
+        model.memory_bank = MemoryBank()
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Classifies images `[B, C, H, W]`: logits `[B, C]`, and on request weights and indices `[B, K]`."""
-        if self.top_k is None:
-            return (self.model(image),)
-        readout = self.model(image, return_readout=True)
-        return readout.logits, readout.weights[:, : self.top_k], readout.positions[:, : self.top_k]
+        readout = self.model.read(self.model.encode(image), memory=self.memory)
+        evidence = (readout.weights[:, : self.top_k], readout.positions[:, : self.top_k]) if self.top_k else ()
+        return readout.logits, *evidence
 
 
 def export_model(
@@ -122,13 +124,6 @@ def export_model(
         ExportError: If PyTorch cannot trace the model, or the file computes something else; it is a `ValueError`.
         ImportError: If a package for ONNX is not installed.
         ValueError: If the bank is empty or stale, or an argument is not valid.
-
-    Example:
-        ```python
-        >>> from timm_memwrap.exporting import export_model
-        >>> report = export_model("my-model", "my-model.onnx", with_evidence=True)  # doctest: +SKIP
-
-        ```
     """
     path = Path(path)
     _check_arguments(path, format, top_k, input_size, opset)
@@ -142,7 +137,10 @@ def export_model(
     # A copy: mode, device and gradients of the model given are left alone.
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False).use_index(None)
     model.memory_bank = public_bank(model.memory_bank)
-    _check_precision(model)
+    dtypes = {str(tensor.dtype) for tensor in model.parameters()}
+    if dtypes != {"torch.float32"}:
+        found = ", ".join(sorted(dtypes))
+        raise ValueError(f"The model's weights are {found}; an exported model takes float32. Call model.float() first.")
     with torch.no_grad():
         expected = {batch: _expected(model, batch, size) for batch in _CHECKED_BATCHES}
         metadata = json.dumps(_describe(model, {**config, "input_size": size}))
@@ -190,9 +188,7 @@ def default_path(source: str | os.PathLike, format: str = "onnx") -> Path:
     return Path(f"{name}{FORMATS[format]}")
 
 
-def _check_arguments(
-    path: Path, format: str, top_k: int, input_size: tuple[int, int, int] | None, opset: int | None
-) -> None:
+def _check_arguments(path: Path, format: str, top_k: int, input_size: Any, opset: int | None) -> None:
     check_choice("format", format, FORMATS)
     if path.suffix != FORMATS[format]:
         raise ValueError(f"path={str(path)!r} does not end in {FORMATS[format]!r}, as format={format!r} requires.")
@@ -203,13 +199,6 @@ def _check_arguments(
         raise ValueError(f"opset={opset!r} is a version of ONNX, but format={format!r}. Leave it out.")
 
 
-def _check_precision(model: MemoryWrapModel) -> None:
-    dtypes = {tensor.dtype for tensor in model.parameters()}
-    if dtypes != {torch.float32}:
-        names = ", ".join(sorted(str(dtype) for dtype in dtypes))
-        raise ValueError(f"The model's weights are {names}; an exported model takes float32. Call model.float() first.")
-
-
 def _trace(exported: nn.Module, size: tuple[int, ...]) -> ExportedProgram:
     try:
         program = torch.export.export(
@@ -218,17 +207,13 @@ def _trace(exported: nn.Module, size: tuple[int, ...]) -> ExportedProgram:
     except (RuntimeError, ValueError, AssertionError) as error:
         first = str(error).strip().split("\n")[0]
         raise ExportError(f"torch.export cannot trace the model with a batch of any size: {first}") from error
-    # Stack traces name files of this machine.
-    for node in _nodes(program):
-        node.meta.pop("stack_trace", None)
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            # It names files of this machine.
+            node.meta.pop("stack_trace", None)
     # It would be the only pickle in the file.
     program.example_inputs = None
     return program
-
-
-def _nodes(program: ExportedProgram) -> list[torch.fx.Node]:
-    modules = [module for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
-    return [node for module in modules for node in module.graph.nodes]
 
 
 def _describe(model: MemoryWrapModel, config: dict[str, Any]) -> dict[str, Any]:
@@ -271,12 +256,7 @@ def _write_program(program: ExportedProgram, path: Path, metadata: str) -> _Runn
                 )
     path.write_bytes(buffer.getbuffer())
     module = torch.export.load(path).module()
-
-    def run(images: Tensor) -> list[Tensor]:
-        with torch.no_grad():
-            return list(module(images))
-
-    return run
+    return torch.no_grad()(lambda images: list(module(images)))
 
 
 def _write_onnx(
@@ -284,13 +264,11 @@ def _write_onnx(
 ) -> None:
     import onnx
 
-    for node in _nodes(program):
-        # The exporter knows sort by this name alone. In ONNX it is stable.
+    for node in program.graph.nodes:
+        # The exporter knows no stable sort; in ONNX each sort is.
         if node.target is torch.ops.aten.sort.stable:
-            node.target, node.kwargs = (
-                torch.ops.aten.sort.default,
-                {k: node.kwargs[k] for k in ("dim", "descending") if k in node.kwargs},
-            )
+            node.target = torch.ops.aten.sort.default
+            node.kwargs = {name: value for name, value in node.kwargs.items() if name != "stable"}
     try:
         converted = torch.onnx.export(
             program,
@@ -308,7 +286,7 @@ def _write_onnx(
         raise ExportError(f"The model cannot be converted to ONNX: {cause} Pass format='export' instead.") from error
     assert converted is not None
     converted.model.metadata_props[METADATA_KEY] = metadata
-    weights = sum(tensor.nbytes for tensor in program.state_dict.values())
+    weights = sum(tensor.nbytes for tensor in (*program.state_dict.values(), *program.tensor_constants.values()))
     converted.save(path, external_data=weights > _MOST_BYTES)
     onnx.checker.check_model(path, full_check=True)
 

@@ -4,39 +4,18 @@ from timm_memwrap.explaining.calibration import calibrate, fit_temperature
 from timm_memwrap.explaining.counterfactuals import CounterfactualMetrics, evaluate_counterfactuals, im1, im2
 from timm_memwrap.explaining.explanation import Explanation, MemorySample, explain
 from timm_memwrap.explaining.figures.html import write_html
-from timm_memwrap.explaining.figures.plots import (
-    plot_explanation,
-    plot_explanations,
-    plot_heatmaps,
-    plot_memory_report,
-)
+from timm_memwrap.explaining.figures.plots import plot_explanation, plot_explanations, plot_heatmaps, plot_memory_report
 from timm_memwrap.explaining.heatmaps import Attribution, attribute
 from timm_memwrap.explaining.metrics import ExplanationMeter, ExplanationMetrics, evaluate_explanations
 from timm_memwrap.explaining.randomisation import randomisation_check
 from timm_memwrap.explaining.report import MemoryReport, SampleUse, memory_report
 
 __all__ = [
-    "explain",
-    "Explanation",
-    "MemorySample",
-    "plot_explanation",
-    "plot_explanations",
-    "evaluate_explanations",
-    "ExplanationMetrics",
-    "ExplanationMeter",
-    "calibrate",
-    "fit_temperature",
-    "evaluate_counterfactuals",
-    "CounterfactualMetrics",
-    "im1",
-    "im2",
-    "randomisation_check",
-    "memory_report",
-    "MemoryReport",
-    "SampleUse",
-    "plot_memory_report",
-    "attribute",
-    "Attribution",
-    "plot_heatmaps",
+    "explain", "Explanation", "MemorySample", "plot_explanation", "plot_explanations",
+    "evaluate_explanations", "ExplanationMetrics", "ExplanationMeter",
+    "calibrate", "fit_temperature",
+    "evaluate_counterfactuals", "CounterfactualMetrics", "im1", "im2", "randomisation_check",
+    "memory_report", "MemoryReport", "SampleUse", "plot_memory_report",
+    "attribute", "Attribution", "plot_heatmaps",
     "write_html",
-]
+]  # fmt: skip

@@ -57,10 +57,8 @@ def calibrate(model: MemoryWrapModel, data: Any, progress: bool = True) -> float
     logits, labels = map(torch.cat, zip(*pairs, strict=True))
     if bool((logits.argmax(dim=-1) == labels).all()):
         _logger.warning(
-            "All %d images are classified correctly, which any temperature near 0 fits, so it stays at %g. Calibrate "
-            "with more images, or harder ones.",
-            len(labels),
-            model.temperature,
+            f"All {len(labels)} images are classified correctly, which any temperature near 0 fits, so it stays at "
+            f"{model.temperature:g}. Calibrate with more images, or harder ones."
         )
     else:
         model.temperature = fit_temperature(logits, labels)

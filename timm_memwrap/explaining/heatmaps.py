@@ -248,11 +248,7 @@ def _warn_of_gaps(attributions: list[Attribution], n_steps: int) -> None:
     missed = sum(abs(gap or 0.0) > _MOST_GAP * abs(change) for gap, change in gaps)
     if missed:
         _logger.warning(
-            "The attributions of %d of %d images miss the sum that they should have by more than %.0f%%: the model "
-            "is far from linear between the baseline and the image. Pass more than n_steps=%d, and see "
-            "completeness_gap.",
-            missed,
-            len(attributions),
-            100 * _MOST_GAP,
-            n_steps,
+            f"The attributions of {missed} of {len(attributions)} images miss the sum that they should have by more "
+            f"than {_MOST_GAP:.0%}: the model is far from linear between the baseline and the image. Pass more than "
+            f"n_steps={n_steps}, and see completeness_gap."
         )

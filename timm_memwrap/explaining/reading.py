@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from timm_memwrap._utils import evaluating
+from timm_memwrap.bank_memory import empty_memory
 from timm_memwrap.data import encoded_batches, size_of
 from timm_memwrap.memory_checks import check_memory
 from timm_memwrap.model import MemoryReadout, MemoryWrapModel
@@ -66,11 +67,7 @@ def read_without(model: MemoryWrapModel, encoding: Tensor, hidden: Tensor) -> Te
 
 def read_nothing(model: MemoryWrapModel, encoding: Tensor) -> Tensor:
     """Computes logits `[B, C]` in float32 with nothing read from the memory."""
-    # Labels for a vote, which counts none.
-    nothing = model.head.prepare(
-        encoding.new_zeros(0, model.encoding_size), torch.zeros(0, dtype=torch.long, device=encoding.device)
-    )
-    return _logits(model, model.read(encoding, memory=nothing))
+    return _logits(model, model.read(encoding, memory=empty_memory(model.head, encoding)))
 
 
 def _logits(model: MemoryWrapModel, readout: MemoryReadout) -> Tensor:

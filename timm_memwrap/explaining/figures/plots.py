@@ -143,19 +143,14 @@ def plot_memory_report(
 ) -> "Figure":
     """Draws the memory samples that mislead most, and those whose label the model disputes.
 
+    What is not listed is as in `plot_explanations`.
+
     Args:
         model: The model that the report is on.
         report: What `memory_report` returned, for the bank as it is.
-        path: As in `plot_explanations`.
-        dataset: As in `plot_explanations`.
         top_k: How many samples of each kind to draw.
-        dpi: As in `plot_explanations`.
-
-    Returns:
-        The matplotlib figure, which belongs to no pyplot state.
 
     Raises:
-        ImportError: If matplotlib is not installed.
         ValueError: If the bank has changed since the report.
     """
     bank, size = model.memory_bank, len(report.samples)
@@ -202,18 +197,12 @@ def plot_heatmaps(
 ) -> "Figure":
     """Draws what `attribute` found: each input and the memory samples that it read, and below each its heatmap.
 
-    Args:
-        model: The model that was explained.
-        attributions: What `attribute` returned.
-        labels: As in `plot_explanations`.
-        path: As in `plot_explanations`.
-        dpi: As in `plot_explanations`.
+    What is not listed is as in `plot_explanations`.
 
-    Returns:
-        The matplotlib figure, which belongs to no pyplot state.
+    Args:
+        attributions: What `attribute` returned.
 
     Raises:
-        ImportError: If matplotlib is not installed.
         ValueError: If there are no attributions, or labels differ in number.
     """
     images = [attribution.image for attribution in attributions]
