@@ -104,8 +104,8 @@ def test_where_the_classifier_is_not_affine_logits_are_kept_behind_the_pre_logit
     assert not timm_memwrap.wrap(plain, read_head="linear").encodes_logits
 
 
-class _Nonlinear(nn.Module):
-    """A backbone whose classifier is an MLP."""
+class _Backbone(nn.Module):
+    """A backbone with a given classifier."""
 
     def __init__(self, classifier: Any) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class _Nonlinear(nn.Module):
     ],
 )
 def test_a_classifier_is_affine_if_all_of_its_parts_are(classifier: Any, affine: bool) -> None:
-    assert classifies_affinely(_Nonlinear(classifier)) == affine
+    assert classifies_affinely(_Backbone(classifier)) == affine
 
 
 def test_the_logits_read_head_is_the_baseline_layer_on_the_pre_logits() -> None:
