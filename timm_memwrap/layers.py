@@ -6,7 +6,7 @@ Shapes: B inputs, M memory samples, D width of an encoding, C outputs, K samples
 import torch
 from torch import Tensor, nn
 
-from timm_memwrap.memory_layer import MemoryLayer, output_width
+from timm_memwrap.memory_layer import MemoryLayer, check_width
 
 __all__ = ["MLP", "BaselineMemory", "LabelVote", "MemoryWrapLayer"]
 
@@ -166,10 +166,5 @@ def _parameter_dtype(module: nn.Module, default: Tensor) -> torch.dtype:
 def _checked_classifier(classifier: nn.Module | None, in_features: int, out_features: int) -> nn.Module:
     if classifier is None:
         return MLP(in_features, 2 * in_features, out_features)
-    width = output_width("classifier", classifier, in_features)
-    if width != out_features:
-        raise ValueError(
-            f"classifier={classifier!r} has {width} outputs, but output_dim={out_features}. Pass a classifier that "
-            f"maps [B, {in_features}] to [B, {out_features}], or output_dim={width}."
-        )
+    check_width("classifier", classifier, in_features, out_features)
     return classifier

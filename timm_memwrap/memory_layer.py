@@ -27,7 +27,7 @@ from timm_memwrap.attention import (
     wide,
 )
 
-__all__ = ["MemoryLayer", "MemoryReadout", "PreparedMemory", "Read", "is_factor", "output_width"]
+__all__ = ["MemoryLayer", "MemoryReadout", "PreparedMemory", "Read", "check_width", "is_factor"]
 
 # The scale as a parameter, and where it starts: at 1 the support grows with the memory, and explains nothing.
 LEARNED = "learned"
@@ -116,7 +116,7 @@ class MemoryLayer(nn.Module, ABC):
         if head is None:
             head = nn.Linear(encoder_output_dim, encoder_output_dim)
         else:
-            output_width("head", head, encoder_output_dim)
+            check_width("head", head, encoder_output_dim)
         self.head = head
 
     @property
@@ -277,14 +277,17 @@ def is_factor(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
-def output_width(name: str, module: nn.Module, in_features: int) -> int:
-    """Returns the width of a module's output for two rows of `in_features` zeros, or raises a `ValueError`."""
+def check_width(name: str, module: nn.Module, in_features: int, out_features: int | None = None) -> None:
+    """Raises a `ValueError` if a module does not map `[B, in_features]` to `[B, out_features]`."""
     if not isinstance(module, nn.Module):
         raise ValueError(f"{name}={module!r} is not a module. Pass a torch.nn.Module, or None for the default.")
     parameter = next(module.parameters(), torch.empty(0))
+    rows = torch.zeros(2, in_features, dtype=parameter.dtype, device=parameter.device)
+    if rows.is_meta:
+        return
     try:
         with evaluating(module):
-            output = module(torch.zeros(2, in_features, dtype=parameter.dtype, device=parameter.device))
+            output = module(rows)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"{name}={module!r} cannot take encodings of shape [B, {in_features}]: {error}") from error
     if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != 2:
@@ -292,7 +295,12 @@ def output_width(name: str, module: nn.Module, in_features: int) -> int:
             f"{name}={module!r} must map [B, {in_features}] to one tensor [B, width]; it returned "
             f"{list(output.shape) if isinstance(output, Tensor) else type(output).__name__}."
         )
-    return output.shape[-1]
+    width = output.shape[1]
+    if width != (out_features or width):
+        raise ValueError(
+            f"{name}={module!r} has {width} outputs, but output_dim={out_features}. Pass one that maps "
+            f"[B, {in_features}] to [B, {out_features}], or output_dim={width}."
+        )
 
 
 def _check_hidden(hidden: Tensor, rows: int, size: int) -> None:
