@@ -235,3 +235,14 @@ def test_heat_is_yellow_where_the_attribution_is_and_grey_elsewhere(
     assert np.array_equal(first[20:, :10, 0], first[20:, :10, 2])
     for picture in others:
         assert np.array_equal(picture[..., 0], picture[..., 2])
+
+
+def test_heat_of_a_narrow_image_is_laid_over_it(
+    make_model: Callable[..., MemoryWrapModel], make_images: Callable[..., torch.Tensor]
+) -> None:
+    """The blur reaches further than such an image is high."""
+    model = make_model("memory wrap")
+    memory = TensorDataset(make_images(12, seed=1), torch.zeros(12))
+    found = attribute(model, make_images(1), memory, "saliency", top_k=1, progress=False)[0]
+    narrow = dataclasses.replace(found, image=torch.zeros(3, 4, 128), heatmap=torch.rand(3, 4, 128))
+    assert overlays(model, narrow)[0].shape == (4, 128, 3)
