@@ -5,7 +5,8 @@ import tomllib
 from pathlib import Path
 
 project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text())["project"]
-for requirement in [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]:
-    lowest = re.match(r"([\w-]+)(?:\[.*?\])?>=([\d.]+)$", requirement)
-    if lowest:
-        print(f"{lowest[1]}=={lowest[2]}")
+for requirements in (project["dependencies"], *project["optional-dependencies"].values()):
+    for requirement in requirements:
+        lowest = re.match(r"([\w-]+)(?:\[.*?\])?>=([\d.]+)$", requirement)
+        if lowest:
+            print(f"{lowest[1]}=={lowest[2]}")

@@ -235,7 +235,7 @@ def test_a_gradient_flows_through_the_query_and_not_into_the_bank(
         model.zero_grad()
         images = new_images().requires_grad_()
         model(images).square().sum().backward()
-        searches = isinstance(model.memory_bank.derived.memory.index, ExactIndex)
+        searches = isinstance(model.memory_bank.derived.memory.key_index, ExactIndex)
         assert searches == (most == 0)
         gradients.append([images.grad, *(p.grad for p in model.parameters() if p.grad is not None)])
     assert gradients[0][0].any()
@@ -254,7 +254,7 @@ def test_gradcheck_of_a_read_of_the_bank(kind: str, distance: str, most: int, mo
     assert torch.autograd.gradcheck(
         lambda x: model.read(x).logits, encoding.requires_grad_(), atol=1e-6, fast_mode=True
     )
-    assert isinstance(model.memory_bank.derived.memory.index, ExactIndex) == (most == 0)
+    assert isinstance(model.memory_bank.derived.memory.key_index, ExactIndex) == (most == 0)
     readout = model.read(encoding)
     with torch.no_grad():
         torch.testing.assert_close(model.read(encoding).logits, readout.logits)

@@ -44,7 +44,7 @@ def _memory(size: int = SIZE, dtype: torch.dtype = torch.float32) -> tuple[Tenso
 @torch.no_grad()
 def _prepare(layer: MemoryLayer, how: str = "dense", size: int = SIZE, dtype: torch.dtype = torch.float32) -> Any:
     memory = layer.prepare(*_memory(size, dtype))
-    return memory._replace(index=READS[how](memory.keys))
+    return memory._replace(key_index=READS[how](memory.keys))
 
 
 def _dense(read: Read, size: int = SIZE) -> Tensor:

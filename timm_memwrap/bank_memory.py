@@ -64,7 +64,7 @@ def bank_memory(
     with torch.inference_mode(False), torch.no_grad():
         memory = head.prepare(encodings.to(dtype), labels)
         if not compiling:
-            memory = memory._replace(index=_new_index(memory, index_args))
+            memory = memory._replace(key_index=_new_index(memory, index_args))
     bank.derived = BankMemory(head, memory, None if compiling else Watch(tensors))
     return bank.derived
 

@@ -78,7 +78,7 @@ class WatchedFingerprint:
     """The fingerprint of a module, computed again only after its weights may have changed."""
 
     def __init__(self) -> None:
-        self.forget()
+        self._known: tuple[Watch, str] | None = None
 
     def of(self, module: nn.Module) -> str:
         """Returns `fingerprint(module)`."""
@@ -89,7 +89,7 @@ class WatchedFingerprint:
 
     def forget(self) -> None:
         """Makes the next call compute it."""
-        self._known: tuple[Watch, str] | None = None
+        self._known = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy must not watch the original's tensors.

@@ -23,23 +23,19 @@ def new_head(
 ) -> MemoryLayer:
     """Makes a layer for encodings of `width`, which begin with the pre-logits of width `features`."""
     name, classifier_name = memory_args["read_head"], memory_args["classifier"]
-    read_heads = {
-        "identity": nn.Identity,
-        "pre_logits": lambda: PreLogits(features),
-        "probabilities": lambda: Probabilities(features, own),
-        "logits": lambda: CentredLogits(own),
+    read_heads: dict[str, nn.Module] = {
+        "identity": nn.Identity(),
+        "pre_logits": PreLogits(features),
+        "probabilities": Probabilities(features, own),
+        "logits": CentredLogits(own),
     }
-    common = {
-        "head": read_heads[name]() if name in read_heads else None,
-        "distance": memory_args["distance"],
-        "scale": memory_args["scale"],
-    }
+    common = {"head": read_heads.get(name), "distance": memory_args["distance"], "scale": memory_args["scale"]}
     if classifier_name == "vote":
         return LabelVote(width, num_classes, **common)
     classifier: nn.Module | None = own if name in OWN_READ_HEADS else None
     if classifier_name == "linear":
         classifier = nn.Linear(width if memory_only else 2 * width, num_classes)
-    layer = BaselineMemory if memory_only else MemoryWrapLayer
+    layer: type[BaselineMemory] | type[MemoryWrapLayer] = BaselineMemory if memory_only else MemoryWrapLayer
     return layer(width, num_classes, classifier=classifier, **common)
 
 

@@ -46,7 +46,7 @@ class PreparedMemory(NamedTuple):
 
     keys: Keys
     values: Tensor  # what is summed, [M, V]; for a vote the labels [M]
-    index: Index | None = None  # None to score all keys, which suits a small memory and gradients to it
+    key_index: Index | None = None  # None to score all keys, which suits a small memory and gradients to it
 
     @property
     def size(self) -> int:
@@ -178,9 +178,9 @@ class MemoryLayer(nn.Module, ABC):
             _check_hidden(hidden, query.shape[0], memory.size)
         with float32_island(query):
             masks = hidden is not None and hidden.dtype == torch.bool
-            if memory.index is None or masks or torch.compiler.is_compiling():
+            if memory.key_index is None or masks or torch.compiler.is_compiling():
                 return self._read_all(query, memory, hidden, ranked)
-            return self._search(query, memory, memory.index, hidden)
+            return self._search(query, memory, memory.key_index, hidden)
 
     @abstractmethod
     def classify(self, input_encoding: Tensor, memory_vector: Tensor) -> Tensor:

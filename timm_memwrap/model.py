@@ -19,7 +19,7 @@ from timm_memwrap.checks import misfits
 from timm_memwrap.encoding_queue import EncodingQueue
 from timm_memwrap.fingerprint import WatchedFingerprint
 from timm_memwrap.heads import Calibration, new_head
-from timm_memwrap.memory_args import OWN_READ_HEADS, resolve_memory_args
+from timm_memwrap.memory_args import resolve_memory_args
 from timm_memwrap.memory_bank import MemoryBank
 from timm_memwrap.memory_layer import MemoryReadout, PreparedMemory, is_factor
 from timm_memwrap.search import check_index
@@ -97,11 +97,6 @@ class MemoryWrapModel(TimmInterface):
         self._ddp_params_and_buffers_to_ignore = [
             f"{constants.MEMORY_BANK}.{name}" for name in self.memory_bank._buffers
         ]
-
-    @property
-    def keeps_classifier(self) -> bool:
-        """Whether the memory is read with the backbone's own classifier."""
-        return self.memory_args["read_head"] in OWN_READ_HEADS
 
     @property
     def own_classifier(self) -> OwnClassifier:
@@ -367,8 +362,9 @@ class MemoryWrapModel(TimmInterface):
         head = self.head
         # Whatever is traced is handed over in place of `None`.
         hidden = hidden if isinstance(hidden, Tensor) else None
-        vector, *samples = head.read(head.query(encoding), memory, hidden, ranked)
-        return MemoryReadout(self.calibration(head.classify(encoding, vector)), *samples, encoding)
+        vector, weights, positions, similarities = head.read(head.query(encoding), memory, hidden, ranked)
+        logits = self.calibration(head.classify(encoding, vector))
+        return MemoryReadout(logits, weights, positions, similarities, encoding)
 
     def _bank_memory(self, like: Tensor | None = None) -> BankMemory:
         others = self.backbone.get_classifier() if self.keeps_classifier else ()

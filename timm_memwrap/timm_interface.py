@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from timm_memwrap.constants import BACKBONE
 from timm_memwrap.heads import CLASSIFIER_NAMES
-from timm_memwrap.memory_args import check_global_pool
+from timm_memwrap.memory_args import OWN_READ_HEADS, check_global_pool
 
 __all__ = ["TimmInterface", "add_prefix"]
 
@@ -42,7 +42,6 @@ class TimmInterface(nn.Module):
 
     backbone: Any
     num_classes: int
-    keeps_classifier: bool
     memory_args: dict[str, Any]
     _traits: dict[str, Any]
     _model_args: dict[str, Any]
@@ -59,6 +58,11 @@ class TimmInterface(nn.Module):
             adapted = object.__getattribute__(self, _ADAPTED[name])
             return adapted() if name == "feature_info" else adapted
         return super().__getattr__(name)
+
+    @property
+    def keeps_classifier(self) -> bool:
+        """Whether the memory is read with the backbone's own classifier."""
+        return self.memory_args["read_head"] in OWN_READ_HEADS
 
     @property
     def num_features(self) -> int:

@@ -121,7 +121,7 @@ def test_the_same_call_reads_through_the_index(model: MemoryWrapModel) -> None:
     with torch.no_grad():
         expected = model(images)
         assert torch.allclose(model.use_index("flat")(images), expected, atol=1e-4)
-        assert isinstance(model.memory_bank.derived.memory.index, FaissIndex)
+        assert isinstance(model.memory_bank.derived.memory.key_index, FaissIndex)
         assert torch.equal(model.use_index(None)(images), expected)
 
 

@@ -174,9 +174,9 @@ def _reading(bank_size: int, width: int, batch_size: int, device: str, rounds: i
     with torch.no_grad():
         memory = layer.prepare(encodings.to(device))
         query = layer.query(_clustered(batch_size, width, 2)[0].to(device))
-        reads: dict[str, Any] = {"exact read": memory._replace(index=ExactIndex(memory.keys))}
+        reads: dict[str, Any] = {"exact read": memory._replace(key_index=ExactIndex(memory.keys))}
         for kind in indexes:
-            reads[f"faiss {kind}"] = memory._replace(index=FaissIndex(memory.keys, kind))
+            reads[f"faiss {kind}"] = memory._replace(key_index=FaissIndex(memory.keys, kind))
         calls: dict[str, Call] = {"matrix product": lambda: query @ memory.keys.vectors.T}
         calls |= {what: partial(layer.read, query, searched) for what, searched in reads.items()}
         budgets = {"exact read": 1.5 if bank_size >= 1_000_000 else None}
@@ -216,7 +216,7 @@ def _against_published(width: int, device: str, rounds: int) -> list[Row]:
     queries = _clustered(128, width, 2)[0].to(device)
     with torch.inference_mode():
         memory = ours.prepare(encodings)
-        memory = memory._replace(index=ExactIndex(memory.keys))
+        memory = memory._replace(key_index=ExactIndex(memory.keys))
         calls: dict[str, Call] = {
             "memorywrap, l2": lambda: layer(queries, encodings),
             "exact read, l2": lambda: ours.classify(queries, ours.read(ours.query(queries), memory).vector),

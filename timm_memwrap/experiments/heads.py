@@ -32,7 +32,7 @@ class _Vote(LabelVote):
 
     def read(self, query: Tensor, memory: PreparedMemory, hidden: Tensor | None = None, ranked: bool = True) -> Read:
         """Reads a memory. See `MemoryLayer.read`."""
-        return super().read(query, memory._replace(index=None), hidden, ranked)
+        return super().read(query, memory._replace(key_index=None), hidden, ranked)
 
 
 class NearestNeighbours(_Vote):

@@ -123,7 +123,7 @@ class FaissIndex:
         if self.keys.offsets is not None:
             vectors = torch.cat([vectors, self.keys.offsets.unsqueeze(1)], dim=1)
         array = vectors.float().contiguous().numpy()
-        meaning = {"kind": self.kind, "keys": hashlib.sha256(array).hexdigest()} if path is not None else {}
+        meaning = {"kind": self.kind, "keys": hashlib.sha256(array.data).hexdigest()} if path is not None else {}
         known = _read(path, meaning) if path is not None and path.exists() else None
         if known is not None:
             return self._faiss.deserialize_index(known.numpy())
