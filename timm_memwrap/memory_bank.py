@@ -149,29 +149,23 @@ class MemoryBank(nn.Module):
         Raises:
             ValueError: If they do not fit each other or what is there. The bank is then unchanged.
         """
-        if self.encodings is None or self.labels is None:
+        if not len(self):
             return self.replace(encodings, labels, ids, images)
-        if encodings.ndim != 2 or encodings.shape[1] != self.encodings.shape[1]:
-            raise ValueError(
-                f"encodings has shape {list(encodings.shape)}; expected [N, {self.encodings.shape[1]}], the width of "
-                f"what the bank holds. Encode the samples with the same model."
-            )
-        if (images is None) != (self.images is None) or (
-            images is not None and self.images is not None and images.shape[1:] != self.images.shape[1:]
-        ):
-            raise ValueError(
-                f"images of shape {None if images is None else list(images.shape)} do not fit the bank's "
-                f"{None if self.images is None else list(self.images.shape)}. Give images for all samples or for none."
-            )
-        return self.replace(
-            torch.cat([self.encodings, encodings.detach().to(self.encodings)]),
-            torch.cat([self.labels, labels.detach().to(self.labels.device)]),
-            [*self.ids, *ids],
-            None if images is None or self.images is None else torch.cat([self.images, images.to(self.images.device)]),
-            self.class_names,
-            self.provenance,
-            self.encodings.dtype,
-        )
+        given = {"encodings": encodings, "labels": labels, "images": images}
+        state: dict[str, Tensor | None] = {}
+        for name, new in given.items():
+            old = self._buffers[name]
+            if (new is None) != (old is None) or (
+                new is not None and old is not None and new.shape[1:] != old.shape[1:]
+            ):
+                expected = "none" if old is None else f"[{', '.join(map(str, ['N', *old.shape[1:]]))}]"
+                raise ValueError(
+                    f"{name} has shape {None if new is None else list(new.shape)}; expected {expected}, as in the bank. "
+                    f"Encode the samples with the same model, and give images for all samples or for none."
+                )
+            state[name] = None if new is None or old is None else torch.cat([old, new.detach().to(old)])
+        meaning = self._parsed_meaning()
+        self._set(state, dataclasses.replace(meaning, ids=[*meaning.ids, *plain_ids(ids)]))
 
     def remove(self, ids: Iterable[SampleId]) -> "MemoryBank":
         """Forgets the samples with these ids, and returns itself.
@@ -194,18 +188,10 @@ class MemoryBank(nn.Module):
 
     def select(self, positions: Iterable[int]) -> "MemoryBank":
         """Keeps only the samples at these positions, in this order, and returns itself."""
-        encodings, labels = self.filled()
-        kept, ids = list(positions), self.ids
-        index = torch.tensor(kept, dtype=torch.long, device=encodings.device)
-        self.replace(
-            encodings[index],
-            labels[index],
-            [ids[i] for i in kept],
-            None if self.images is None else self.images[index],
-            self.class_names,
-            self.provenance,
-            encodings.dtype,
-        )
+        device, meaning, kept = self.filled()[1].device, self._parsed_meaning(), list(positions)
+        index = torch.tensor(kept, dtype=torch.long, device=device)
+        state = {name: None if tensor is None else tensor[index] for name, tensor in self._state().items()}
+        self._set(state, dataclasses.replace(meaning, ids=[meaning.ids[i] for i in kept]))
         return self
 
     def store_as(self, dtype: torch.dtype) -> "MemoryBank":
@@ -256,7 +242,7 @@ class MemoryBank(nn.Module):
             OSError: If the disk is full.
         """
         self.filled()
-        return write_tensors({name: tensor for name, tensor in self._state().items() if tensor is not None}, path)
+        return write_tensors(self.state_dict(keep_vars=True), path)
 
     def load(self, path: str | os.PathLike) -> "MemoryBank":
         """Forgets everything and remembers what `save` wrote to a file. Returns itself.
@@ -280,7 +266,8 @@ class MemoryBank(nn.Module):
         return self.encodings, self.labels
 
     def _state(self) -> dict[str, Tensor | None]:
-        return {name: self._buffers[name] for name in BUFFERS}
+        """Returns all buffers but the meaning, which `_set` makes."""
+        return {name: self._buffers[name] for name in BUFFERS if name != "meaning"}
 
     def _set(self, state: dict[str, Tensor | None], meaning: Meaning) -> None:
         """Checks a state and takes it over in one step, so that no thread sees half of it."""

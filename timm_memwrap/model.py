@@ -30,8 +30,8 @@ __all__ = ["MemoryWrapModel"]
 _logger = logging.getLogger(__name__)
 
 QUEUE_SIZE = 1024
-# Memory samples that are classified at a time.
-_BLOCK = 1024
+# Scores computed at a time when memory samples are classified themselves: 64 MB of float32.
+_MOST_SCORES = 2**24
 
 
 class MemoryWrapModel(TimmInterface):
@@ -195,7 +195,7 @@ class MemoryWrapModel(TimmInterface):
         memory, (encodings, _) = self._bank_memory().memory, self.memory_bank.filled()
         parts = []
         with torch.no_grad():
-            for part in positions.split(_BLOCK):
+            for part in positions.split(max(1, _MOST_SCORES // memory.size)):
                 encoding = encodings[part].to(memory.keys.vectors.dtype)
                 if self.memory_args["classifier"] == "own":
                     parts.append(self.calibration(self.head.classify(encoding, encoding)))
