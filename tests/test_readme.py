@@ -17,8 +17,8 @@ from torch.utils.data import TensorDataset
 
 import timm_memwrap
 from timm_memwrap.attention import DISTANCES
+from timm_memwrap.cli import COMMANDS
 from timm_memwrap.cli.arguments import expand, make_parser
-from timm_memwrap.cli.command import COMMANDS
 from timm_memwrap.memory_args import CLASSIFIERS, READ_HEADS
 from timm_memwrap.training.recipes import find_recipe, list_comparisons, list_recipes
 

@@ -3,9 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from timm_memwrap.cli import main
+from timm_memwrap.cli import COMMANDS, main
 from timm_memwrap.cli.arguments import expand, make_parser
-from timm_memwrap.cli.command import COMMANDS
 
 
 def _expand(args: list[str]) -> list[str]:

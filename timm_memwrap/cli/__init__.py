@@ -1,8 +1,63 @@
 """The `timm-memwrap` command: a file per group of commands, each of which parses, calls and prints.
 
-Torch and timm are imported inside the functions, so that they are not needed to print help.
+Torch and timm are imported inside the functions, so that they are not needed to list the commands.
 """
 
-from timm_memwrap.cli.command import main as main
+import logging
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
 
-__all__ = ["main"]
+from timm_memwrap.cli import experiments, explaining, sharing, training
+from timm_memwrap.cli.arguments import expand, make_parser
+
+__all__ = ["COMMANDS", "main"]
+
+# Each is called with the options that its signature names; `run` passes what follows it on.
+COMMANDS: dict[str, Callable[..., None]] = {
+    "quickstart": training.quickstart,
+    "train": training.train,
+    "wrap": training.wrap,
+    "push": sharing.push,
+    "pull": sharing.pull,
+    "inspect": sharing.inspect,
+    "explain": explaining.explain,
+    "evaluate": explaining.evaluate,
+    "report": explaining.report,
+    "export": sharing.export,
+    "compare": experiments.compare,
+    "benchmark": experiments.benchmark,
+    "run": training.run,
+}
+
+
+def main(args: list[str] | None = None) -> int:
+    """Runs a command, and returns its exit status."""
+    name, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
+    if name in ("-h", "--help"):
+        print("usage: timm-memwrap COMMAND [--help] ...\n")
+        for each, function in COMMANDS.items():
+            print(f"  {each:10}  {(function.__doc__ or '').splitlines()[0]}")
+        return 0
+    if name not in COMMANDS:
+        near = get_close_matches(name, COMMANDS, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else "See timm-memwrap --help."
+        print(f"timm-memwrap: there is no command {name!r}. {hint}", file=sys.stderr)
+        return 2
+    if name == "run":
+        # Its errors are the script's.
+        training.run(*rest)
+        return 0
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("timm_memwrap").setLevel(logging.INFO)
+    try:
+        parser = make_parser(name, COMMANDS[name])
+        values = parser.instantiate(parser.parse_args(list(expand(rest, name, parser))))
+        values.pop("config")
+        COMMANDS[name](**values)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError, ImportError) as error:
+        print(f"timm-memwrap: {error}", file=sys.stderr)
+        return 1
+    return 0

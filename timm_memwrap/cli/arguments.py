@@ -49,19 +49,11 @@ def make_parser(name: str, function: Callable[..., None]) -> Parser:
     return parser
 
 
-def expand(args: list[str], command: str, parser: Parser) -> list[str]:
-    """Writes out what may be written in short, and exits with status 2 at an unknown option.
+def expand(args: list[str], command: str, parser: Parser) -> Iterator[str]:
+    """Yields arguments with what is short written out; exits with status 2 at an unknown option.
 
-    `--freeze-backbone` becomes `--training.freeze_backbone=true`, `--resume` becomes `--resume=true`, and `--config`
-    takes a recipe that inherits from another, or the name of one that comes with the package.
-
-    Raises:
-        ValueError: If there is no such recipe, or it has unknown keys.
+    `--freeze-backbone` becomes `--training.freeze_backbone=true`, and the name of a recipe its text.
     """
-    return list(_expanded(args, command, parser))
-
-
-def _expanded(args: list[str], command: str, parser: Parser) -> Iterator[str]:
     short = _SHORT if command in _WITH_RECIPE else {}
     options = [option for option in parser._option_string_actions if option.startswith("--")]
     waiting = list(args)

@@ -11,13 +11,7 @@ IN_TERMINAL = sys.stderr.isatty()
 
 
 def print_result(text: object, values: Any, target: str | None) -> None:
-    """Prints a result as text, and writes its values to a file as JSON, or prints the JSON alone.
-
-    Args:
-        text: The result for people.
-        values: What JSON can hold.
-        target: The file; `"-"` to print the JSON, `None` for no JSON.
-    """
+    """Prints text, and writes `values` to the file `target` as JSON; if that is `-`, prints the JSON alone."""
     from timm_memwrap._utils import write_text
 
     # ASCII, so that any terminal and any encoding can hold it.

@@ -1,5 +1,8 @@
-"""The commands that make a model: the quickstart, training, and wrapping a trained classifier."""
+"""The commands that make a model: the quickstart, training, wrapping a trained classifier, and timm's own scripts."""
 
+import runpy
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from timm_memwrap.cli.output import IN_TERMINAL
@@ -7,7 +10,7 @@ from timm_memwrap.cli.output import IN_TERMINAL
 if TYPE_CHECKING:
     from timm_memwrap.explaining import ExplanationMetrics
 
-__all__ = ["quickstart", "train", "wrap"]
+__all__ = ["quickstart", "run", "train", "wrap"]
 
 
 def quickstart(out: str = "quickstart", recipe: str = "quickstart", progress: bool = IN_TERMINAL) -> None:
@@ -92,6 +95,18 @@ def wrap(model: str, data: str = "", out: str = "output", progress: bool = IN_TE
         print(f"{report.metrics.accuracy:7.2%}  accuracy through its memory of {len(report.model.memory_bank)} samples")
         print(_evidence(report.metrics))
     _print_saved(report.directory)
+
+
+def run(*args: str) -> None:
+    """Runs a Python script, such as timm's train.py, with the Memory Wrap architectures registered in timm."""
+    if not args or not Path(args[0]).is_file():
+        raise SystemExit(
+            f"usage: timm-memwrap run SCRIPT [ARGUMENTS ...]\n"
+            f"{args[0] if args else 'SCRIPT'!r} is not a file. Pass the path of a script, e.g. of timm's train.py."
+        )
+    sys.argv = list(args)
+    sys.path.insert(0, str(Path(args[0]).resolve().parent))
+    runpy.run_path(args[0], run_name="__main__")
 
 
 def _evidence(metrics: "ExplanationMetrics") -> str:

@@ -1,6 +1,6 @@
-"""The commands that talk to the Hugging Face Hub."""
+"""The commands that hand a model on: to the Hugging Face Hub and back, or to another format."""
 
-__all__ = ["inspect", "pull", "push"]
+__all__ = ["export", "inspect", "pull", "push"]
 
 
 def push(
@@ -27,15 +27,8 @@ def push(
     """
     from timm_memwrap.hub import push_folder
 
-    commit = push_folder(
-        folder,
-        repo_id,
-        private=private,
-        revision=revision,
-        create_pr=create_pr,
-        commit_message=message,
-        include_images=include_images,
-    )
+    options = {"private": private, "revision": revision, "create_pr": create_pr, "include_images": include_images}
+    commit = push_folder(folder, repo_id, commit_message=message, **options)
     print(f"Pushed {folder} to {repo_id}: {commit.pr_url or commit.commit_url}")
     print(f'Load it with timm.create_model("hf-hub:{repo_id}", pretrained=True), after import timm_memwrap.')
 
@@ -63,3 +56,25 @@ def inspect(source: str) -> None:
     from timm_memwrap.hub import summarize
 
     print(summarize(source).report())
+
+
+def export(
+    source: str, out: str | None = None, format: str = "onnx", with_evidence: bool = False, top_k: int = 5
+) -> None:
+    """Exports a model with its memory to one file that needs neither timm nor this package, and checks it.
+
+    Args:
+        source: A folder, or a repository, owner/name or owner/name@revision.
+        out: File to write; null for the name of the source, in the working directory.
+        format: onnx, or export for a .pt2 file of torch.export.
+        with_evidence: Whether the file also gives the weights of the strongest samples, and their indices.
+        top_k: How many samples with_evidence gives.
+    """
+    from timm_memwrap.exporting import default_path, export_model
+
+    path = default_path(source, format) if out is None else out
+    report = export_model(source, path, format, with_evidence=with_evidence, top_k=top_k)
+    size = ", ".join(map(str, report.input_size))
+    checked = "not checked" if report.difference is None else f"{report.difference:.1e} from the model at most"
+    print(f"Exported {source} to {report.path}: {checked}.")
+    print(f"  image [batch, {size}], of any batch size -> {', '.join(report.outputs)}")
