@@ -337,8 +337,8 @@ def test_own_logits_of_the_backbones_classifier_are_the_plain_models(variant: st
 def test_own_logits_of_other_heads_are_a_read_with_the_sample_itself_hidden(
     variant: str, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("timm_memwrap.model._BLOCK", block)
     model = fill(new_model(variant))
+    monkeypatch.setattr("timm_memwrap.model._MOST_SCORES", block * len(model.memory_bank))
     encodings, labels = model.memory_bank.filled()
     expected = []
     with torch.no_grad():

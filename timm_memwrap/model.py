@@ -200,7 +200,7 @@ class MemoryWrapModel(TimmInterface):
                 if self.memory_args["classifier"] == "own":
                     parts.append(self.calibration(self.head.classify(encoding, encoding)))
                 else:
-                    parts.append(self._apply_memory(encoding, memory, part.unsqueeze(1), ranked=False).logits)
+                    parts.append(self._read(encoding, memory, part.unsqueeze(1), ranked=False).logits)
         return torch.cat(parts)
 
     def own_predictions(self, positions: Tensor | None = None) -> Tensor:
@@ -332,39 +332,36 @@ class MemoryWrapModel(TimmInterface):
         return new_head(self.memory_args, self.memory_only, *sizes, self.own_classifier)
 
     def _read(self, encoding: Tensor, memory: Any, hidden: Any, ranked: bool) -> MemoryReadout:
-        """Chooses the memory set, and reads it."""
+        """Reads the memory set; a tracer hands over something else than a tensor in place of `None`."""
+        memory, hidden = self._memory_set(encoding, memory, hidden if isinstance(hidden, Tensor) else None)
+        vector, weights, positions, similarities = self.head.read(self.head.query(encoding), memory, hidden, ranked)
+        logits = self.calibration(self.head.classify(encoding, vector))
+        return MemoryReadout(logits, weights, positions, similarities, encoding)
+
+    def _memory_set(self, encoding: Tensor, memory: Any, hidden: Tensor | None) -> tuple[PreparedMemory, Tensor | None]:
+        """Chooses the memory set, and what of it each input must not see."""
         if self.training:
             self._forget_derived()
         if isinstance(memory, Tensor):
             memory = self.head.prepare(memory)
         if isinstance(memory, PreparedMemory):
-            return self._apply_memory(encoding, memory, hidden, ranked)
-        if isinstance(hidden, Tensor) and (self.training or not len(self.memory_bank)):
+            return memory, hidden
+        if hidden is not None and (self.training or not len(self.memory_bank)):
             raise ValueError(
                 "hidden names samples of the memory bank or of a memory set that is given, and here is neither. Call "
                 "model.eval() and build_memory_bank, or pass memory."
             )
         if self.training:
-            itself = torch.arange(encoding.shape[0], device=encoding.device).unsqueeze(1)
-            readout = self._apply_memory(encoding, self.head.prepare(encoding), itself, ranked)
             self._training_queue().append(encoding)
-            return readout
+            return self.head.prepare(encoding), torch.arange(encoding.shape[0], device=encoding.device).unsqueeze(1)
         if len(self.memory_bank):
-            return self._apply_memory(encoding, self._bank_memory(encoding).memory, hidden, ranked)
+            return self._bank_memory(encoding).memory, hidden
         if self.queue is not None and self.memory_args["classifier"] != "vote":
-            memory = self.head.prepare(self.queue.encodings.to(wide(encoding).dtype))
-            return self._apply_memory(encoding, memory, self.queue.empty_entries(encoding.shape[0]), ranked)
+            queued = self.queue.encodings.to(wide(encoding).dtype)
+            return self.head.prepare(queued), self.queue.empty_entries(encoding.shape[0])
         if not self._warned:
             self._warned = warn_of_empty_memory()
-        return self._apply_memory(encoding, empty_memory(self.head, encoding), None, ranked)
-
-    def _apply_memory(self, encoding: Tensor, memory: PreparedMemory, hidden: Any, ranked: bool) -> MemoryReadout:
-        head = self.head
-        # Whatever is traced is handed over in place of `None`.
-        hidden = hidden if isinstance(hidden, Tensor) else None
-        vector, weights, positions, similarities = head.read(head.query(encoding), memory, hidden, ranked)
-        logits = self.calibration(head.classify(encoding, vector))
-        return MemoryReadout(logits, weights, positions, similarities, encoding)
+        return empty_memory(self.head, encoding), None
 
     def _bank_memory(self, like: Tensor | None = None) -> BankMemory:
         others = self.backbone.get_classifier() if self.keeps_classifier else ()
