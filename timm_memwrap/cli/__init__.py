@@ -1,14 +1,11 @@
-"""The `timm-memwrap` command: a file per group of commands, each of which parses, calls and prints.
-
-Torch and timm are imported inside the functions, so that they are not needed to list the commands.
-"""
+"""The `timm-memwrap` command: a file per group of commands, each of which parses, calls and prints."""
 
 import logging
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
 
-from timm_memwrap.cli import experiments, explaining, sharing, training
+from timm_memwrap.cli import measuring, sharing, training
 from timm_memwrap.cli.arguments import expand, make_parser
 
 __all__ = ["COMMANDS", "main"]
@@ -21,12 +18,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "push": sharing.push,
     "pull": sharing.pull,
     "inspect": sharing.inspect,
-    "explain": explaining.explain,
-    "evaluate": explaining.evaluate,
-    "report": explaining.report,
+    "explain": measuring.explain,
+    "evaluate": measuring.evaluate,
+    "report": measuring.report,
     "export": sharing.export,
-    "compare": experiments.compare,
-    "benchmark": experiments.benchmark,
+    "compare": measuring.compare,
+    "benchmark": measuring.benchmark,
     "run": training.run,
 }
 
@@ -58,6 +55,7 @@ def main(args: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError, ImportError) as error:
-        print(f"timm-memwrap: {error}", file=sys.stderr)
+        # One line: the errors of the Hub's client have several.
+        print(f"timm-memwrap: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0

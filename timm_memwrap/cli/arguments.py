@@ -8,19 +8,24 @@ from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-__all__ = ["Parser", "expand", "make_parser"]
+from timm_memwrap.experiments.configuration import Comparison
+from timm_memwrap.training.recipes import find_recipe, read_recipe
 
-# Short names of options that recipes have in a section.
+__all__ = ["IN_TERMINAL", "expand", "make_parser"]
+
+# Whether someone can see a progress bar move.
+IN_TERMINAL = sys.stderr.isatty()
+
+# Commands with the sections of a recipe, and short names of options in them.
+_WITH_RECIPE = ("train", "compare")
 _SHORT = {
     "--freeze_backbone": "--training.freeze_backbone",
     "--push": "--hub.push",
     "--data_dir": "--data.data_dir",
 }
-# Commands that have these sections.
-_WITH_RECIPE = ("train", "compare")
 
 
-class Parser(ArgumentParser):
+class _Parser(ArgumentParser):
     """A parser that reports a mistake in one line."""
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
@@ -35,11 +40,10 @@ class Parser(ArgumentParser):
         sys.exit(2)
 
 
-def make_parser(name: str, function: Callable[..., None]) -> Parser:
+def make_parser(name: str, function: Callable[..., None]) -> _Parser:
     """Makes the parser of a command from the signature and docstring of its function."""
-    parser = Parser(
-        prog=f"timm-memwrap {name}", description=(function.__doc__ or "").splitlines()[0], allow_abbrev=False
-    )
+    description = (function.__doc__ or "").splitlines()[0]
+    parser = _Parser(prog=f"timm-memwrap {name}", description=description, allow_abbrev=False)
     help = "Options from a YAML file, or a recipe that comes with the package, by its name."
     parser.add_argument("--config", action=ActionConfigFile, help=help)
     parser.add_function_arguments(function, as_group=False, as_positional=True, sub_configs=True)
@@ -49,7 +53,7 @@ def make_parser(name: str, function: Callable[..., None]) -> Parser:
     return parser
 
 
-def expand(args: list[str], command: str, parser: Parser) -> Iterator[str]:
+def expand(args: list[str], command: str, parser: _Parser) -> Iterator[str]:
     """Yields arguments with what is short written out; exits with status 2 at an unknown option.
 
     `--freeze-backbone` becomes `--training.freeze_backbone=true`, and the name of a recipe its text.
@@ -69,7 +73,10 @@ def expand(args: list[str], command: str, parser: Parser) -> Iterator[str]:
         given, equals, value = option.partition("=")
         name = "--" + given[2:].replace("-", "_")
         name = short.get(name, name)
-        if not _is_known(name, options):
+        # Keys of an option that is a dict are free, e.g. --model.kwargs.depth.
+        parent = name.rpartition(".")[0]
+        is_key = parent in options and not any(option.startswith(f"{parent}.") for option in options)
+        if name not in options and not is_key:
             near = get_close_matches(name, options, n=1)
             parser.error(f"there is no option {given}. {f'Did you mean {near[0]}?' if near else 'See --help.'}")
         if name in ("--help", "--print_config"):
@@ -78,20 +85,7 @@ def expand(args: list[str], command: str, parser: Parser) -> Iterator[str]:
         if not equals:
             # An option without a value is a switch that is turned on.
             value = waiting.pop(0) if waiting and not waiting[0].startswith("--") else "true"
-        yield f"{name}={_recipe(value) if name == '--config' else value}"
-
-
-def _is_known(name: str, options: list[str]) -> bool:
-    if name in options:
-        return True
-    # Keys of an option that is a dict, e.g. --model.kwargs.depth.
-    parent = name.rpartition(".")[0]
-    return parent in options and not any(option.startswith(f"{parent}.") for option in options)
-
-
-def _recipe(name: str) -> str:
-    """Returns a recipe, with all that it inherits, as text that the parser accepts in place of a file."""
-    from timm_memwrap.experiments.configuration import Comparison
-    from timm_memwrap.training.recipes import find_recipe, read_recipe
-
-    return json.dumps(read_recipe(find_recipe(name), Comparison))
+        if name == "--config":
+            # The parser takes the text, with all that the recipe inherits, in place of a file.
+            value = json.dumps(read_recipe(find_recipe(value), Comparison))
+        yield f"{name}={value}"

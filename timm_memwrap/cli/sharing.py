@@ -1,5 +1,8 @@
 """The commands that hand a model on: to the Hugging Face Hub and back, or to another format."""
 
+from timm_memwrap import hub
+from timm_memwrap.exporting import default_path, export_model
+
 __all__ = ["export", "inspect", "pull", "push"]
 
 
@@ -25,10 +28,8 @@ def push(
         message: First line of the commit message.
         include_images: Whether to upload the images in the memory.
     """
-    from timm_memwrap.hub import push_folder
-
     options = {"private": private, "revision": revision, "create_pr": create_pr, "include_images": include_images}
-    commit = push_folder(folder, repo_id, commit_message=message, **options)
+    commit = hub.push_folder(folder, repo_id, commit_message=message, **options)
     print(f"Pushed {folder} to {repo_id}: {commit.pr_url or commit.commit_url}")
     print(f'Load it with timm.create_model("hf-hub:{repo_id}", pretrained=True), after import timm_memwrap.')
 
@@ -41,9 +42,7 @@ def pull(repo_id: str, folder: str, overwrite: bool = False) -> None:
         folder: Folder to write to; created if it does not exist.
         overwrite: Whether to replace a model in the folder.
     """
-    from timm_memwrap.hub import pull as download
-
-    path = download(repo_id, folder, overwrite=overwrite)
+    path = hub.pull(repo_id, folder, overwrite=overwrite)
     print(f"Pulled {repo_id} to {path}: {', '.join(sorted(file.name for file in path.iterdir()))}")
 
 
@@ -53,9 +52,7 @@ def inspect(source: str) -> None:
     Args:
         source: A folder, or a repository, owner/name or owner/name@revision.
     """
-    from timm_memwrap.hub import summarize
-
-    print(summarize(source).report())
+    print(hub.summarize(source).report())
 
 
 def export(
@@ -70,8 +67,6 @@ def export(
         with_evidence: Whether the file also gives the weights of the strongest samples, and their indices.
         top_k: How many samples with_evidence gives.
     """
-    from timm_memwrap.exporting import default_path, export_model
-
     path = default_path(source, format) if out is None else out
     report = export_model(source, path, format, with_evidence=with_evidence, top_k=top_k)
     size = ", ".join(map(str, report.input_size))

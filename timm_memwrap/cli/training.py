@@ -3,12 +3,11 @@
 import runpy
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from timm_memwrap.cli.output import IN_TERMINAL
-
-if TYPE_CHECKING:
-    from timm_memwrap.explaining import ExplanationMetrics
+from timm_memwrap.cli.arguments import IN_TERMINAL
+from timm_memwrap.training.configuration import Recipe
+from timm_memwrap.training.recipes import find_recipe, load_recipe
 
 __all__ = ["quickstart", "run", "train", "wrap"]
 
@@ -22,19 +21,16 @@ def quickstart(out: str = "quickstart", recipe: str = "quickstart", progress: bo
         progress: Whether to show progress bars; by default in a terminal.
     """
     from timm_memwrap.jobs.quickstart import run_quickstart
-    from timm_memwrap.training.recipes import find_recipe, load_recipe
 
     path = find_recipe(recipe)
     print(f"Recipe {path}")
     loaded = load_recipe(path)
     report = run_quickstart(loaded, out, progress)
     name, trained = loaded.model.name, report.trained
+    print(f"\nTest accuracy on scikit-learn's digits, {report.test_size} images")
+    published = (report.published, f"memwrap_{name}, trained with the published head")
+    _print_report(trained, f"plain {name}, trained here", published)
     print(
-        f"\nTest accuracy on scikit-learn's digits, {report.test_size} images\n"
-        f"  {trained.plain_accuracy:7.2%}  plain {name}, trained here\n"
-        f"  {trained.accuracy:7.2%}  the same weights, through {len(trained.model.memory_bank)} remembered images\n"
-        f"  {report.published:7.2%}  memwrap_{name}, trained with the published head\n"
-        f"{_evidence(trained.metrics)}\n"
         f"Reloaded with timm.create_model: logits are "
         f"{'bit-identical' if report.reloaded_equal else 'DIFFERENT, which is a bug: please report it'}.\n"
         f"Figure: {report.figure}\n\n"
@@ -58,22 +54,17 @@ def train(
         **sections: As of Recipe.
     """
     from timm_memwrap.jobs.train import train as run
-    from timm_memwrap.training.configuration import Recipe
 
     recipe = Recipe(**sections)
     report = run(recipe, out, resume, overwrite, progress)
     if not report.first:
         return
-    print(
-        f"\nValidation accuracy\n  {report.accuracy:7.2%}  with the memory of {len(report.model.memory_bank)} samples"
-    )
-    if report.plain_accuracy is not None:
-        print(f"  {report.plain_accuracy:7.2%}  plain {recipe.model.name}")
+    sampled = []
     if report.sampled_accuracies:
         mean = sum(report.sampled_accuracies) / len(report.sampled_accuracies)
-        print(f"  {mean:7.2%}  with {recipe.memory.train_size} training images drawn for each batch, as in the paper")
-    print(_evidence(report.metrics))
-    _print_saved(report.directory)
+        sampled = [(mean, f"with {recipe.memory.train_size} training images drawn for each batch, as in the paper")]
+    print("\nValidation accuracy")
+    _print_report(report, f"plain {recipe.model.name}", *sampled)
 
 
 def wrap(model: str, data: str = "", out: str = "output", progress: bool = IN_TERMINAL, **options: Any) -> None:
@@ -89,12 +80,7 @@ def wrap(model: str, data: str = "", out: str = "output", progress: bool = IN_TE
     from timm_memwrap.jobs.wrap import wrap_classifier
 
     report = wrap_classifier(model, data, out, progress=progress, **options)
-    if report.plain_accuracy is not None:
-        print(f"{report.plain_accuracy:7.2%}  accuracy of the classifier as it was")
-    if report.metrics is not None:
-        print(f"{report.metrics.accuracy:7.2%}  accuracy through its memory of {len(report.model.memory_bank)} samples")
-        print(_evidence(report.metrics))
-    _print_saved(report.directory)
+    _print_report(report, "accuracy of the classifier as it was")
 
 
 def run(*args: str) -> None:
@@ -109,14 +95,16 @@ def run(*args: str) -> None:
     runpy.run_path(args[0], run_name="__main__")
 
 
-def _evidence(metrics: "ExplanationMetrics") -> str:
-    return (
-        f"Evidence: the strongest sample is of the predicted class in {metrics.identical_class_rate:.1%} of "
-        f"predictions, which use {metrics.support_size:.1f} samples on average."
-    )
-
-
-def _print_saved(directory: object) -> None:
-    print(
-        f'Saved in {directory}: timm.create_model("local-dir:{directory}", pretrained=True), after import timm_memwrap.'
-    )
+def _print_report(report: Any, plain: str, *more: tuple[float, str]) -> None:
+    """Prints the accuracies of a training or wrapping, what its evidence is, and how to load the model."""
+    if report.metrics is not None:
+        through_memory = (report.metrics.accuracy, f"with the memory of {len(report.model.memory_bank)} samples")
+        for accuracy, what in ((report.plain_accuracy, plain), through_memory, *more):
+            if accuracy is not None:
+                print(f"  {accuracy:7.2%}  {what}")
+        print(
+            f"Evidence: the strongest sample is of the predicted class in {report.metrics.identical_class_rate:.1%} of "
+            f"predictions, which use {report.metrics.support_size:.1f} samples on average."
+        )
+    source = f"local-dir:{report.directory}"
+    print(f'Saved in {report.directory}: timm.create_model("{source}", pretrained=True), after import timm_memwrap.')

@@ -1,0 +1,140 @@
+"""The commands whose result is text or JSON: explanations, evaluations, comparisons and measurements of costs."""
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from timm_memwrap._utils import write_text
+from timm_memwrap.cli.arguments import IN_TERMINAL
+from timm_memwrap.data import match_labels, open_remembered, open_source
+from timm_memwrap.experiments.configuration import Comparison
+from timm_memwrap.experiments.plots import plot_rows
+from timm_memwrap.experiments.timing import table
+from timm_memwrap.explaining import evaluate_explanations, memory_report, plot_memory_report
+from timm_memwrap.hub import from_pretrained
+from timm_memwrap.jobs.explain import describe, explain_files, find_images
+
+__all__ = ["benchmark", "compare", "evaluate", "explain", "report"]
+
+
+def explain(
+    source: str,
+    images: list[str],
+    out: str | None = None,
+    top_k: int = 5,
+    memory_data: str | None = None,
+    heatmaps: str | None = None,
+    json: str | None = None,
+    progress: bool = IN_TERMINAL,
+) -> None:
+    """Explains images by the remembered images that their predictions used.
+
+    Args:
+        source: The model: a folder, or a repository on the Hub, owner/name or owner/name@revision.
+        images: Image files, or folders of them.
+        out: HTML file to write a report with pictures to.
+        top_k: How many remembered images to show for each.
+        memory_data: What the memory was built from, if the model holds no images: an image folder itself, or data as in
+            evaluate, of which the training split is taken.
+        heatmaps: Heatmaps in the report: integrated_gradients, input_x_gradient or saliency; needs memory_data and out.
+        json: File to write the explanations to as JSON, or - to print that instead of tables.
+        progress: Whether to show progress bars; by default in a terminal.
+    """
+    found = find_images(images)
+    model = from_pretrained(source)
+    memory = None if memory_data is None else open_remembered(memory_data)
+    explanations = explain_files(model, found, top_k, memory, heatmaps, out, progress)
+    named = [(name, each) for (_, name), each in zip(found, explanations, strict=True)]
+    texts = [describe(model, name, each) for name, each in named]
+    if out is not None:
+        texts.append(f"Written: {out}")
+    _print_result("\n\n".join(texts), [{"image": name, **each.to_dict()} for name, each in named], json)
+
+
+def evaluate(
+    source: str, data: str = "", split: str = "test", json: str | None = None, progress: bool = IN_TERMINAL
+) -> None:
+    """Evaluates a model and its explanations over labelled images.
+
+    Labels are matched to the model's classes by name if the data and the model both have class names.
+
+    Args:
+        source: The model: a folder, or a repository on the Hub, owner/name or owner/name@revision.
+        data: The images: an image folder or tar file, digits, or torch/NAME or hfds/OWNER/NAME as timm reads them.
+        split: The split; of an image folder the folder in it, or '' if the classes are in the folder itself.
+        json: File to write the metrics to as JSON, or - to print that instead of a table.
+        progress: Whether to show progress bars; by default in a terminal.
+    """
+    images, model = open_source(data, split), from_pretrained(source)
+    metrics = evaluate_explanations(model, match_labels(model, images), progress=progress)
+    _print_result(metrics, {"source": source, "data": data, "split": split, **metrics.to_dict()}, json)
+
+
+def report(
+    source: str,
+    data: str = "",
+    split: str = "test",
+    out: str | None = None,
+    memory_data: str | None = None,
+    json: str | None = None,
+    progress: bool = IN_TERMINAL,
+) -> None:
+    """Finds remembered images that mislead, that are never read, or whose label the model disputes.
+
+    Args:
+        source: The model: a folder, or a repository on the Hub, owner/name or owner/name@revision.
+        data: Labelled images that the memory was not taken from, as in evaluate.
+        split: As in evaluate.
+        out: File to draw the worst to: a PNG, PDF or SVG, by its suffix.
+        memory_data: As in explain.
+        json: File to write the counts to as JSON, or - to print that instead of a table.
+        progress: Whether to show progress bars; by default in a terminal.
+    """
+    images = open_source(data, split)
+    memory = None if memory_data is None else open_remembered(memory_data)
+    model = from_pretrained(source)
+    found = memory_report(model, match_labels(model, images), progress=progress)
+    if out is not None:
+        plot_memory_report(model, found, path=out, dataset=memory)
+    _print_result(found, found.to_dict(), json)
+
+
+def compare(out: str = "comparison", progress: bool = IN_TERMINAL, **sections: Any) -> None:
+    """Trains heads side by side on the same images and seeds, and measures them and their evidence.
+
+    Started again with the same folder it continues where it stopped; heads and seeds may be added.
+
+    Args:
+        out: Folder for the trainings, the measures, the table and the figure.
+        progress: Whether to show progress bars; by default in a terminal.
+        **sections: As of Comparison.
+    """
+    from timm_memwrap.experiments.comparison import compare as run
+
+    report = run(Comparison(**sections), out, progress)
+    print(f"{report}\n\nWritten: {report.directory}")
+
+
+def benchmark(json: str | None = None, plot: str | None = None, **options: Any) -> None:
+    """Measures what a memory costs, beside the plain backbone and the published layer.
+
+    Args:
+        json: File to write the measurements to as JSON, or - to print that instead of a table.
+        plot: File to draw the time of a read by the size of the memory to.
+        **options: As of benchmark.
+    """
+    from timm_memwrap.experiments.benchmark import benchmark as run
+
+    rows = run(**options)
+    _print_result(table(rows), [asdict(row) for row in rows], json)
+    if plot is not None:
+        plot_rows(rows, plot)
+
+
+def _print_result(text: object, values: Any, target: str | None) -> None:
+    """Prints text, and writes `values` to the file `target` as JSON; if that is `-`, prints the JSON alone."""
+    # ASCII, so that any terminal and any encoding can hold it.
+    dumped = json.dumps(values, indent=2)
+    print(dumped if target == "-" else text)
+    if target not in (None, "-"):
+        print(f"\nWritten: {write_text(target, dumped + chr(10))}")
