@@ -40,7 +40,7 @@ def _clusters(per_class: int = EACH, seed: int = 0) -> Encoded:
 def test_in_well_parted_classes_the_memory_is_everything(options: dict) -> None:
     model, memory = _model(**options), _clusters()
     remember(model, memory, range(memory.size))
-    found = memory_measures(model, _clusters(3, seed=1), seed=0)
+    found = memory_measures(model, _clusters(3, seed=1).batches(), seed=0)
     assert found["accuracy"] == found["explanation_accuracy"] == found["identical_class_rate"] == 1
     assert found["accuracy_without_memory"] == 0
     # Each sample found is of the right class, so each that it is taken for is of a wrong one.
@@ -52,7 +52,7 @@ def test_in_well_parted_classes_the_memory_is_everything(options: dict) -> None:
 def test_without_its_strongest_sample_a_prediction_may_flip() -> None:
     model, memory = _model(), _clusters(1)
     remember(model, memory, list(range(CLASSES)))
-    assert memory_measures(model, _clusters(2, seed=1), seed=0)["deletion_flip_rate"] == 1
+    assert memory_measures(model, _clusters(2, seed=1).batches(), seed=0)["deletion_flip_rate"] == 1
 
 
 def test_a_model_that_reads_the_input_too_keeps_what_it_saw() -> None:
@@ -64,7 +64,7 @@ def test_a_model_that_reads_the_input_too_keeps_what_it_saw() -> None:
         model.head.classifier.bias.zero_()
     memory = _clusters()
     remember(model, memory, range(memory.size))
-    found = memory_measures(model, _clusters(3, seed=1), seed=0)
+    found = memory_measures(model, _clusters(3, seed=1).batches(), seed=0)
     assert found["accuracy_without_memory"] == 1
     assert found["shuffled_flip_rate"] < 1
 
@@ -73,7 +73,7 @@ def test_a_memory_drawn_whole_is_the_bank() -> None:
     inputs, memory = _clusters(5, seed=1), _clusters()
     model = _model()
     remember(model, memory, range(memory.size))
-    bank = memory_measures(model, inputs, seed=3)
+    bank = memory_measures(model, inputs.batches(), seed=3)
     drawn = redrawn_measures(model, inputs, memory, memory.size, batch_size=20, draws=2, seed=3)
     # What is shuffled is drawn by position.
     for name in set(bank) - {"shuffled_flip_rate", "accuracy_shuffled", "random_flip_rate"}:

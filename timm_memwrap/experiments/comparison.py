@@ -3,17 +3,21 @@
 import json
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from timm_memwrap import __version__
-from timm_memwrap._utils import check_count, write_text
+from timm_memwrap._utils import check_choice, check_count, write_text
 from timm_memwrap.experiments.configuration import Comparison
 from timm_memwrap.experiments.heads import CONTROL, Head, parse_head, recipe_of
 from timm_memwrap.experiments.measures import (
@@ -53,15 +57,6 @@ def compare(config: Comparison, out: str | os.PathLike, progress: bool = True) -
     An interrupted comparison continues in the same folder, and heads or seeds can be added later: `runs/` holds the
     trainings and `measures/` what was measured, neither of which is repeated; `results.json`, `table.md` and
     `growth.png` are the results.
-
-    Args:
-        config: What to train, and what to measure.
-        out: The folder; created if it does not exist.
-        progress: Whether to show progress bars.
-
-    Raises:
-        ValueError: If the recipe contradicts itself or the data, a head is unknown, or the folder holds a comparison by
-            another recipe.
     """
     out, settings = Path(out), config.comparison
     heads = {name: parse_head(name) for name in settings.heads}
@@ -108,9 +103,8 @@ def _check(config: Comparison) -> None:
     check_count("comparison.timing_rounds", settings.timing_rounds, at_least=0)
     for size in settings.samples_per_class:
         check_count("comparison.samples_per_class", size)
-    unknown = [name for name in settings.selections if name not in SELECTIONS or name == "all"]
-    if unknown:
-        raise ValueError(f"comparison.selections has {unknown[0]!r}. Pass some of balanced, random, kmeans.")
+    for name in settings.selections:
+        check_choice("comparison.selections", name, [name for name in SELECTIONS if name != "all"])
     if config.hub.push is not None:
         raise ValueError(f"hub.push={config.hub.push!r}, but a comparison pushes nothing. Train the head you choose.")
     for name in settings.heads:
@@ -120,16 +114,13 @@ def _check(config: Comparison) -> None:
 def _check_folder(config: Comparison, out: Path) -> None:
     """Raises if the folder holds measures of another comparison; heads and seeds may differ."""
     path = out / "comparison.yaml"
-    if path.exists():
-        import yaml
-
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
-        difference = first_difference(before, to_dict(config), _FREE)
-        if difference is not None:
-            name, old, value = difference
-            raise ValueError(
-                f"{str(out)!r} holds a comparison with {name}={old!r}, now it is {value!r}. Pass another --out."
-            )
+    before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+    difference = before and first_difference(before, to_dict(config), _FREE)
+    if difference:
+        name, old, value = difference
+        raise ValueError(
+            f"{str(out)!r} holds a comparison with {name}={old!r}, now it is {value!r}. Pass another --out."
+        )
     write_recipe(config, path)
 
 
@@ -143,36 +134,32 @@ class _Seed:
 
     def measure(self, head: Head) -> dict[str, Any]:
         """Trains what a head needs, unless that is done, and measures the head."""
-        fitted, settings, recipe = self._fit(head.run), self.config.comparison, self.config
+        fitted, settings, seed = self._fit(head.run), self.config.comparison, self.seed
         seconds = sum(row["seconds"] for row in fitted.history)
         images = len(fitted.images) * len(fitted.history)
         result: dict[str, Any] = {"train_seconds": seconds, "train_images_per_second": images / seconds}
         if head.read is None:
-            logits, labels = self._logits(fitted)
-            return result | classification_measures(logits, labels, self.seed)
+            logits, labels = self._compute(fitted, "held_out", partial(_without_memory, fitted.model))
+            return result | classification_measures(logits, labels, seed)
         model = head.read(fitted.model).eval()
         inputs, memory = (self._encode(head.run, part, model.encoding_size) for part in ("held_out", "images"))
         if head.redrawn:
-            size, batch_size = recipe.memory.train_size, recipe.data.batch_size
-            return result | redrawn_measures(model, inputs, memory, size, batch_size, settings.draws, self.seed)
+            size, batch_size = self.config.memory.train_size, self.config.data.batch_size
+            return result | redrawn_measures(model, inputs, memory, size, batch_size, settings.draws, seed)
         growth = []
         classes = int(memory.labels.max()) + 1
-        for selection in settings.selections:
-            for each in settings.samples_per_class:
-                if each * classes < memory.size:
-                    chosen = select(selection, memory.labels, memory.encodings, each * classes, self.seed)
-                    remember(model, memory, chosen)
-                    row = {"selection": selection, "samples_per_class": each, "memory_size": len(chosen)}
-                    growth.append(row | memory_measures(model, inputs, self.seed))
+        for selection, each in product(settings.selections, settings.samples_per_class):
+            if each * classes < memory.size:
+                chosen = select(selection, memory.labels, memory.encodings, each * classes, seed)
+                remember(model, memory, chosen)
+                row = {"selection": selection, "samples_per_class": each, "memory_size": len(chosen)}
+                growth.append(row | memory_measures(model, inputs.batches(), seed))
         remember(model, memory, range(memory.size))
-        found = memory_measures(model, inputs, self.seed)
+        found = memory_measures(model, inputs.batches(), seed)
         return result | found | {"memory_size": memory.size, "growth": growth}
 
     def times(self, heads: dict[str, Head], rounds: int) -> dict[str, float]:
-        """Times predictions of a batch of images in turn, and returns the median ratios to the plain model's time.
-
-        A head that draws a memory for each batch encodes it with the batch, as it does in evaluation.
-        """
+        """Times predictions of a batch of images in turn, and returns the median ratios to the plain model's time."""
         plain = self._fit("plain")
         batch = self._some_images(plain, "held_out", _TIMED_BATCH)
         drawn = self._some_images(plain, "images", self.config.memory.train_size)
@@ -187,6 +174,7 @@ class _Seed:
             return lambda: _without_memory(fitted.model, batch)
         model = head.read(fitted.model).eval()
         if head.redrawn:
+            # Encoded with the batch each time, as in evaluation.
             return lambda: model(batch, memory=drawn)
         memory = self._encode(head.run, "images", model.encoding_size)
         remember(model, memory, range(memory.size))
@@ -206,38 +194,23 @@ class _Seed:
         some = images.at(range(min(count, len(images))))
         return torch.cat([batch for batch, _ in fitted.batches(some)]).to(fitted.processes.device)
 
-    @torch.no_grad()
     def _encode(self, run: str, part: str, width: int) -> Encoded:
         """Encodes training or validation images once for all heads of a run, which read the first `width` columns."""
         if (run, part) not in self._encoded:
             fitted = self._fit(run)
             model = wrap(fitted.model) if run == "plain" else fitted.model
             assert isinstance(model, MemoryWrapModel)
-            model.eval()
-            batches = tqdm(
-                fitted.batches(getattr(fitted, part)),
-                desc=f"Encoding: {run}, {part}",
-                unit="batch",
-                disable=not self.progress,
-                leave=False,
-            )
-            device = fitted.processes.device
-            pairs = [(model.encode(images.to(device)).float(), labels.to(device)) for images, labels in batches]
-            encodings, labels = map(torch.cat, zip(*pairs, strict=True))
-            self._encoded[run, part] = Encoded(encodings, labels)
+            self._encoded[run, part] = self._compute(fitted, part, model.eval().encode)
         found = self._encoded[run, part]
         return Encoded(found.encodings[:, :width], found.labels)
 
     @torch.no_grad()
-    def _logits(self, fitted: Fitted) -> tuple[Tensor, Tensor]:
-        """Classifies the validation images without a memory."""
-        device = fitted.processes.device
-        pairs = [
-            (_without_memory(fitted.model, images.to(device)).float(), labels.to(device))
-            for images, labels in fitted.batches(fitted.held_out)
-        ]
-        logits, labels = map(torch.cat, zip(*pairs, strict=True))
-        return logits, labels
+    def _compute(self, fitted: Fitted, part: str, function: Callable[[Tensor], Tensor]) -> Encoded:
+        """Calls a function with the training or validation images, and returns what it gives with their labels."""
+        device, batches = fitted.processes.device, fitted.batches(getattr(fitted, part))
+        shown = tqdm(batches, desc=part, unit="batch", disable=not self.progress, leave=False)
+        pairs = [(function(images.to(device)).float(), labels.to(device)) for images, labels in shown]
+        return Encoded(*map(torch.cat, zip(*pairs, strict=True)))
 
 
 def _without_memory(model: nn.Module, images: Tensor) -> Tensor:

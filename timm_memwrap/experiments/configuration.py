@@ -1,4 +1,4 @@
-"""The options of a comparison: a recipe, and which heads to train and measure by it."""
+"""The options of a comparison."""
 
 from dataclasses import dataclass, field
 from typing import Literal

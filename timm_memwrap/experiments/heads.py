@@ -22,10 +22,6 @@ from timm_memwrap.wrapping import wrap
 
 __all__ = ["HEADS", "RUNS", "Head", "NearestNeighbours", "SoftmaxVote", "parse_head", "recipe_of"]
 
-NEIGHBOURS = 10
-# Scale of the softmax vote, as is usual for cosine similarities (a temperature of 0.05).
-SOFTMAX_SCALE = 20.0
-
 
 class _Vote(LabelVote):
     """A vote with other weights than the sparsemax, which no index finds."""
@@ -34,52 +30,49 @@ class _Vote(LabelVote):
         """Reads a memory. See `MemoryLayer.read`."""
         return super().read(query, memory._replace(key_index=None), hidden, ranked)
 
+    def _weigh_all(self, query: Tensor, memory: PreparedMemory, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        found = scores(query, memory.keys)
+        return self._weights(found if mask is None else found.masked_fill(mask, MASKED)), found
+
+    def _weights(self, similarities: Tensor) -> Tensor:
+        raise NotImplementedError
+
 
 class NearestNeighbours(_Vote):
     """The k nearest neighbours, which have the same vote each; all samples of a memory that has fewer."""
 
-    def __init__(self, encoder_output_dim: int, output_dim: int, neighbours: int = NEIGHBOURS) -> None:
+    def __init__(self, encoder_output_dim: int, output_dim: int, neighbours: int = 10) -> None:
         super().__init__(encoder_output_dim, output_dim, head=nn.Identity())
         self.neighbours = neighbours
 
-    def _weigh_all(self, query: Tensor, memory: PreparedMemory, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        found = scores(query, memory.keys)
-        visible = found if mask is None else found.masked_fill(mask, MASKED)
-        best, positions = visible.topk(min(self.neighbours, memory.size), dim=-1)
+    def _weights(self, similarities: Tensor) -> Tensor:
+        best, positions = similarities.topk(min(self.neighbours, similarities.shape[-1]), dim=-1)
         votes = (best > MASKED / 2).float()
         weights = votes / votes.sum(dim=-1, keepdim=True).clamp(min=1)
-        return torch.zeros_like(found).scatter(1, positions, weights), found
+        return torch.zeros_like(similarities).scatter(1, positions, weights)
 
 
 class SoftmaxVote(_Vote):
     """The Nadaraya-Watson estimator: all samples vote, by the softmax of their similarities.
 
     This is the kernel of the NW head (Wang and Sabuncu 2022, https://arxiv.org/abs/2212.03411), on the features of the
-    plain classifier instead of its own.
+    plain classifier instead of its own. The scale, a temperature of 0.05, is usual for cosine similarities.
     """
 
-    def __init__(self, encoder_output_dim: int, output_dim: int, scale: float = SOFTMAX_SCALE) -> None:
+    def __init__(self, encoder_output_dim: int, output_dim: int, scale: float = 20.0) -> None:
         super().__init__(encoder_output_dim, output_dim, head=nn.Identity(), scale=scale)
 
-    def _weigh_all(self, query: Tensor, memory: PreparedMemory, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        found = scores(query, memory.keys)
-        visible = found * self.scale if mask is None else (found * self.scale).masked_fill(mask, MASKED)
-        return visible.softmax(dim=-1), found
+    def _weights(self, similarities: Tensor) -> Tensor:
+        return (similarities * self.scale).softmax(dim=-1)
 
 
 @dataclass(frozen=True)
 class Head:
-    """A head of a comparison.
+    """A head of a comparison."""
 
-    Args:
-        run: The training that it needs, one of `RUNS`. Heads of the same run share its weights.
-        read: Makes the model that reads a memory from the trained one; `None` for a head that reads none.
-        redrawn: Whether a memory is drawn for each batch, as in the paper, instead of a bank.
-    """
-
-    run: str
-    read: Callable[[nn.Module], MemoryWrapModel] | None = None
-    redrawn: bool = False
+    run: str  # the training that it needs, one of RUNS, whose weights it shares with others
+    read: Callable[[nn.Module], MemoryWrapModel] | None = None  # makes the model that reads a memory, if it reads one
+    redrawn: bool = False  # whether a memory is drawn for each batch, as in the paper, instead of a bank
 
 
 # How a training differs from the recipe, by section.
@@ -101,29 +94,25 @@ def _as_trained(model: nn.Module) -> MemoryWrapModel:
     return copy.deepcopy(model)
 
 
-def _vote(layer: Callable[[int, int], LabelVote]) -> Callable[[nn.Module], MemoryWrapModel]:
-    def read(model: nn.Module) -> MemoryWrapModel:
-        voting = wrap(model, read_head="identity", classifier="vote")
-        voting.head = layer(voting.encoding_size, voting.num_classes)
-        return voting
-
-    return read
-
-
-def _wrapped(temperature: float = 1.0, **options: Any) -> Callable[[nn.Module], MemoryWrapModel]:
+def _wrapped(
+    layer: Callable[[int, int], LabelVote] | None = None, temperature: float = 1.0, **options: Any
+) -> Callable[[nn.Module], MemoryWrapModel]:
     def read(model: nn.Module) -> MemoryWrapModel:
         wrapped = wrap(model, **options)
         wrapped.temperature = temperature
+        if layer is not None:
+            wrapped.head = layer(wrapped.encoding_size, wrapped.num_classes)
         return wrapped
 
     return read
 
 
+_VOTE: dict[str, Any] = {"read_head": "identity", "classifier": "vote"}
 HEADS: dict[str, Head] = {
     "linear": Head("plain"),  # the plain timm classifier
     "mlp": Head("mlp"),  # the published head's MLP with nothing to read
-    "knn": Head("plain", _vote(NearestNeighbours)),
-    "nadaraya_watson": Head("plain", _vote(SoftmaxVote)),
+    "knn": Head("plain", _wrapped(NearestNeighbours, **_VOTE)),
+    "nadaraya_watson": Head("plain", _wrapped(SoftmaxVote, **_VOTE)),
     "published": Head("sample", _as_trained, redrawn=True),
     "published_bank": Head("sample", _as_trained),  # the same weights, reading a bank
     "published_baseline": Head("sample_baseline", _as_trained, redrawn=True),  # the paper's memory-only head
@@ -136,11 +125,7 @@ _OPTIONS: dict[str, Callable[[str], Any]] = {"scale": float, "temperature": floa
 
 
 def parse_head(text: str) -> Head:
-    """Returns a head by its name; options of `wrap` may follow that of a wrapped classifier, as in `logits:scale=5`.
-
-    Raises:
-        ValueError: If there is no such head or option.
-    """
+    """Returns a head by its name; options of `wrap` may follow that of a wrapped classifier, as in `logits:scale=5`."""
     name, *options = text.split(":")
     if name not in HEADS:
         near = get_close_matches(name, HEADS, n=1)

@@ -19,6 +19,15 @@ from timm_memwrap.model import MemoryWrapModel
 __all__ = ["Encoded", "classification_measures", "memory_measures", "redrawn_measures", "remember"]
 
 Measures = dict[str, float]
+# What is taken over of the metrics of explanations.
+_EVIDENCE = (
+    "accuracy_without_memory",
+    "deletion_flip_rate",
+    "random_flip_rate",
+    "explanation_accuracy",
+    "identical_class_rate",
+    "support_size",
+)
 
 
 class Encoded(NamedTuple):
@@ -41,13 +50,8 @@ def classification_measures(logits: Tensor, labels: Tensor, seed: int) -> Measur
     """Measures predictions alone: accuracy, calibration, and calibration and likelihood after temperature scaling.
 
     A head that is equally confident in everything can be calibrated and yet say little, which the likelihood shows. The
-    temperature of each half of the images is fitted to the other half, so that no image is scaled by a temperature that
-    it was fitted to.
-
-    Args:
-        logits: Logits `[N, C]`.
-        labels: Labels `[N]`.
-        seed: Seed of the halves.
+    temperature of each half of the images, drawn by the seed, is fitted to the other half, so that no image is scaled
+    by a temperature that it was fitted to.
     """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
     halves = order[: len(order) // 2], order[len(order) // 2 :]
@@ -58,25 +62,35 @@ def classification_measures(logits: Tensor, labels: Tensor, seed: int) -> Measur
     right = logits.argmax(dim=-1) == labels
     return {
         "accuracy": float(right.double().mean()),
-        "calibration_error": _calibration_error(logits, right),
-        "calibration_error_scaled": _calibration_error(scaled, right),
+        "calibration_error": expected_calibration_error(logits.softmax(dim=-1).amax(dim=-1), right),
+        "calibration_error_scaled": expected_calibration_error(scaled.softmax(dim=-1).amax(dim=-1), right),
         "negative_log_likelihood_scaled": float(F.cross_entropy(scaled, labels)),
         "temperature_factor": sum(temperatures) / 2,
     }
 
 
-def memory_measures(model: MemoryWrapModel, inputs: Encoded, seed: int) -> Measures:
-    """Measures predictions, and how far they are made of the memory samples that they show."""
-    return _measures(model, inputs.batches(), seed)
+def memory_measures(model: MemoryWrapModel, batches: Iterable[tuple[Tensor, Tensor]], seed: int) -> Measures:
+    """Measures predictions for encodings with labels, and how far they are made of the samples that they show."""
+    meter = ExplanationMeter(model, deleted=1, seed=seed)
+    rng = random.Random(seed)
+    found = []
+    for encodings, labels in batches:
+        logits = meter.update(encodings, labels).logits
+        found.append((logits, _shuffled_logits(model, encodings, rng), labels))
+    predicted, shuffled, target = map(torch.cat, zip(*found, strict=True))
+    metrics, others = meter.compute(), shuffled.argmax(dim=-1)
+    return {
+        **classification_measures(predicted, target, seed),
+        "accuracy_shuffled": float((others == target).double().mean()),
+        "shuffled_flip_rate": float((others != predicted.argmax(dim=-1)).double().mean()),
+        **{name: getattr(metrics, name) for name in _EVIDENCE},
+    }
 
 
 def redrawn_measures(
     model: MemoryWrapModel, inputs: Encoded, memory: Encoded, size: int, batch_size: int, draws: int, seed: int
 ) -> Measures:
-    """Measures as `memory_measures`, with `size` images drawn from `memory` for each batch (paper, Section 4).
-
-    The measures are averaged over `draws` evaluations of all inputs.
-    """
+    """Returns means over evaluations that draw `size` images from `memory` for each batch (paper, Section 4)."""
     generator = torch.Generator().manual_seed(seed)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -84,7 +98,7 @@ def redrawn_measures(
             remember(model, memory, torch.randperm(memory.size, generator=generator)[:size].tolist())
             yield encodings, labels
 
-    found = [_measures(model, batches(), seed) for _ in range(draws)]
+    found = [memory_measures(model, batches(), seed) for _ in range(draws)]
     return {name: sum(measures[name] for measures in found) / draws for name in found[0]}
 
 
@@ -94,41 +108,13 @@ def remember(model: MemoryWrapModel, memory: Encoded, positions: Sequence[int]) 
     model.memory_bank.replace(memory.encodings[index], memory.labels[index], positions)
 
 
-def _measures(model: MemoryWrapModel, batches: Iterable[tuple[Tensor, Tensor]], seed: int) -> Measures:
-    meter = ExplanationMeter(model, deleted=1, seed=seed)
-    rng = random.Random(seed)
-    found = []
-    for encodings, labels in batches:
-        logits = meter.update(encodings, labels).logits
-        found.append((logits, _shuffled_logits(model, encodings, rng), labels))
-    predicted, shuffled, target = map(torch.cat, zip(*found, strict=True))
-    metrics = meter.compute()
-    others = shuffled.argmax(dim=-1)
-    return {
-        **classification_measures(predicted, target, seed),
-        "accuracy_without_memory": metrics.accuracy_without_memory,
-        "accuracy_shuffled": float((others == target).double().mean()),
-        "shuffled_flip_rate": float((others != predicted.argmax(dim=-1)).double().mean()),
-        "deletion_flip_rate": metrics.deletion_flip_rate,
-        "random_flip_rate": metrics.random_flip_rate,
-        "explanation_accuracy": metrics.explanation_accuracy,
-        "identical_class_rate": metrics.identical_class_rate,
-        "support_size": metrics.support_size,
-    }
-
-
 def _shuffled_logits(model: MemoryWrapModel, encodings: Tensor, rng: random.Random) -> Tensor:
     """Computes logits `[N, C]` with each sample found as before, but read as a sample of another class."""
-    bank = model.memory_bank
-    assert bank.encodings is not None and bank.labels is not None
-    labels: list[int] = bank.labels.tolist()
+    known, targets = model.memory_bank.filled()
+    labels: list[int] = targets.tolist()
     others = {label: [i for i, other in enumerate(labels) if other != label] for label in set(labels)}
     # In a memory of one class only, there is no other to take.
     order = torch.tensor([rng.choice(others[label] or [i]) for i, label in enumerate(labels)], device=encodings.device)
     with evaluating(model):
-        memory = model.head.prepare(bank.encodings, bank.labels)
+        memory = model.head.prepare(known, targets)
         return model.read(encodings, memory._replace(values=memory.values[order])).logits
-
-
-def _calibration_error(logits: Tensor, right: Tensor) -> float:
-    return expected_calibration_error(logits.softmax(dim=-1).amax(dim=-1), right)

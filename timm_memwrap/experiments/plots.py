@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from timm_memwrap._utils import optional_import
@@ -20,11 +21,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 
 
 def plot_growth(report: ComparisonReport, path: Path) -> Path | None:
-    """Draws accuracy by the size of the memory bank; without matplotlib, logs how to install it.
-
-    Returns:
-        The path; `None` if nothing was drawn.
-    """
+    """Draws accuracy by the size of the memory bank, if there are sizes; without matplotlib, logs how to install it."""
     heads = [head for head in report.measures if len(report.growth(head)) > 1]
     if not heads:
         return None
@@ -37,9 +34,9 @@ def plot_growth(report: ComparisonReport, path: Path) -> Path | None:
         first = rows[0]["selection"]
         line = [(row["memory_size"], row["accuracy"]) for row in rows if row["selection"] in (first, "all")]
         axes.plot(*zip(*line, strict=True), marker="os^Dv<>"[i % 7], color=_COLOURS[i % 7], markersize=4, label=head)
-    reference = report.statistic(REFERENCE, "accuracy") if REFERENCE in report.measures else None
-    if reference is not None:
-        axes.axhline(reference.mean, color="#555555", linestyle="--", label=REFERENCE)
+    if REFERENCE in report.measures:
+        accuracy = fmean(report.values(REFERENCE, "accuracy"))
+        axes.axhline(accuracy, color="#555555", linestyle="--", label=REFERENCE)
     axes.yaxis.set_major_formatter("{x:.0%}")
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
@@ -47,17 +44,11 @@ def plot_growth(report: ComparisonReport, path: Path) -> Path | None:
 
 
 def plot_rows(rows: Sequence[Row], path: str | os.PathLike) -> Path:
-    """Draws the time of a read by the size of the memory.
-
-    Raises:
-        ValueError: If no read was measured.
-        ImportError: If matplotlib is not installed.
-    """
+    """Draws the time of a read by the size of the memory."""
     reads = [row for row in rows if row.part == "read" and row.anchor == "matrix product"]
     if not reads:
         raise ValueError("There is no read to draw. Measure the part 'read' with several bank_sizes.")
-    title = f"A read for {reads[0].batch_size} images, and the matrix product in it"
-    figure, axes = _axes((6.4, 4), title)
+    figure, axes = _axes((6.4, 4), f"A read for {reads[0].batch_size} images, and the matrix product in it")
     styles = {"matrix product": ("#999999", "--", "s"), "exact read": (_COLOURS[0], "-", "o")}
     for what, (color, line, marker) in styles.items():
         points = sorted((row.bank_size or 0, row.milliseconds) for row in reads if row.what == what)
@@ -71,9 +62,8 @@ def plot_rows(rows: Sequence[Row], path: str | os.PathLike) -> Path:
 
 def _axes(size: tuple[float, float], title: str) -> tuple[Any, Any]:
     """Returns a figure and its axes, with the size of the memory along the x axis."""
-    figure = optional_import("matplotlib.figure", extra="plot", what="A plot").Figure(
-        figsize=size, layout="constrained"
-    )
+    module = optional_import("matplotlib.figure", extra="plot", what="A plot")
+    figure = module.Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     axes.set_xscale("log")
     axes.set_xlabel("samples in the memory")

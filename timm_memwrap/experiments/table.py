@@ -1,29 +1,37 @@
 """The results of a comparison: means, standard deviations and paired differences, as a table and as JSON."""
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from timm_memwrap.experiments.markdown import markdown_table
-
-__all__ = ["REFERENCE", "ComparisonReport", "Statistic"]
+__all__ = ["REFERENCE", "ComparisonReport", "Statistic", "markdown_table"]
 
 # The head that the others are compared with, seed by seed.
 REFERENCE = "linear"
 
-# Columns: title, measure, factor, decimals.
-_COLUMNS = (
-    ("without memory", "accuracy_without_memory", 100, 1),
-    ("classes shuffled", "accuracy_shuffled", 100, 1),
-    ("flips without strongest", "deletion_flip_rate", 100, 1),
-    ("strongest is an example", "explanation_accuracy", 100, 1),
-    ("identical class", "identical_class_rate", 100, 1),
-    ("samples", "support_size", 1, 1),
-    ("ECE", "calibration_error", 1, 3),
-    ("ECE, scaled", "calibration_error_scaled", 1, 3),
-    ("NLL, scaled", "negative_log_likelihood_scaled", 1, 3),
-)
+# Columns by measure: title, factor, decimals.
+_COLUMNS = {
+    "accuracy_without_memory": ("without memory", 100, 1),
+    "accuracy_shuffled": ("classes shuffled", 100, 1),
+    "deletion_flip_rate": ("flips without strongest", 100, 1),
+    "explanation_accuracy": ("strongest is an example", 100, 1),
+    "identical_class_rate": ("identical class", 100, 1),
+    "support_size": ("samples", 1, 1),
+    "calibration_error": ("ECE", 1, 3),
+    "calibration_error_scaled": ("ECE, scaled", 1, 3),
+    "negative_log_likelihood_scaled": ("NLL, scaled", 1, 3),
+}
+# Those of them in the table of sizes.
+_GROWTH_COLUMNS = ("explanation_accuracy", "identical_class_rate", "support_size")
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a Markdown table whose columns are aligned in plain text too."""
+    lines = [header, ["---"] * len(header), *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
 
 
 @dataclass(frozen=True)
@@ -38,39 +46,29 @@ class Statistic:
         """Computes the statistic of some values."""
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
-    def text(self, factor: float, decimals: int, signed: bool = False) -> str:
-        """Returns it as text, e.g. `71.5 ± 0.6`."""
-        sign = "+" if signed else ""
-        mean = f"{factor * self.mean:{sign}.{decimals}f}"
-        return mean if self.deviation is None else f"{mean} ± {factor * self.deviation:.{decimals}f}"
+    def percent(self, sign: str = "") -> str:
+        """Returns it in percent, e.g. `71.52 ± 0.61`."""
+        mean = f"{100 * self.mean:{sign}.2f}"
+        return mean if self.deviation is None else f"{mean} ± {100 * self.deviation:.2f}"
 
 
 @dataclass(frozen=True)
 class ComparisonReport:
-    """The results of a comparison.
-
-    Args:
-        directory: Folder with all of it.
-        measures: The measures by head and seed.
-        times: The time of a prediction by head, as a multiple of the plain model's.
-    """
+    """The results of a comparison."""
 
     directory: Path
-    measures: dict[str, dict[int, dict[str, Any]]]
-    times: dict[str, float]
+    measures: dict[str, dict[int, dict[str, Any]]]  # by head and seed
+    times: dict[str, float]  # of a prediction by head, as a multiple of the plain model's
 
-    def statistic(self, head: str, measure: str) -> Statistic | None:
-        """Returns a measure over the seeds; `None` if the head does not have it."""
-        values = [found[measure] for found in self.measures[head].values() if measure in found]
-        return Statistic.of(values) if values else None
+    def values(self, head: str, measure: str) -> list[float]:
+        """Returns a measure for each seed that has it."""
+        return [found[measure] for found in self.measures.get(head, {}).values() if measure in found]
 
-    def difference(self, head: str, measure: str = "accuracy", reference: str = REFERENCE) -> Statistic | None:
-        """Returns the difference to another head, paired by seed; `None` if either is missing."""
-        if head not in self.measures or reference not in self.measures:
-            return None
-        own, other = self.measures[head], self.measures[reference]
-        pairs = [seed for seed in own if seed in other and measure in own[seed] and measure in other[seed]]
-        return Statistic.of([own[seed][measure] - other[seed][measure] for seed in pairs]) if pairs else None
+    def difference(self, head: str) -> Statistic | None:
+        """Returns the difference in accuracy to the reference, paired by seed; `None` if either is missing."""
+        own, other = self.measures.get(head, {}), self.measures.get(REFERENCE, {})
+        pairs = [own[seed]["accuracy"] - other[seed]["accuracy"] for seed in own if seed in other]
+        return Statistic.of(pairs) if pairs else None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all results as JSON can hold them."""
@@ -79,7 +77,7 @@ class ComparisonReport:
             names = dict.fromkeys(name for found in by_seed.values() for name in found if name != "growth")
             difference = self.difference(head)
             heads[head] = {
-                "summary": {name: asdict(self._known(head, name)) for name in names},
+                "summary": {name: asdict(Statistic.of(self.values(head, name))) for name in names},
                 "accuracy_difference": None if difference is None else {"to": REFERENCE, **asdict(difference)},
                 "prediction_time": self.times.get(head),
                 "seeds": by_seed,
@@ -88,12 +86,13 @@ class ComparisonReport:
 
     def __str__(self) -> str:
         """Returns a Markdown table, and another of the sizes of the memory bank."""
-        titles = ["head", "accuracy %", f"to {REFERENCE}", *(title for title, *_ in _COLUMNS), "training", "prediction"]
-        tables = [markdown_table(titles, [self._row(head) for head in self.measures])]
-        growth = [self._growth_row(head, row) for head in self.measures for row in self.growth(head)]
+        titles = [title for title, *_ in _COLUMNS.values()]
+        header = ["head", "accuracy %", f"to {REFERENCE}", *titles, "training", "prediction"]
+        tables = [markdown_table(header, [self._row(head) for head in self.measures])]
+        growth = [_growth_row(head, row) for head in self.measures for row in self.growth(head)]
         if growth:
-            titles = ["head", "memory", "accuracy %", "strongest is an example", "identical class", "samples"]
-            tables.append(markdown_table(titles, growth))
+            header = ["head", "memory", "accuracy %", *(_COLUMNS[name][0] for name in _GROWTH_COLUMNS)]
+            tables.append(markdown_table(header, growth))
         return "\n\n".join(tables)
 
     def growth(self, head: str) -> list[dict[str, Any]]:
@@ -103,38 +102,34 @@ class ComparisonReport:
             return []
         whole = [{"selection": "all", "samples_per_class": None, **found} for found in runs]
         steps = [*zip(*(found["growth"] for found in runs), strict=True), tuple(whole)]
-        names = ("accuracy", "explanation_accuracy", "identical_class_rate", "support_size", "calibration_error")
+        names = ("accuracy", *_GROWTH_COLUMNS, "calibration_error")
         return [
             {name: step[0][name] for name in ("selection", "samples_per_class", "memory_size")}
             | {name: statistics.fmean(found[name] for found in step) for name in names}
             for step in steps
         ]
 
-    def _known(self, head: str, measure: str) -> Statistic:
-        statistic = self.statistic(head, measure)
-        assert statistic is not None
-        return statistic
-
     def _row(self, head: str) -> list[str]:
         difference = self.difference(head) if head != REFERENCE else None
-        row = [head, self._known(head, "accuracy").text(100, 2)]
-        row.append("" if difference is None else difference.text(100, 2, signed=True))
-        for _, measure, factor, decimals in _COLUMNS:
-            statistic = self.statistic(head, measure)
-            row.append("" if statistic is None else f"{factor * statistic.mean:.{decimals}f}")
-        seconds = self.statistic(head, "train_seconds")
-        trained = self.statistic(REFERENCE, "train_seconds") if REFERENCE in self.measures else None
-        row.append("" if not trained or not seconds else f"{seconds.mean / trained.mean:.2f}x")
-        row.append(f"{self.times[head]:.2f}x" if head in self.times else "")
-        return row
-
-    def _growth_row(self, head: str, row: dict[str, Any]) -> list[str]:
-        each = row["samples_per_class"]
+        cells = [_cell(name, self.values(head, name)) for name in _COLUMNS]
+        seconds, of_reference = self.values(head, "train_seconds"), self.values(REFERENCE, "train_seconds")
         return [
             head,
-            "all" if each is None else f"{each} per class, {row['selection']}",
-            f"{100 * row['accuracy']:.2f}",
-            f"{100 * row['explanation_accuracy']:.1f}",
-            f"{100 * row['identical_class_rate']:.1f}",
-            f"{row['support_size']:.1f}",
+            Statistic.of(self.values(head, "accuracy")).percent(),
+            "" if difference is None else difference.percent("+"),
+            *cells,
+            f"{statistics.fmean(seconds) / statistics.fmean(of_reference):.2f}x" if seconds and of_reference else "",
+            f"{self.times[head]:.2f}x" if head in self.times else "",
         ]
+
+
+def _growth_row(head: str, row: dict[str, Any]) -> list[str]:
+    each = row["samples_per_class"]
+    memory = "all" if each is None else f"{each} per class, {row['selection']}"
+    cells = [_cell(name, [row[name]]) for name in _GROWTH_COLUMNS]
+    return [head, memory, f"{100 * row['accuracy']:.2f}", *cells]
+
+
+def _cell(name: str, values: list[float]) -> str:
+    _, factor, decimals = _COLUMNS[name]
+    return f"{factor * statistics.fmean(values):.{decimals}f}" if values else ""

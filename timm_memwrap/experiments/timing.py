@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from timm_memwrap.experiments.markdown import markdown_table
+from timm_memwrap.experiments.table import markdown_table
 
 __all__ = ["Call", "Row", "compare_calls", "make_rows", "measure", "table"]
 
@@ -17,35 +17,20 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement.
+    """One measurement."""
 
-    Args:
-        part: The part of the benchmark.
-        what: Which of the things compared.
-        milliseconds: Median time.
-        ratio: Median over rounds of the time divided by the anchor's time in the same round.
-        anchor: What it is divided by.
-        budget: Largest ratio that the project allows itself, if there is one.
-        model: The backbone.
-        img_size: Size of the images.
-        batch_size: Images, or queries, at a time.
-        bank_size: Samples in the memory.
-        recall: Fraction of the exact weights that an approximate read finds.
-        agreement: Fraction of queries for which an approximate read gives most weight to the same class.
-    """
-
-    part: str
-    what: str
-    milliseconds: float
-    ratio: float
+    part: str  # of the benchmark
+    what: str  # of the things compared
+    milliseconds: float  # median over rounds
+    ratio: float  # median over rounds of the time divided by the anchor's in the same round
     anchor: str
-    budget: float | None = None
+    budget: float | None = None  # largest ratio that the project allows itself
     model: str = ""
     img_size: int | None = None
-    batch_size: int | None = None
-    bank_size: int | None = None
-    recall: float | None = None
-    agreement: float | None = None
+    batch_size: int | None = None  # images, or queries, at a time
+    bank_size: int | None = None  # samples in the memory
+    recall: float | None = None  # fraction of the exact weights that an approximate read finds
+    agreement: float | None = None  # fraction of queries for which it gives most weight to the same class
 
 
 def measure(calls: Mapping[str, Call], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
@@ -78,19 +63,12 @@ def make_rows(
     times: Mapping[str, Sequence[float]], part: str, budgets: Mapping[str, float | None], **setting: Any
 ) -> list[Row]:
     """Makes a row of each series of times, of which the first is the anchor, with the fields of `setting`."""
-    anchor = next(iter(times))
-    return [
-        Row(
-            part=part,
-            what=what,
-            milliseconds=statistics.median(values),
-            ratio=statistics.median(a / b for a, b in zip(values, times[anchor], strict=True)),
-            anchor=anchor,
-            budget=budgets.get(what),
-            **setting,
-        )
-        for what, values in times.items()
-    ]
+    anchor, base = next(iter(times.items()))
+    rows = []
+    for what, values in times.items():
+        ratio = statistics.median(a / b for a, b in zip(values, base, strict=True))
+        rows.append(Row(part, what, statistics.median(values), ratio, anchor, budgets.get(what), **setting))
+    return rows
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -116,6 +94,4 @@ def table(rows: Sequence[Row]) -> str:
 def _remark(row: Row) -> str:
     if row.budget is not None:
         return f"{row.budget:.3g} {'met' if row.ratio <= row.budget else 'MISSED'}"
-    if row.recall is not None:
-        return f"recall {row.recall:.1%}, same class {row.agreement:.0%}"
-    return ""
+    return "" if row.recall is None else f"recall {row.recall:.1%}, same class {row.agreement:.0%}"
