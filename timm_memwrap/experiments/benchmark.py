@@ -19,13 +19,14 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from timm.task import ClassificationTask
 from torch import Tensor, nn
 
 from timm_memwrap._utils import check_choice, check_count
-from timm_memwrap.experiments.timing import Call, Row, compare_calls, make_rows
+from timm_memwrap.experiments.timing import Call, Row, compare_calls
 from timm_memwrap.explaining import explain
 from timm_memwrap.hub import from_pretrained, push_to_hub, save_pretrained
 from timm_memwrap.layers import MemoryWrapLayer
@@ -77,11 +78,8 @@ def benchmark(
         width: Width of the encodings where the read alone is measured.
         indexes: faiss indexes to read through as well: flat, ivf, hnsw. Building one of a million keys takes minutes.
         namespace: Owner of the repositories that a push creates.
-
-    Raises:
-        ValueError: If an argument is unknown.
     """
-    parts = list(parts or PARTS[:-1])
+    parts = parts or list(PARTS[:-1])
     for part in parts:
         check_choice("part", part, PARTS)
     check_choice("dtype", dtype, ("float32", "bfloat16", "float16"))
@@ -161,7 +159,7 @@ def _inference(
             calls["memorywrap, cached encodings"] = lambda: layer(encode(images), kept)
     limits = {(1000, True): 1.02, (1000, False): 1.05, (100_000, True): 1.05, (100_000, False): 1.5}
     limit = limits.get((bank_size, batch_size >= 32)) if name == "resnet18" else None
-    setting = {"model": name, "img_size": img_size, "batch_size": batch_size, "bank_size": bank_size}
+    setting: dict[str, Any] = {"model": name, "img_size": img_size, "batch_size": batch_size, "bank_size": bank_size}
     budgets = {"wrapped classifier": limit, "published head, kept memory": limit}
     with torch.inference_mode():
         return compare_calls(calls, "inference", rounds, device, budgets, **setting)
@@ -182,12 +180,9 @@ def _reading(bank_size: int, width: int, batch_size: int, device: str, rounds: i
         budgets = {"exact read": 1.5 if bank_size >= 1_000_000 else None}
         rows = compare_calls(calls, "read", rounds, device, budgets, batch_size=batch_size, bank_size=bank_size)
         weights = {what: _dense(layer.read(query, searched), bank_size) for what, searched in reads.items()}
-    return [
-        replace(row, **_quality(weights["exact read"], weights[row.what], labels))
-        if row.what.startswith("faiss")
-        else row
-        for row in rows
-    ]
+    exact = weights["exact read"]
+    approximate = {what: _quality(exact, found, labels) for what, found in weights.items() if found is not exact}
+    return [replace(row, **approximate.get(row.what, {})) for row in rows]
 
 
 def _dense(found: Read, size: int) -> Tensor:
@@ -196,12 +191,9 @@ def _dense(found: Read, size: int) -> Tensor:
 
 
 def _quality(exact: Tensor, found: Tensor, labels: Tensor) -> dict[str, Any]:
-    strongest = [
-        torch.stack([weights[:, labels == label].sum(dim=1) for label in range(CLASSES)]).argmax(dim=0)
-        for weights in (exact, found)
-    ]
-    agreement = (strongest[0] == strongest[1]).float().mean()
-    return {"recall": float((exact * (found > 0)).sum() / len(exact)), "agreement": float(agreement)}
+    of_class = F.one_hot(labels).float()
+    agrees = (exact @ of_class).argmax(dim=1) == (found @ of_class).argmax(dim=1)
+    return {"recall": float((exact * (found > 0)).sum() / len(exact)), "agreement": float(agrees.float().mean())}
 
 
 def _against_published(width: int, device: str, rounds: int) -> list[Row]:
@@ -221,7 +213,7 @@ def _against_published(width: int, device: str, rounds: int) -> list[Row]:
             "memorywrap, l2": lambda: layer(queries, encodings),
             "exact read, l2": lambda: ours.classify(queries, ours.read(ours.query(queries), memory).vector),
         }
-        setting = {"batch_size": 128, "bank_size": PUBLISHED_LIMIT}
+        setting: dict[str, Any] = {"batch_size": 128, "bank_size": PUBLISHED_LIMIT}
         return compare_calls(calls, "read", max(1, rounds // 3), device, {"exact read, l2": 1 / 50}, **setting)
 
 
@@ -251,7 +243,7 @@ def _training(name: str, img_size: int, device: str, rounds: int) -> list[Row]:
         "memory from the queue": step(f"memwrap_{name}", positions=torch.arange(batch_size, device=device)),
         f"paper's protocol, {PUBLISHED_MEMORY} images": step(f"memwrap_{name}", memory=memory),
     }
-    setting = {"model": name, "img_size": img_size, "batch_size": batch_size}
+    setting: dict[str, Any] = {"model": name, "img_size": img_size, "batch_size": batch_size}
     return compare_calls(calls, "training", rounds, device, {"memory from the batch": 1.05}, **setting)
 
 
@@ -261,20 +253,18 @@ def _explaining(name: str, img_size: int, device: str, rounds: int) -> list[Row]
     wrapped = _filled(wrap(timm.create_model(name, num_classes=CLASSES).to(device)), bank_size)
     images = torch.randn(batch_size, wrapped.in_chans, img_size, img_size, device=device)
     calls: dict[str, Call] = {"prediction": lambda: wrapped(images), "explanation": lambda: explain(wrapped, images)}
-    setting = {"model": name, "img_size": img_size, "batch_size": batch_size, "bank_size": bank_size}
+    setting: dict[str, Any] = {"model": name, "img_size": img_size, "batch_size": batch_size, "bank_size": bank_size}
     with torch.inference_mode():
         return compare_calls(calls, "explain", rounds, device, {"explanation": 1.2}, **setting)
 
 
 def _saving(name: str, rounds: int) -> list[Row]:
     """Times saving and loading beside timm's own of the backbone and a raw write and read of the bank."""
-    size, anchor, ours_name = 10_000, "timm, and the bank raw", "model with its memory"
-    plain = timm.create_model(name, num_classes=CLASSES).eval()
+    size, plain = 10_000, timm.create_model(name, num_classes=CLASSES).eval()
     # Without a head of its own, it holds what the two files beside it hold.
     options: Mapping[str, Any] = {"num_classes": CLASSES, "read_head": "identity", "classifier": "linear"}
     headed = _filled(timm.create_model(f"memwrap_baseline_{name}", **options), size)
-    assert headed.memory_bank.encodings is not None and headed.memory_bank.labels is not None
-    raw = {"encodings": headed.memory_bank.encodings, "labels": headed.memory_bank.labels}
+    raw = dict(zip(("encodings", "labels"), headed.memory_bank.filled(), strict=True))
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         theirs, ours, file = Path(folder, "theirs"), Path(folder, "ours"), Path(folder, "bank.safetensors")
@@ -292,9 +282,11 @@ def _saving(name: str, rounds: int) -> list[Row]:
             "load": (load_raw, lambda: from_pretrained(ours)),
         }
         for verb, (their_call, our_call) in verbs.items():
-            calls = {anchor: their_call, ours_name: our_call}
-            found = compare_calls(calls, "save", rounds, budgets={ours_name: 1.3}, model=name, bank_size=size)
-            rows += [replace(row, what=f"{verb}: {row.what}") for row in found]
+            calls = {
+                f"{verb}: timm, and the bank raw": their_call,
+                (what := f"{verb}: model with its memory"): our_call,
+            }
+            rows += compare_calls(calls, "save", rounds, budgets={what: 1.3}, model=name, bank_size=size)
     return rows
 
 
@@ -316,16 +308,14 @@ def _pushing(name: str, rounds: int, namespace: str) -> list[Row]:
 
 
 def _importing(rounds: int) -> list[Row]:
-    """Times what the import adds to timm's, in new processes."""
-    clock = "start = time.perf_counter(); import {}; print((time.perf_counter() - start) * 1000)"
-    codes = {
-        "import timm": f"import time; {clock.format('timm')}",
-        "import timm_memwrap after it": f"import time, timm; {clock.format('timm_memwrap')}",
+    """Times what the import adds to timm's, in new processes, each of which times its own."""
+
+    def run(before: str, module: str) -> float:
+        code = f"import {before}; start = time.perf_counter(); import {module}; print(time.perf_counter() - start)"
+        return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+    calls: dict[str, Call] = {
+        "import timm": partial(run, "time", "timm"),
+        "import timm_memwrap after it": partial(run, "time, timm", "timm_memwrap"),
     }
-    times: dict[str, list[float]] = {name: [] for name in codes}
-    for i in range(rounds + 1):
-        for name, code in codes.items():
-            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-            if i:
-                times[name].append(float(done.stdout))
-    return make_rows(times, "import", {})
+    return compare_calls(calls, "import", rounds, clock=lambda call, device: call())

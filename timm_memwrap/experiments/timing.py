@@ -10,7 +10,7 @@ import torch
 
 from timm_memwrap.experiments.table import markdown_table
 
-__all__ = ["Call", "Row", "compare_calls", "make_rows", "measure", "table"]
+__all__ = ["Call", "Row", "compare_calls", "measure", "table"]
 
 Call = Callable[[], Any]
 
@@ -33,18 +33,21 @@ class Row:
     agreement: float | None = None  # fraction of queries for which it gives most weight to the same class
 
 
-def measure(calls: Mapping[str, Call], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
+def _seconds(call: Call, device: str) -> float:
+    """Times one call, with what it leaves to the device."""
+    start = time.perf_counter()
+    call()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(
+    calls: Mapping[str, Call], rounds: int, device: str = "cpu", clock: Callable[[Call, str], float] = _seconds
+) -> dict[str, list[float]]:
     """Times each call once per round, in turn, after a first round that does not count; in milliseconds."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(rounds + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if device.startswith("cuda"):
-                torch.cuda.synchronize()
-            if i:
-                times[name].append((time.perf_counter() - start) * 1000)
-    return times
+    times = [{name: 1000 * clock(call, device) for name, call in calls.items()} for _ in range(rounds + 1)]
+    return {name: [found[name] for found in times[1:]] for name in calls}
 
 
 def compare_calls(
@@ -53,21 +56,15 @@ def compare_calls(
     rounds: int,
     device: str = "cpu",
     budgets: Mapping[str, float | None] | None = None,
+    clock: Callable[[Call, str], float] = _seconds,
     **setting: Any,
 ) -> list[Row]:
     """Times calls, and makes a row of each; the first is the anchor that the others are divided by."""
-    return make_rows(measure(calls, rounds, device), part, budgets or {}, **setting)
-
-
-def make_rows(
-    times: Mapping[str, Sequence[float]], part: str, budgets: Mapping[str, float | None], **setting: Any
-) -> list[Row]:
-    """Makes a row of each series of times, of which the first is the anchor, with the fields of `setting`."""
-    anchor, base = next(iter(times.items()))
-    rows = []
+    times, rows = measure(calls, rounds, device, clock), []
+    anchor = next(iter(times))
     for what, values in times.items():
-        ratio = statistics.median(a / b for a, b in zip(values, base, strict=True))
-        rows.append(Row(part, what, statistics.median(values), ratio, anchor, budgets.get(what), **setting))
+        ratio = statistics.median(a / b for a, b in zip(values, times[anchor], strict=True))
+        rows.append(Row(part, what, statistics.median(values), ratio, anchor, (budgets or {}).get(what), **setting))
     return rows
 
 
@@ -83,7 +80,7 @@ def table(rows: Sequence[Row]) -> str:
             "" if row.bank_size is None else f"{row.bank_size:,}",
             row.what,
             f"{row.milliseconds:.2f}",
-            "1" if row.what.endswith(row.anchor) else f"{row.ratio:.3f}",
+            "1" if row.what == row.anchor else f"{row.ratio:.3f}",
             _remark(row),
         )
         for row in rows
