@@ -115,7 +115,7 @@ def test_an_interrupted_comparison_goes_on_to_the_same_end(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "memory_measures", interrupt)
+        patch.setattr(module.measures, "memory_measures", interrupt)
         with pytest.raises(KeyboardInterrupt):
             compare(config, tmp_path / "parts", progress=False)
     assert [path.name for path in (tmp_path / "parts" / "measures" / "seed_0").iterdir()] == ["linear.json"]

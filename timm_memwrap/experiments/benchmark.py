@@ -151,9 +151,8 @@ def _inference(
     if layer is not None and dtype == torch.float32:
         layer, encode = layer.to(device), headed.encode
         shown = torch.randn(PUBLISHED_MEMORY, *images.shape[1:], device=device)
-        calls[f"memorywrap, {PUBLISHED_MEMORY} images encoded at each call"] = lambda: layer(
-            encode(images), encode(shown)
-        )
+        what = f"memorywrap, {PUBLISHED_MEMORY} images encoded at each call"
+        calls[what] = lambda: layer(encode(images), encode(shown))
         if bank_size <= PUBLISHED_LIMIT:
             kept = headed.memory_bank.encodings
             calls["memorywrap, cached encodings"] = lambda: layer(encode(images), kept)
@@ -260,7 +259,8 @@ def _explaining(name: str, img_size: int, device: str, rounds: int) -> list[Row]
 
 def _saving(name: str, rounds: int) -> list[Row]:
     """Times saving and loading beside timm's own of the backbone and a raw write and read of the bank."""
-    size, plain = 10_000, timm.create_model(name, num_classes=CLASSES).eval()
+    size, kept = 10_000, "model with its memory"
+    plain = timm.create_model(name, num_classes=CLASSES).eval()
     # Without a head of its own, it holds what the two files beside it hold.
     options: Mapping[str, Any] = {"num_classes": CLASSES, "read_head": "identity", "classifier": "linear"}
     headed = _filled(timm.create_model(f"memwrap_baseline_{name}", **options), size)
@@ -277,16 +277,11 @@ def _saving(name: str, rounds: int) -> list[Row]:
             timm.create_model(f"local-dir:{theirs}", pretrained=True)
             load_file(file)
 
-        verbs: dict[str, tuple[Call, Call]] = {
-            "save": (save_raw, lambda: save_pretrained(headed, ours)),
-            "load": (load_raw, lambda: from_pretrained(ours)),
-        }
-        for verb, (their_call, our_call) in verbs.items():
-            calls = {
-                f"{verb}: timm, and the bank raw": their_call,
-                (what := f"{verb}: model with its memory"): our_call,
-            }
-            rows += compare_calls(calls, "save", rounds, budgets={what: 1.3}, model=name, bank_size=size)
+        saves: dict[str, Call] = {"timm, and the bank raw": save_raw, kept: lambda: save_pretrained(headed, ours)}
+        loads: dict[str, Call] = {"timm, and the bank raw": load_raw, kept: lambda: from_pretrained(ours)}
+        for verb, both in (("save", saves), ("load", loads)):
+            calls = {f"{verb}: {what}": call for what, call in both.items()}
+            rows += compare_calls(calls, "save", rounds, budgets={f"{verb}: {kept}": 1.3}, model=name, bank_size=size)
     return rows
 
 

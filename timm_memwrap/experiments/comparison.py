@@ -18,15 +18,10 @@ from tqdm import tqdm
 
 from timm_memwrap import __version__
 from timm_memwrap._utils import check_choice, check_count, write_text
+from timm_memwrap.experiments import measures
 from timm_memwrap.experiments.configuration import Comparison
 from timm_memwrap.experiments.heads import CONTROL, Head, parse_head, recipe_of
-from timm_memwrap.experiments.measures import (
-    Encoded,
-    classification_measures,
-    memory_measures,
-    redrawn_measures,
-    remember,
-)
+from timm_memwrap.experiments.measures import Encoded, remember
 from timm_memwrap.experiments.plots import plot_growth
 from timm_memwrap.experiments.table import ComparisonReport
 from timm_memwrap.experiments.timing import Call, compare_calls
@@ -43,12 +38,7 @@ _logger = logging.getLogger(__name__)
 
 _TIMED_BATCH = 32  # inputs of a timed prediction
 # Options in which a comparison may differ from what its folder holds.
-_FREE = {
-    "comparison": ("heads", "seeds", "timing_rounds"),
-    "data": ("workers",),
-    "training": ("device",),
-    "hub": None,
-}
+_FREE = {"comparison": ("heads", "seeds", "timing_rounds"), "data": ("workers",), "training": ("device",), "hub": None}
 
 
 def compare(config: Comparison, out: str | os.PathLike, progress: bool = True) -> ComparisonReport:
@@ -140,12 +130,12 @@ class _Seed:
         result: dict[str, Any] = {"train_seconds": seconds, "train_images_per_second": images / seconds}
         if head.read is None:
             logits, labels = self._compute(fitted, "held_out", partial(_without_memory, fitted.model))
-            return result | classification_measures(logits, labels, seed)
+            return result | measures.classification_measures(logits, labels, seed)
         model = head.read(fitted.model).eval()
         inputs, memory = (self._encode(head.run, part, model.encoding_size) for part in ("held_out", "images"))
         if head.redrawn:
             size, batch_size = self.config.memory.train_size, self.config.data.batch_size
-            return result | redrawn_measures(model, inputs, memory, size, batch_size, settings.draws, seed)
+            return result | measures.redrawn_measures(model, inputs, memory, size, batch_size, settings.draws, seed)
         growth = []
         classes = int(memory.labels.max()) + 1
         for selection, each in product(settings.selections, settings.samples_per_class):
@@ -153,9 +143,9 @@ class _Seed:
                 chosen = select(selection, memory.labels, memory.encodings, each * classes, seed)
                 remember(model, memory, chosen)
                 row = {"selection": selection, "samples_per_class": each, "memory_size": len(chosen)}
-                growth.append(row | memory_measures(model, inputs.batches(), seed))
+                growth.append(row | measures.memory_measures(model, inputs.batches(), seed))
         remember(model, memory, range(memory.size))
-        found = memory_measures(model, inputs.batches(), seed)
+        found = measures.memory_measures(model, inputs.batches(), seed)
         return result | found | {"memory_size": memory.size, "growth": growth}
 
     def times(self, heads: dict[str, Head], rounds: int) -> dict[str, float]:
@@ -216,6 +206,5 @@ class _Seed:
 def _without_memory(model: nn.Module, images: Tensor) -> Tensor:
     if not isinstance(model, MemoryWrapModel):
         return model(images)
-    logits = model(images, memory=images.new_zeros(0, model.encoding_size))
-    assert isinstance(logits, Tensor)
-    return logits
+    encoding = model.encode(images)
+    return model.read(encoding, encoding.new_zeros(0, model.encoding_size)).logits
