@@ -5,8 +5,7 @@ A `config.json` is a few hundred bytes that anyone may have written, and could a
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -16,16 +15,10 @@ from timm.models import _hub, build_model_with_cfg, is_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from timm_memwrap.constants import (
-    CONFIG_FILE,
-    CONFIG_FORMAT_VERSION,
-    MEMORY_BANK,
-    MEMORY_CONFIG_KEY,
-    PREFIX,
-)
+from timm_memwrap.constants import CONFIG_FILE, CONFIG_FORMAT_VERSION, MEMORY_BANK, MEMORY_CONFIG_KEY, PREFIX
 from timm_memwrap.tensor_files import FileError
 
-__all__ = ["FileError", "check_config", "check_fits", "check_model_args", "shapes_only"]
+__all__ = ["check_fits", "check_sizes", "misfits", "parse_config", "shapes_only", "split_bank", "without_values"]
 
 # Elements of tensors that building a model may take beyond twice those in its file.
 _SLACK = 2**20
@@ -43,12 +36,15 @@ _RESERVED_ARGS = {
 # No image has more pixels a side, no network more layers.
 _LARGEST_NUMBER = 2**16
 
+_TOO_LARGE = "describes a larger model than the file holds weights for. One of them is damaged, or of another model."
 
-def check_config(config: dict[str, Any], name: str) -> None:
-    """Raises if a `config.json` is not one that this package can load.
 
-    Raises:
-        FileError: If it is not of a Memory Wrap model, is of a newer format, or needs what this timm lacks.
+def parse_config(
+    config: dict[str, Any], name: str, source: Mapping[str, Any]
+) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Returns architecture, pretrained cfg and model arguments as timm reads them, if they are of a model of ours.
+
+    `source` is a pretrained cfg that says where the model is from, and `name` what to call the file in a `FileError`.
     """
     architecture = config.get("architecture")
     if not isinstance(architecture, str):
@@ -62,7 +58,6 @@ def check_config(config: dict[str, Any], name: str) -> None:
     for key, value in ((MEMORY_CONFIG_KEY, block), ("pretrained_cfg", cfg), ("model_args", args)):
         if not isinstance(value, dict):
             raise FileError(f"{name}: {key} is {value!r}, not an object. The file is damaged.")
-    assert isinstance(cfg, dict)
     version = block.get("format_version", CONFIG_FORMAT_VERSION)
     if version != CONFIG_FORMAT_VERSION:
         raise FileError(
@@ -74,68 +69,47 @@ def check_config(config: dict[str, Any], name: str) -> None:
             f"{name} is of {architecture!r}, which timm {timm.__version__} does not have. Upgrade timm; or if it is "
             f"an architecture of your own, import it and call timm_memwrap.register_backbones first."
         )
-    _check_reserved(args, name)
-    for holder in (config, args, cfg):
-        classes = holder.get("num_classes", 0)
-        if not _is_number(classes, int) or classes < 0:
-            raise FileError(f"{name}: num_classes is {classes!r}, not a number of classes. The file is damaged.")
-    for key, fixed in (("input_size", 3), ("mean", None), ("std", None)):
-        values = cfg.get(key, [1, 1, 1])
-        # timm gives one value for all channels, three, or one for each.
-        lengths = {fixed} if fixed else {1, 3, _channels(cfg, args)}
-        if not isinstance(values, list) or not all(map(_is_number, values)) or len(values) not in lengths:
-            raise FileError(f"{name}: {key} is {values!r}, not a list of numbers. The file is damaged.")
+    reserved = sorted(_RESERVED_ARGS & set(args))
+    if reserved:
+        raise FileError(
+            f"{name}: model_args has {_some(reserved)}, which no saved model has. The file is not to be trusted."
+        )
+    place = {key: source[key] for key in ("source", "file", "hf_hub_id") if source.get(key)}
     try:
-        _hub._parse_model_cfg(deepcopy(config), {})
+        cfg, _, args = _hub._parse_model_cfg(deepcopy(config), place)
     except Exception as error:
         raise FileError(f"{name} cannot be read by timm ({type(error).__name__}: {error}).") from error
-
-
-def _channels(cfg: dict[str, Any], args: dict[str, Any]) -> Any:
-    size = cfg.get("input_size")
-    channels = args.get("in_chans", size[0] if isinstance(size, list) and size else 3)
-    return channels if isinstance(channels, int) else 3
+    classes = cfg.get("num_classes", 0)
+    if not _is_number(classes, int) or classes < 0:
+        raise FileError(f"{name}: num_classes is {classes!r}, not a number of classes. The file is damaged.")
+    if args.get("num_classes", classes) != classes:
+        # timm would take it for a wish for other classes, and the memory would be dropped.
+        raise FileError(
+            f"{name}: model_args has num_classes={str(args['num_classes'])[:50]}, but the rest of it describes "
+            f"{str(classes)[:50]}. The file is damaged."
+        )
+    size = cfg.get("input_size", (3, 1, 1))
+    for key, values in (("input_size", size), ("mean", cfg.get("mean", [0])), ("std", cfg.get("std", [1]))):
+        values = list(values) if isinstance(values, tuple) else values
+        # timm gives one value for all channels, three, or one for each.
+        lengths = (3,) if key == "input_size" else (1, 3, size[0])
+        if not isinstance(values, list) or not all(map(_is_number, values)) or len(values) not in lengths:
+            raise FileError(f"{name}: {key} is {values!r}, not a list of numbers. The file is damaged.")
+    return architecture, cfg, dict(args)
 
 
 def _is_number(value: Any, kind: Any = int | float) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def check_model_args(args: dict[str, Any], cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> None:
-    """Raises if `model_args` are not arguments of a model, or a number is out of all proportion to its weights.
-
-    Raises:
-        FileError: If so.
-    """
-    name = f"The {CONFIG_FILE} of {name}"
-    _check_reserved(args, name)
-    classes = args.get("num_classes", cfg.get("num_classes"))
-    if classes != cfg.get("num_classes"):
-        # timm would take it for a wish for other classes, and the memory would be dropped.
-        raise FileError(
-            f"{name}: model_args has num_classes={str(classes)[:50]}, but the rest of it describes "
-            f"{str(cfg.get('num_classes'))[:50]}. The file is damaged."
-        )
+def check_sizes(args: dict[str, Any], cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> None:
+    """Raises a `FileError` if a number in `model_args` or the cfg is out of all proportion to the weights."""
     # Constructors make lists of such a length, and loop, before there is a tensor to count. The scale of a memory and
     # what timm says about images are no sizes of a network.
     largest = max([_LARGEST_NUMBER, *(size for tensor in tensors.values() for size in tensor.shape)])
     for key, value in [*args.items(), *cfg.items()]:
         if key != "scale" and _largest(value) > largest:
-            raise FileError(f"{name}: {key} is {str(value)[:50]}, which {_TOO_LARGE}")
-
-
-_TOO_LARGE = (
-    "describes a larger model than the file holds weights for. One of the two is damaged, or they are not of the same "
-    "model."
-)
-
-
-def _check_reserved(args: Mapping[str, Any], name: str) -> None:
-    wrong = sorted(_RESERVED_ARGS & set(args))
-    if wrong:
-        raise FileError(
-            f"{name}: model_args has {_some(wrong)}, which no saved model has. The file is not to be trusted."
-        )
+            raise FileError(f"The {CONFIG_FILE} of {name}: {key} is {str(value)[:50]}, which {_TOO_LARGE}")
 
 
 def _largest(value: Any) -> float:
@@ -146,11 +120,7 @@ def _largest(value: Any) -> float:
 
 
 class without_values(TorchFunctionMode):
-    """A context in which new modules are not filled with random numbers, for those whose weights are loaded anyway.
-
-    Filling a network takes longer than loading it. Like all that follows, it concerns the thread that it is entered
-    in, and no other.
-    """
+    """A context in which this thread fills no new module with random numbers: their weights are loaded anyway."""
 
     # PyTorch hands some of its initialisers over as a whole, and does not ask again for what they call.
     _RANDOM = frozenset(
@@ -171,17 +141,7 @@ class without_values(TorchFunctionMode):
 
 
 class shapes_only(without_values):
-    """A context in which modules are built without storage and without values: quick, and of any size.
-
-    Stops the building of a model that is far larger than the file that it is for.
-
-    Args:
-        tensors: What the file holds.
-        name: What to call it in an error.
-
-    Raises:
-        FileError: In the body, as soon as more tensors were made than the file could fill.
-    """
+    """A context in which modules are built without storage, and stopped if they are larger than the file's tensors."""
 
     _CONSTRUCTORS = frozenset(
         {torch.empty, torch.zeros, torch.ones, torch.full, torch.eye, torch.arange, torch.linspace, torch.logspace}
@@ -192,8 +152,7 @@ class shapes_only(without_values):
     def __init__(self, tensors: Mapping[str, Tensor], name: str) -> None:
         super().__init__()
         self._name = name
-        weights = (tensor for key, tensor in tensors.items() if not key.startswith(f"{MEMORY_BANK}."))
-        self._left = 2 * sum(tensor.numel() for tensor in weights) + _SLACK
+        self._left = 2 * sum(tensor.numel() for tensor in split_bank(tensors)[0].values()) + _SLACK
 
     def _call(self, func: Any, args: tuple, kwargs: dict) -> Any:
         if func not in self._CONSTRUCTORS:
@@ -209,14 +168,8 @@ class shapes_only(without_values):
 
 
 def check_fits(model: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
-    """Compares the names, shapes and kinds of a model's weights with those in a file.
-
-    Raises:
-        FileError: If they differ.
-    """
-    bank = f"{MEMORY_BANK}."
-    expected = {key: value for key, value in model.state_dict().items() if not key.startswith(bank)}
-    wrong = misfits(expected, {key: value for key, value in tensors.items() if not key.startswith(bank)})
+    """Raises a `FileError` if names, shapes and kinds of a model's weights are not those in a file."""
+    wrong = misfits(split_bank(model.state_dict())[0], split_bank(tensors)[0])
     if wrong:
         raise FileError(
             f"{name} does not fit {model.pretrained_cfg['architecture']!r}: {' '.join(wrong[:5])} The file is damaged, "  # type: ignore[index]
@@ -241,23 +194,10 @@ def misfits(expected: Mapping[str, Tensor], found: Mapping[str, Any], names: boo
     return wrong
 
 
-@contextmanager
-def loading_errors(name: str | None) -> Iterator[None]:
-    """Names the file in errors of loading its tensors; passes everything through if `name` is `None`.
-
-    Raises:
-        FileError: If the body finds the tensors wrong.
-    """
-    try:
-        yield
-    except FileError:
-        raise
-    except (ValueError, RuntimeError, RecursionError) as error:
-        # PyTorch raises this one type for all it finds wrong with weights; any other is not about the file.
-        if name is None or (type(error) is RuntimeError and "loading state_dict" not in str(error)):
-            raise
-        lines = [line.strip() for line in str(error).splitlines() if "loading state_dict" not in line]
-        raise FileError(f"{name} cannot be loaded: {' '.join(lines)}") from error
+def split_bank(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits a model's state dict into its weights and the memory bank."""
+    bank = {name: value for name, value in tensors.items() if name.startswith(f"{MEMORY_BANK}.")}
+    return {name: value for name, value in tensors.items() if name not in bank}, bank
 
 
 def _some(names: list[str]) -> str:

@@ -13,7 +13,7 @@ from timm.models import PretrainedCfg, build_model_with_cfg, is_model, load_pret
 from torch import Tensor, nn
 
 from timm_memwrap import checks, registry
-from timm_memwrap.constants import BACKBONE, BASELINE_PREFIX, CONFIG_FILE, EVIDENCE_PREFIX, MEMORY_BANK, PREFIX
+from timm_memwrap.constants import BACKBONE, BASELINE_PREFIX, CONFIG_FILE, EVIDENCE_PREFIX, PREFIX
 from timm_memwrap.heads import CLASSIFIER_NAMES
 from timm_memwrap.memory_args import DEFAULT_OWN_READ_HEAD, MEMORY_ARGS, OWN_READ_HEADS, check_global_pool
 from timm_memwrap.memory_args import resolve_memory_args as resolve
@@ -25,8 +25,6 @@ from timm_memwrap.whole_model import WholeModel, find_weights
 __all__ = ["check_whole", "create", "register_backbones"]
 
 _logger = logging.getLogger(__name__)
-
-_WHOLE_MODEL_SOURCES = ("hf-hub", "local-dir")
 
 
 def register_backbones(names: Iterable[str] | None = None) -> list[str]:
@@ -52,7 +50,7 @@ def register_backbones(names: Iterable[str] | None = None) -> list[str]:
         if not is_model(name):
             raise ValueError(f"{name!r} is not in timm's registry. Register it with timm.models.register_model first.")
         if registry.can_classify(name):
-            added += [registry.add(prefix, name, _entrypoint(prefix, name)) for prefix in registry.PREFIXES]
+            added += [registry.add(prefix, name, partial(create, prefix, name)) for prefix in registry.PREFIXES]
         elif names is not None:
             raise ValueError(f"{name!r} is a bare encoder: it has no classifier that Memory Wrap could replace.")
     return added
@@ -72,14 +70,11 @@ def create(
 
     From a repository or folder (`hf-hub:`, `local-dir:`) the weights are a whole Memory Wrap model; else they are the
     backbone's, and the backbone's own entrypoint loads them.
-
-    Raises:
-        ValueError: If arguments do not fit each other, or files that are loaded are damaged.
     """
     if isinstance(pretrained_cfg, PretrainedCfg):
         pretrained_cfg = dataclasses.asdict(pretrained_cfg)
     whole = None
-    if pretrained and isinstance(pretrained_cfg, dict) and pretrained_cfg.get("source") in _WHOLE_MODEL_SOURCES:
+    if pretrained and isinstance(pretrained_cfg, dict) and pretrained_cfg.get("source") in ("hf-hub", "local-dir"):
         whole = find_weights(pretrained_cfg, cache_dir)
         check_whole(whole, pretrained_cfg)
         # As the weights say: timm may have read a config.json of another save.
@@ -101,26 +96,18 @@ def create(
     return model
 
 
-def check_whole(whole: WholeModel, source: dict[str, Any] | None = None) -> None:
-    """Compares the files of a whole model with each other, before anything of their size is built.
+def check_whole(whole: WholeModel, source: dict[str, Any]) -> None:
+    """Raises a `FileError` if the weights of a whole model from `source` are not those that its config describes.
 
     The model that the configuration describes is built without storage, and compared with the weights. Every load does
-    so first, and every save before it replaces anything.
-
-    Args:
-        whole: Weights and configuration.
-        source: A pretrained cfg that says where they are from.
-
-    Raises:
-        FileError: If they do not fit each other.
+    so before anything of their size is built, and every save before it replaces anything.
     """
-    checks.check_config(whole.config, f"The {CONFIG_FILE} of {whole.name}")
-    architecture, cfg, args = whole.described(source or {})
-    checks.check_model_args(args, cfg, whole.tensors, whole.name)
+    architecture, cfg, args = whole.described(source)
+    checks.check_sizes(args, cfg, whole.tensors, whole.name)
     prefix, backbone = registry.split_name(architecture)
     try:
         with checks.shapes_only(whole.tensors, whole.name):
-            shell = _build(prefix, backbone, args, {"pretrained_cfg": registry.backbone_cfg(cfg, backbone)}, cfg, None)
+            shell = _build(prefix, backbone, args, {"pretrained_cfg": registry.backbone_cfg(cfg, backbone)}, cfg)
     except FileError:
         raise
     except Exception as error:
@@ -130,20 +117,6 @@ def check_whole(whole: WholeModel, source: dict[str, Any] | None = None) -> None
             f"({type(error).__name__}: {error}). It is damaged, or of another version of timm."
         ) from error
     checks.check_fits(shell, whole.tensors, whole.name)
-    encodings, labels = (whole.tensors.get(f"{MEMORY_BANK}.{name}") for name in ("encodings", "labels"))
-    if encodings is not None and labels is not None:
-        try:
-            shell.check_bank(encodings, labels)
-        except ValueError as error:
-            raise FileError(f"{whole.name} cannot be loaded: {error}") from error
-
-
-def _entrypoint(prefix: str, backbone: str) -> Callable[..., nn.Module]:
-    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return create(prefix, backbone, pretrained, **kwargs)
-
-    entrypoint.__doc__ = f"Memory Wrap around timm's {backbone}."
-    return entrypoint
 
 
 def _resolve(prefix: str, memory_args: dict[str, Any]) -> dict[str, Any]:
@@ -165,7 +138,7 @@ def _build(
     kwargs: dict[str, Any],
     backbone_args: dict[str, Any],
     cfg: Any,
-    overlay: dict[str, Any] | None,
+    overlay: dict[str, Any] | None = None,
     pretrained: bool = False,
 ) -> MemoryWrapModel:
     """Builds a model by timm's builder; `pretrained` is for the backbone's weights."""
@@ -233,13 +206,20 @@ def _load(build: Callable[[], MemoryWrapModel], whole: WholeModel, kwargs: dict[
     """Builds a model for the weights of a whole one, and has timm load and adapt them."""
     args = kwargs.get("pretrained_model_args") or {}
     adapts = any(kwargs.get(name, args.get(name)) != args.get(name) for name in ("num_classes", "in_chans"))
-    with checks.loading_errors(whole.name):
-        with nullcontext() if adapts else checks.without_values():
-            model = build()
-        # What was checked is what is loaded: timm takes weights in hand before any other source.
-        cfg = {**model.pretrained_cfg, "source": "", "state_dict": dict(whole.tensors)}
+    with nullcontext() if adapts else checks.without_values():
+        model = build()
+    # What was checked is what is loaded: timm takes weights in hand before any other source.
+    cfg = {**model.pretrained_cfg, "source": "", "state_dict": dict(whole.tensors)}
+    try:
         load_pretrained(model, cfg, model.num_classes, model.in_chans, _prepare_state_dict)
-    model.base_model = whole.base_model
+    except (ValueError, RuntimeError) as error:
+        # PyTorch raises this one type for all it finds wrong with weights, and for much that is not about the file.
+        if not isinstance(error, ValueError | RecursionError) and "loading state_dict" not in str(error):
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if "loading state_dict" not in line]
+        raise FileError(f"{whole.name} cannot be loaded: {' '.join(lines)}") from error
+    base_model = whole.config.get("base_model")
+    model.base_model = base_model if isinstance(base_model, str) else None
     if not whole.verified and model.memory_is_stale():
         _logger.warning(
             "%s: its memory bank is stale, that is, it was encoded with other weights than these. Call "
@@ -250,11 +230,7 @@ def _load(build: Callable[[], MemoryWrapModel], whole: WholeModel, kwargs: dict[
 
 
 def _create_features(
-    backbone: str,
-    pretrained: bool,
-    whole: WholeModel | None,
-    backbone_args: dict[str, Any],
-    kwargs: dict[str, Any],
+    backbone: str, pretrained: bool, whole: WholeModel | None, backbone_args: dict[str, Any], kwargs: dict[str, Any]
 ) -> nn.Module:
     """Creates timm's own feature extractor around the backbone: features need neither head nor memory."""
     kwargs = {name: value for name, value in kwargs.items() if name not in (*MEMORY_ARGS, "num_classes")}
@@ -269,14 +245,10 @@ def _create_features(
 
 
 def _prepare_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Checks a whole model's weights before timm loads them, and drops a bank of other classes.
-
-    timm loads loosely when the number of classes changes; missing and unexpected names are an error here.
-    """
+    """Drops a bank of other classes, and raises if other names do not fit: timm loads loosely for other classes."""
     assert isinstance(model, MemoryWrapModel)
-    bank = {name: tensor for name, tensor in state_dict.items() if name.startswith(f"{MEMORY_BANK}.")}
-    weights = {name: tensor for name, tensor in state_dict.items() if name not in bank}
-    expected = {name for name in model.state_dict() if not name.startswith(f"{MEMORY_BANK}.")}
+    weights, bank = checks.split_bank(state_dict)
+    expected = checks.split_bank(model.state_dict())[0].keys()
     if model.num_classes == 0:
         # Neither head nor classifier is wanted.
         weights = {name: tensor for name, tensor in weights.items() if name in expected}

@@ -22,9 +22,6 @@ PREFIXES = (BASELINE_PREFIX, EVIDENCE_PREFIX, PREFIX)
 # What `register_model` reads: the pretrained cfgs by architecture.
 default_cfgs: dict[str, DefaultCfg] = {}
 
-# timm's mark of an encoder that returns tokens and cannot be given a classifier.
-_ENCODER_SUFFIX = "_enc"
-
 
 def split_name(name: str) -> tuple[str, str]:
     """Splits the name of a Memory Wrap architecture into its prefix and the backbone's, or raises a `ValueError`."""
@@ -37,7 +34,8 @@ def split_name(name: str) -> tuple[str, str]:
 def can_classify(backbone: str) -> bool:
     """Returns whether a timm architecture can be given a classifier, and so a Memory Wrap name."""
     cfgs = _default_cfg(backbone)
-    return cfgs is not None and bool(cfgs.default.classifier) and not backbone.endswith(_ENCODER_SUFFIX)
+    # "_enc" is timm's mark of an encoder that returns tokens and cannot be given one.
+    return cfgs is not None and bool(cfgs.default.classifier) and not backbone.endswith("_enc")
 
 
 def add(prefix: str, backbone: str, create: Callable[..., nn.Module]) -> str:
@@ -45,12 +43,11 @@ def add(prefix: str, backbone: str, create: Callable[..., nn.Module]) -> str:
     cfgs, module = _default_cfg(backbone), sys.modules[__name__]
     assert cfgs is not None
     name = prefix + backbone
-    create.__module__, create.__name__, create.__qualname__ = __name__, name, name
+    # As those of a function of this name: it is what timm registers it by.
+    create.__module__, create.__name__, create.__doc__ = __name__, name, f"Memory Wrap around timm's {backbone}."
     default_cfgs[name] = DefaultCfg(
         tags=cfgs.tags,
-        cfgs={
-            tag: _memory_cfg(cfg, f"{backbone}.{tag}" if tag else backbone, prefix) for tag, cfg in cfgs.cfgs.items()
-        },
+        cfgs={tag: _memory_cfg(cfg, f"{backbone}.{tag}".rstrip("."), prefix) for tag, cfg in cfgs.cfgs.items()},
         is_pretrained=cfgs.is_pretrained,
     )
     setattr(module, name, create)
@@ -98,8 +95,6 @@ def _default_cfg(backbone: str) -> DefaultCfg | None:
 
 
 def _remove_prefix(names: Any) -> Any:
-    if names is None:
-        return None
-    if isinstance(names, str):
-        return names.removeprefix(f"{BACKBONE}.")
-    return tuple(name.removeprefix(f"{BACKBONE}.") for name in names)
+    if isinstance(names, list | tuple):
+        return tuple(map(_remove_prefix, names))
+    return None if names is None else names.removeprefix(f"{BACKBONE}.")

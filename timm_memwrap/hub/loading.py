@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,11 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from timm_memwrap.checks import check_config
 from timm_memwrap.constants import CARD_FIGURE_FILE, CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 from timm_memwrap.hub.saving import staging
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.tensor_files import FileError
-from timm_memwrap.whole_model import find_weights, no_weights, read_json, split_revision
+from timm_memwrap.whole_model import find_weights, no_weights, read_config, split_revision
 
 __all__ = ["check_repo_id", "from_pretrained", "pull"]
 
@@ -49,33 +49,27 @@ def from_pretrained(
         ValueError: If there is no such folder, the name is not a repo id, or the files are damaged or not of a Memory
             Wrap model.
         OSError: `huggingface_hub`'s own, if the Hub does not give the files.
-
-    Example:
-        ```python
-        >>> model = timm_memwrap.from_pretrained("me/model", revision="v1.0")  # doctest: +SKIP
-
-        ```
     """
     source, name = _source(model_id)
     if source == "local-dir":
         _check_folder(Path(name))
     else:
         repo_id, named_revision = split_revision(name)
-        api = hub_api(token)
-        options: dict[str, Any] = {
-            "cache_dir": cache_dir,
-            "local_files_only": local_files_only,
-            "force_download": force_download,
-        }
-        config = Path(api.hf_hub_download(repo_id, CONFIG_FILE, revision=revision or named_revision, **options))
-        # The cache keeps a folder per commit.
+        download = partial(
+            hub_api(token).hf_hub_download,
+            repo_id,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+        config = Path(download(CONFIG_FILE, revision=revision or named_revision))
+        read_config(config, f"{CONFIG_FILE} of {name!r}")
+        # The cache keeps a folder per commit, and timm takes the files of a commit from it without asking.
         commit = config.parent.name
-        check_config(read_json(config, f"{CONFIG_FILE} of {name!r}"), f"{CONFIG_FILE} of {name!r}")
         try:
-            api.hf_hub_download(repo_id, WEIGHTS_FILE, revision=commit, **options)
+            download(WEIGHTS_FILE, revision=commit)
         except RemoteEntryNotFoundError as error:
-            raise no_weights(name, api.list_repo_files(repo_id, revision=commit)) from error
-        # timm takes the files of a commit from the cache without asking.
+            raise no_weights(name, hub_api(token).list_repo_files(repo_id, revision=commit)) from error
         name = f"{repo_id}@{commit}"
     model = timm.create_model(f"{source}:{name}", pretrained=True, cache_dir=cache_dir, **kwargs)  # type: ignore[arg-type]
     return model.eval()  # type: ignore[return-value]
@@ -118,11 +112,7 @@ def pull(repo_id: str, folder: str | os.PathLike, *, token: str | bool | None = 
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raises if `repo_id` is not a valid repo id.
-
-    Raises:
-        ValueError: If so.
-    """
+    """Raises a `ValueError` if `repo_id` is not a valid repo id."""
     try:
         validate_repo_id(repo_id)
     except ValueError as error:
@@ -140,19 +130,18 @@ def _source(model_id: str | os.PathLike) -> tuple[str, str]:
     """Returns timm's name for where a model is from, `"local-dir"` or `"hf-hub"`, and the folder or repo id."""
     name = os.fspath(model_id)
     prefix, _, rest = name.partition(":")
-    if prefix == "local-dir":
-        return prefix, str(Path(rest).expanduser())
     if prefix in ("hf-hub", "hf_hub"):
         check_repo_id(split_revision(rest)[0])
         return "hf-hub", rest
-    path = Path(name).expanduser()
+    path = Path(rest if prefix == "local-dir" else name).expanduser()
     # Path("") is the current directory, which nobody means by an empty name.
     if name and path.is_dir():
         return "local-dir", str(path)
     repo_id = split_revision(name)[0]
-    if not isinstance(model_id, str) or name.startswith((".", "/", "~")) or "\\" in name or repo_id.count("/") > 1:
+    local = prefix == "local-dir" or not isinstance(model_id, str)
+    if local or name.startswith((".", "/", "~")) or "\\" in name or repo_id.count("/") > 1:
         raise FileError(
-            f"{name!r} is not a directory. Pass one that timm_memwrap.save_pretrained wrote, or a repo id, as "
+            f"{str(path)!r} is not a directory. Pass one that timm_memwrap.save_pretrained wrote, or a repo id, as "
             f"'owner/name'."
         )
     check_repo_id(repo_id)
@@ -160,13 +149,10 @@ def _source(model_id: str | os.PathLike) -> tuple[str, str]:
 
 
 def _check_folder(folder: Path) -> None:
-    """Raises if a folder holds no Memory Wrap model. A `config.json` that the weights hold a copy of is mended."""
-    if not folder.is_dir():
-        raise FileError(f"{str(folder)!r} is not a directory. Pass one that timm_memwrap.save_pretrained wrote.")
-    name = f"{CONFIG_FILE} in {str(folder)!r}"
+    """Raises a `FileError` if a folder holds no model, after its `config.json` is mended if the weights hold a copy."""
     try:
-        check_config(read_json(folder / CONFIG_FILE, name), name)
+        read_config(folder / CONFIG_FILE, f"{CONFIG_FILE} in {str(folder)!r}")
     except FileError:
         if not (folder / WEIGHTS_FILE).is_file():
             raise
-        check_config(find_weights({"source": "local-dir", "file": str(folder)}).config, name)
+        find_weights({"source": "local-dir", "file": str(folder)})

@@ -2,32 +2,30 @@
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from timm_memwrap.constants import CARD_FIGURE_FILE
+from timm_memwrap.constants import CARD_FIGURE_FILE, CARD_FILE, CONFIG_FORMAT_VERSION
 from timm_memwrap.hub.privacy import file_name
 from timm_memwrap.memory_bank import MemoryBank
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.registry import split_name
 
-if TYPE_CHECKING:
-    from jinja2 import Environment
-
-__all__ = ["CARD_FIELDS", "CardDetails", "loading_code", "make_card", "update_memory"]
+__all__ = ["CardDetails", "describe_memory", "loading_code", "make_card", "named_counts", "update_memory", "write_card"]
 
 # What a user gives for a card: details, or the whole text.
 CardDetails = Mapping[str, Any] | str | None
 
-CARD_FIELDS = ("name", "description", "license", "datasets", "base_model", "tags", "accuracy", "results", "figure")
+_TEXTS = ("name", "description", "license", "base_model")
+CARD_FIELDS = (*_TEXTS, "datasets", "tags", "accuracy", "results", "figure")
 RESULT_FIELDS = ("dataset", "dataset_id", "split", "metric", "value")
 
 TAGS = ("timm", "memory-wrap", "arxiv:2106.01440")
-
-_SHOWN_CLASSES = 20
 
 # What stands between the marks is replaced when the memory changes, and nothing else in a card is.
 _BEGIN, _END = "<!-- timm_memwrap: memory -->", "<!-- timm_memwrap: end of memory -->"
@@ -43,51 +41,36 @@ def loading_code(source: str) -> str:
 
 
 def make_card(model: MemoryWrapModel, source: str, details: Mapping[str, Any] | None, bank: MemoryBank) -> str:
-    """Returns a model card: metadata and text.
-
-    Args:
-        model: The model.
-        source: Where it is to be loaded from, e.g. `"hf-hub:me/model"`.
-        details: What the model does not know about itself, all of it optional: `name`; `description`, in Markdown;
-            `license`, `datasets` and `base_model`, as the Hub names them; more `tags`; `accuracy`, between 0 and 1, or
-            `results`, a list of `dict(dataset=..., value=..., metric="accuracy", split=..., dataset_id=...)`;
-            `figure`, the path of an image.
-        bank: The memory as it is published.
-
-    Raises:
-        ValueError: If a detail is unknown or of the wrong type.
-    """
+    """Returns a model card for a model that is loaded from `source` with this bank: metadata and text."""
     details = dict(details or {})
     unknown = sorted(set(details) - set(CARD_FIELDS))
     if unknown:
         raise ValueError(f"Unknown model_card fields {unknown}. Those known are {', '.join(CARD_FIELDS)}.")
+    for key in _TEXTS:
+        if not isinstance(details.get(key), str | None):
+            raise ValueError(f"model_card[{key!r}] is {details[key]!r}. Pass text.")
     name = details.get("name") or source.split(":", 1)[1].split("@")[0].rstrip("/").split("/")[-1]
-    architecture = model.pretrained_cfg["architecture"]
     results = _results(details, bank)
     data = ModelCardData(
         library_name="timm_memwrap",
         pipeline_tag="image-classification",
         tags=[*TAGS, *_texts(details, "tags")],
-        license=_text(details, "license"),
-        base_model=_text(details, "base_model") or model.base_model,
+        license=details.get("license"),
+        base_model=details.get("base_model") or model.base_model,
         datasets=_texts(details, "datasets") or None,
         eval_results=results or None,
         model_name=name if results else None,
     )
-    environment = _environment()
-    body = environment.get_template("model_card.md.jinja").render(
+    body = _render(
+        "model_card.md.jinja",
         name=name,
-        description=_text(details, "description"),
-        backbone=split_name(architecture)[1],
-        architecture=architecture,
-        num_classes=model.num_classes,
+        description=details.get("description"),
+        backbone=split_name(model.pretrained_cfg["architecture"])[1],
+        model=model,
         parameters=f"{sum(parameter.numel() for parameter in model.parameters()):,}",
-        memory_only=model.memory_only,
-        keeps_classifier=model.keeps_classifier,
-        memory_args=model.memory_args,
         loading=loading_code(source),
         figure=CARD_FIGURE_FILE if details.get("figure") else None,
-        memory=_memory(environment, bank),
+        memory=_memory(bank),
         results=results,
     )
     text = f"---\n{data.to_yaml()}\n---\n\n{body}\n"
@@ -96,45 +79,54 @@ def make_card(model: MemoryWrapModel, source: str, details: Mapping[str, Any] | 
     return text
 
 
+def write_card(model: MemoryWrapModel, folder: Path, bank: MemoryBank, source: str, details: CardDetails) -> list[Path]:
+    """Writes the model card, and its figure if it has one, and returns the files."""
+    files = [folder / CARD_FILE]
+    text = update_memory(details, bank) if isinstance(details, str) else make_card(model, source, details, bank)
+    files[0].write_text(text, encoding="utf-8", newline="")
+    figure = details.get("figure") if isinstance(details, Mapping) else None
+    if figure is not None:
+        if Path(figure).suffix.lower() != ".png" or not Path(figure).is_file():
+            raise ValueError(f"model_card['figure'] is {str(figure)!r}, which is not a PNG file. Save one there.")
+        files.append(shutil.copyfile(figure, folder / CARD_FIGURE_FILE))
+    return files
+
+
 def update_memory(card: str, bank: MemoryBank) -> str:
     """Returns a card with its part about the memory updated; as it is, if it has no such part."""
-    begin, end = card.find(_BEGIN), card.find(_END)
-    if begin < 0 or end < begin:
-        return card
-    return card[:begin] + _memory(_environment(), bank) + card[end + len(_END) :]
+    before, _, rest = card.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    return before + _memory(bank) + after if end else card
 
 
-def _environment() -> "Environment":
+def describe_memory(bank: MemoryBank) -> dict[str, Any]:
+    """Returns what a bank holds as JSON, for people who read `config.json`; nothing is loaded from it."""
+    memory = {"format_version": CONFIG_FORMAT_VERSION, "size": len(bank)}
+    if not memory["size"]:
+        return memory
+    counts = {str(label): count for label, count in bank.class_counts.items()}
+    return {**memory, "class_counts": counts, "images": bank.images is not None, **asdict(bank.provenance)}
+
+
+def named_counts(bank: MemoryBank) -> list[tuple[str, int]]:
+    """Returns the number of samples of each class in a bank, by the name of the class."""
+    names = bank.class_names
+    return [(names[i] if i < len(names) else str(i), count) for i, count in bank.class_counts.items()]
+
+
+def _memory(bank: MemoryBank) -> str:
+    values = {**describe_memory(bank), "dataset": file_name(bank.provenance.dataset), "classes": named_counts(bank)}
+    return _render("memory.md.jinja", begin=_BEGIN, end=_END, **values)
+
+
+def _render(template: str, **values: Any) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=False,
-        # Markdown, not HTML: the filters `text` and `code` escape what comes from outside.
-        autoescape=False,
-    )
+    # Markdown, not HTML: the filters `text` and `code` escape what comes from outside.
+    folder = FileSystemLoader(Path(__file__).parent / "templates")
+    environment = Environment(loader=folder, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"text": _escape, "code": _escape_code}
-    return environment
-
-
-def _memory(environment: "Environment", bank: MemoryBank) -> str:
-    names, provenance = bank.class_names, bank.provenance
-    counts = bank.class_counts
-    return environment.get_template("memory.md.jinja").render(
-        begin=_BEGIN,
-        end=_END,
-        size=f"{len(bank):,}" if len(bank) else "",
-        classes=[(names[i] if i < len(names) else str(i), f"{count:,}") for i, count in counts.items()],
-        shown=_SHOWN_CLASSES,
-        dataset=file_name(provenance.dataset),
-        population=f"{provenance.population:,}" if provenance.population else "",
-        selection=provenance.selection,
-        seed=provenance.seed,
-        images=bank.images is not None,
-    )
+    return environment.get_template(template).render(values)
 
 
 def _escape(text: str) -> str:
@@ -145,13 +137,6 @@ def _escape(text: str) -> str:
 
 def _escape_code(text: str) -> str:
     return " ".join(str(text).split()).replace("`", "'").replace("|", "\\|")
-
-
-def _text(details: dict[str, Any], key: str) -> str | None:
-    value = details.get(key)
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"model_card[{key!r}] is {value!r}. Pass text.")
-    return value
 
 
 def _texts(details: dict[str, Any], key: str) -> list[str]:

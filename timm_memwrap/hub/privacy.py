@@ -16,30 +16,20 @@ def public_bank(bank: MemoryBank, include_images: bool = False) -> MemoryBank:
     is published anyway: by both a picture can still be found in the data.
     """
     public = MemoryBank()
-    if bank.encodings is None or bank.labels is None:
-        return public
-    names = bank.class_names
-    classes = [names[label] if label < len(names) else "" for label in bank.labels.tolist()]
-    public.replace(
-        bank.encodings,
-        bank.labels,
-        _public_ids(bank.ids, classes),
-        bank.images if include_images else None,
-        names,
-        dataclasses.replace(bank.provenance, dataset=file_name(bank.provenance.dataset)),
-        bank.encodings.dtype,
-    )
+    if len(bank):
+        encodings, labels = bank.filled()
+        names = dict(enumerate(bank.class_names))
+        ids = _public_ids(bank.ids, [names.get(label, "") for label in labels.tolist()])
+        images = bank.images if include_images else None
+        provenance = dataclasses.replace(bank.provenance, dataset=file_name(bank.provenance.dataset))
+        public.replace(encodings, labels, ids, images, bank.class_names, provenance, encodings.dtype)
     return public
 
 
 def file_name(path: str, folder: str = "") -> str:
-    """Returns the last part of a path or link, of any system, without the query of a link.
-
-    Args:
-        path: The path.
-        folder: Its last folder stays if it is this one.
-    """
+    """Returns the last part of a path or link of any system, and with it the last folder if that is `folder`."""
     if "://" in path:
+        # The query of a link may hold a token.
         path = re.split(r"[?#]", path, maxsplit=1)[0]
     if not re.search(r"[/\\]", path):
         return path

@@ -3,24 +3,22 @@
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.hf_api import ModelInfo
-from torch import Tensor
 
-from timm_memwrap.constants import CARD_FILE, MEMORY_BANK, WEIGHTS_FILE
+from timm_memwrap.checks import split_bank
+from timm_memwrap.constants import CARD_FILE, WEIGHTS_FILE
 from timm_memwrap.hub.loading import check_repo_id, from_pretrained, hub_api
-from timm_memwrap.hub.model_card import CardDetails, loading_code, update_memory
+from timm_memwrap.hub.model_card import CardDetails, loading_code, update_memory, write_card
 from timm_memwrap.hub.privacy import public_bank
-from timm_memwrap.hub.saving import check_saveable, local_source, write_card, write_model
+from timm_memwrap.hub.saving import check_saveable, local_source, write_model
 from timm_memwrap.memory_bank import MemoryBank
 from timm_memwrap.memory_checks import check_memory
 from timm_memwrap.model import MemoryWrapModel
-from timm_memwrap.tensor_files import FileError, read_tensors
+from timm_memwrap.tensor_files import FileError, raw_bytes, read_tensors
 
 __all__ = ["push_folder", "push_memory_bank", "push_to_hub"]
 
@@ -56,7 +54,8 @@ def push_to_hub(
         create_pr: Whether to open a pull request instead of pushing to the branch.
         commit_message: First line of the commit.
         model_card: What the card is to say beside what the model knows: a dict of any of `name`, `description`,
-            `license`, `datasets`, `base_model`, `tags`, `accuracy`, `results` and `figure`, or the whole text.
+            `license`, `datasets`, `base_model`, `tags`, `accuracy` (between 0 and 1) or `results` (a list of dicts of
+            `dataset`, `value`, `metric`, `split` and `dataset_id`) and `figure` (a PNG file), or the whole text.
         include_images: Whether the bank's small images are sent.
         allow_empty_memory: Whether to push a model whose bank is empty.
 
@@ -67,28 +66,21 @@ def push_to_hub(
         ValueError: If the bank is empty or stale, `repo_id` is not a valid repo id, `private=True` was asked for a
             repository that is public, or `model_card` does not fit.
         OSError: `huggingface_hub`'s own, if the Hub refuses or cannot be reached. The repository is then as before.
-
-    Example:
-        ```python
-        >>> commit = timm_memwrap.push_to_hub(model, "me/model", private=True)  # doctest: +SKIP
-
-        ```
     """
     check_saveable(model, allow_empty_memory)
     check_repo_id(repo_id)
-    figure = isinstance(model_card, Mapping) and model_card.get("figure") is not None
-    if figure and not include_images:
-        raise ValueError(
-            "model_card has a figure, which shows images, but include_images=False. Pass include_images=True, or leave "
-            "the figure out."
-        )
     api = hub_api(token)
     bank = public_bank(model.memory_bank, include_images)
     with tempfile.TemporaryDirectory(prefix="timm-memwrap-") as name:
         folder = Path(name)
         # The disk may be full, or the card wrong: known before the Hub is asked for anything.
         files = write_model(model, folder, bank)
-        files += write_card(model, folder, bank, f"hf-hub:{repo_id}", model_card)
+        card = write_card(model, folder, bank, f"hf-hub:{repo_id}", model_card)
+        if len(card) > 1 and not include_images:
+            raise ValueError(
+                "model_card has a figure, which shows images, but include_images=False. Pass include_images=True, or "
+                "leave the figure out."
+            )
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         if url.repo_id != repo_id:
             # The Hub completes a name without an owner, which does not load.
@@ -102,14 +94,8 @@ def push_to_hub(
                 f"private=True, but {repo_id!r} exists and is public. Make it private in its settings on the Hub "
                 f"first, or push to another repository."
             )
-        if bank.images is not None or figure:
-            _warn_of_public_images(info, len(bank))
-        kept = _card_on_hub(api, info)
-        if kept is not None:
-            if model_card is not None:
-                _logger.info("%s of %s is kept; model_card is not used.", CARD_FILE, repo_id)
-            files = files[:2] + _update_card(kept, folder, bank)
-        return _commit(api, info, files, revision, create_pr, commit_message)
+        options = {"revision": revision, "create_pr": create_pr, "commit_message": commit_message}
+        return _commit(api, info, bank, files, card, **options)
 
 
 def push_memory_bank(
@@ -127,14 +113,11 @@ def push_memory_bank(
     Args:
         model: The model with the new bank. Its weights must be those in the repository.
         repo_id: The repository.
-        token: As in `push_to_hub`.
-        revision: Branch to push to; `None` for `main`.
-        create_pr: As in `push_to_hub`.
-        commit_message: First line of the commit.
-        include_images: As in `push_to_hub`.
-
-    Returns:
-        What `huggingface_hub` returns about the commit.
+        token: As in `push_to_hub`, and so are all that follow.
+        revision: Branch to push to; it must exist.
+        create_pr: See `token`.
+        commit_message: See `token`.
+        include_images: See `token`.
 
     Raises:
         ValueError: If the bank is empty or stale, or the weights in the repository are not the model's.
@@ -142,20 +125,15 @@ def push_memory_bank(
     """
     check_memory(model, stale="refuse")
     check_repo_id(repo_id)
-    bank = public_bank(model.memory_bank, include_images)
     api = hub_api(token)
     info = api.model_info(repo_id, revision=revision)
     path = api.hf_hub_download(repo_id, WEIGHTS_FILE, revision=info.sha)
-    _check_same_weights(model, Path(path), f"{repo_id}@{info.sha}")
-    if bank.images is not None:
-        _warn_of_public_images(info, len(bank))
-    with tempfile.TemporaryDirectory(prefix="timm-memwrap-") as name:
-        folder = Path(name)
-        files = write_model(model, folder, bank)
-        card = _card_on_hub(api, info)
-        if card is not None:
-            files += _update_card(card, folder, bank)
-        return _commit(api, info, files, revision, create_pr, commit_message)
+    _check_same_weights(model, path, f"{repo_id}@{info.sha}")
+    bank = public_bank(model.memory_bank, include_images)
+    with tempfile.TemporaryDirectory(prefix="timm-memwrap-") as folder:
+        files = write_model(model, Path(folder), bank)
+        options = {"revision": revision, "create_pr": create_pr, "commit_message": commit_message}
+        return _commit(api, info, bank, files, [], **options)
 
 
 def push_folder(folder: str | os.PathLike, repo_id: str, **kwargs: Any) -> CommitInfo:
@@ -183,24 +161,28 @@ def push_folder(folder: str | os.PathLike, repo_id: str, **kwargs: Any) -> Commi
     except UnicodeError as error:
         raise FileError(f"{str(card)!r} is not UTF-8 ({error}). Save it as UTF-8, or delete it.") from error
     here, there = loading_code(local_source(directory)), loading_code(f"hf-hub:{repo_id}")
-    public = public_bank(model.memory_bank, kwargs.get("include_images", False))
-    return push_to_hub(model, repo_id, model_card=update_memory(text.replace(here, there), public), **kwargs)
+    return push_to_hub(model, repo_id, model_card=text.replace(here, there), **kwargs)
 
 
-def _warn_of_public_images(info: ModelInfo, size: int) -> None:
-    if not info.private:
+def _commit(
+    api: HfApi, info: ModelInfo, bank: MemoryBank, files: list[Path], card: list[Path], **options: Any
+) -> CommitInfo:
+    """Sends a model in one commit. A card that is on the Hub is kept, but for its part about the memory."""
+    if (bank.images is not None or len(card) > 1) and not info.private:
         _logger.warning(
             "%s is public: the images of %d samples of the memory will be visible to everyone. Leave out "
             "include_images to push without them.",
             info.id,
-            size,
+            len(bank),
         )
-
-
-def _card_on_hub(api: HfApi, info: ModelInfo) -> bytes | None:
-    if CARD_FILE not in {sibling.rfilename for sibling in info.siblings or []}:
-        return None
-    return Path(api.hf_hub_download(info.id, CARD_FILE, revision=info.sha)).read_bytes()
+    if CARD_FILE in {sibling.rfilename for sibling in info.siblings or []}:
+        _logger.info("%s has a %s, of which only the part about the memory is updated.", info.id, CARD_FILE)
+        there = Path(api.hf_hub_download(info.id, CARD_FILE, revision=info.sha))
+        card = _update_card(there.read_bytes(), files[0].parent, bank)
+    # `upload_folder` promises one commit for small folders only. On top of the commit that was looked at, nothing that
+    # was pushed meanwhile is lost.
+    operations = [CommitOperationAdd(file.name, file) for file in files + card]
+    return api.create_commit(info.id, operations, parent_commit=info.sha, **options)
 
 
 def _update_card(card: bytes, folder: Path, bank: MemoryBank) -> list[Path]:
@@ -214,41 +196,17 @@ def _update_card(card: bytes, folder: Path, bank: MemoryBank) -> list[Path]:
     return [path] if updated != card else []
 
 
-def _commit(
-    api: HfApi, info: ModelInfo, files: list[Path], revision: str | None, create_pr: bool, message: str
-) -> CommitInfo:
-    """Sends files in one commit, on top of the one that was looked at: what was pushed meanwhile is not lost.
-
-    `upload_folder` promises one commit for small folders only.
-    """
-    return api.create_commit(
-        info.id,
-        [CommitOperationAdd(file.name, file) for file in files],
-        commit_message=message,
-        revision=revision,
-        create_pr=create_pr,
-        parent_commit=info.sha,
-    )
-
-
-def _check_same_weights(model: MemoryWrapModel, path: Path, source: str) -> None:
+def _check_same_weights(model: MemoryWrapModel, path: str, source: str) -> None:
     """Compares a model's weights with those in a repository, bit by bit."""
-    bank = f"{MEMORY_BANK}."
-    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(bank)}
-    file = read_tensors(path, f"{WEIGHTS_FILE} of {source!r}")
-    theirs = {name: tensor for name, tensor in file.tensors.items() if not name.startswith(bank)}
-    different = sorted(theirs.keys() ^ own.keys())
-    different += [name for name in sorted(theirs.keys() & own.keys()) if not _same_bits(own[name], theirs[name])]
+    state, file = model.state_dict(), read_tensors(path, f"{WEIGHTS_FILE} of {source!r}")
+    own, theirs = (
+        {name: (tensor.dtype, tensor.shape, raw_bytes(tensor)) for name, tensor in split_bank(tensors)[0].items()}
+        for tensors in (state, file.tensors)
+    )
+    different = sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name))
     if different:
         raise ValueError(
             f"The weights in {source!r} are not those that encoded the memory: {len(different)} tensors differ, e.g. "
             f"{different[0]!r}. Push weights and memory together with timm_memwrap.push_to_hub, or load the model from "
             f"there and build the memory with it."
         )
-
-
-def _same_bits(first: Tensor, second: Tensor) -> bool:
-    if first.dtype != second.dtype or first.shape != second.shape:
-        return False
-    first, second = (tensor.detach().cpu().contiguous().reshape(-1) for tensor in (first, second))
-    return not first.numel() or torch.equal(first.view(torch.uint8), second.view(torch.uint8))

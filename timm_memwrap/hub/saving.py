@@ -4,25 +4,17 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from timm.models._hub import save_config_for_hf
 
-from timm_memwrap.constants import (
-    CARD_FIGURE_FILE,
-    CARD_FILE,
-    CONFIG_FILE,
-    CONFIG_FORMAT_VERSION,
-    MEMORY_BANK,
-    MEMORY_CONFIG_KEY,
-    WEIGHTS_FILE,
-)
+from timm_memwrap.checks import split_bank
+from timm_memwrap.constants import CARD_FILE, CONFIG_FILE, MEMORY_BANK, MEMORY_CONFIG_KEY, WEIGHTS_FILE
 from timm_memwrap.factory import check_whole
-from timm_memwrap.hub.model_card import CardDetails, make_card
+from timm_memwrap.hub.model_card import CardDetails, describe_memory, write_card
 from timm_memwrap.memory_bank import MemoryBank
 from timm_memwrap.memory_checks import check_memory, check_model
 from timm_memwrap.model import MemoryWrapModel
@@ -74,14 +66,11 @@ def save_pretrained(
 
 
 def check_saveable(model: MemoryWrapModel, allow_empty_memory: bool = False) -> None:
-    """Raises if a model has no memory that is true to its weights.
-
-    Raises:
-        ValueError: If `model` is not a Memory Wrap model, or its bank is empty or stale.
-    """
+    """Raises a `ValueError` if a model has no memory that is true to its weights."""
     check_model(model)
     if len(model.memory_bank):
         check_memory(model, stale="refuse")
+        model.check_bank(*model.memory_bank.filled())
     elif not allow_empty_memory:
         raise ValueError(
             "The memory bank is empty: the model would come back without evidence. Call "
@@ -91,9 +80,9 @@ def check_saveable(model: MemoryWrapModel, allow_empty_memory: bool = False) -> 
 
 @contextmanager
 def staging(directory: Path) -> Iterator[Path]:
-    """Yields a temporary folder inside `directory`, on the same disk, and removes what killed saves left there.
+    """Yields a temporary folder inside `directory`, on the same disk, while other saves into it wait.
 
-    Saves into the same folder wait for each other.
+    What killed saves left there is removed.
     """
     existed = directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
@@ -103,11 +92,11 @@ def staging(directory: Path) -> Iterator[Path]:
                 shutil.rmtree(leftover, ignore_errors=True)
             with tempfile.TemporaryDirectory(dir=directory, prefix=_STAGING) as folder:
                 yield Path(folder)
-    except BaseException:
+    finally:
         if not existed:
+            # Only an empty folder can be removed: that of a save that failed.
             with suppress(OSError):
                 directory.rmdir()
-        raise
 
 
 @contextmanager
@@ -129,18 +118,11 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def write_model(model: MemoryWrapModel, folder: Path, bank: MemoryBank) -> list[Path]:
-    """Writes a model with this bank into an empty folder, and returns the files, the weights first.
-
-    Raises:
-        ValueError: If what would be written is not what loading accepts.
-    """
-    prefix = f"{MEMORY_BANK}."
-    # Kept as they are: a state dict otherwise holds copies of a bank, which may be large.
-    tensors = {name: value for name, value in model.state_dict(keep_vars=True).items() if not name.startswith(prefix)}
-    tensors |= {prefix + name: value for name, value in bank.state_dict(keep_vars=True).items()}
-    extra: dict[str, Any] = {MEMORY_CONFIG_KEY: {"format_version": CONFIG_FORMAT_VERSION, **describe_memory(bank)}}
-    if bank.class_names:
-        extra["label_names"] = bank.class_names
+    """Writes a model with this bank into an empty folder, if it could be loaded, and returns weights and config."""
+    # keep_vars: a state dict otherwise holds copies of a bank, which may be large.
+    tensors, _ = split_bank(model.state_dict(keep_vars=True))
+    tensors |= {f"{MEMORY_BANK}.{name}": value for name, value in bank.state_dict(keep_vars=True).items()}
+    extra: dict[str, Any] = {MEMORY_CONFIG_KEY: describe_memory(bank), "label_names": bank.class_names}
     if model.base_model:
         extra["base_model"] = model.base_model
     weights, path = folder / WEIGHTS_FILE, folder / CONFIG_FILE
@@ -152,35 +134,10 @@ def write_model(model: MemoryWrapModel, folder: Path, bank: MemoryBank) -> list[
     # In one order, however the model was made: what was loaded is saved as the same bytes.
     config["model_args"] = dict(sorted(config["model_args"].items()))
     path.write_text(text := json.dumps(config, indent=2), encoding="utf-8")
-    check_whole(WholeModel(tensors, config, "The model to save", verified=True, complete=True))
+    check_whole(WholeModel(tensors, config, "The model to save", verified=True), {})
     # The configuration lies in the weights too, so that no kill parts what must agree.
     write_tensors(tensors, weights, {CONFIG_KEY: text})
     return [weights, path]
-
-
-def write_card(
-    model: MemoryWrapModel, folder: Path, bank: MemoryBank, source: str, model_card: CardDetails
-) -> list[Path]:
-    """Writes the model card, and its figure if it has one."""
-    path = folder / CARD_FILE
-    text = model_card if isinstance(model_card, str) else make_card(model, source, model_card, bank)
-    path.write_text(text, encoding="utf-8", newline="")
-    figure = model_card.get("figure") if isinstance(model_card, Mapping) else None
-    if figure is None:
-        return [path]
-    if Path(figure).suffix.lower() != ".png" or not Path(figure).is_file():
-        raise ValueError(f"model_card['figure'] is {str(figure)!r}, which is not a PNG file. Save one there.")
-    shutil.copyfile(figure, folder / CARD_FIGURE_FILE)
-    return [path, folder / CARD_FIGURE_FILE]
-
-
-def describe_memory(bank: MemoryBank) -> dict[str, Any]:
-    """Returns what a bank holds as JSON, for people who read `config.json`; nothing is loaded from it."""
-    if not len(bank):
-        return {"size": 0}
-    counts = {str(label): count for label, count in bank.class_counts.items()}
-    images = bank.images is not None
-    return {"size": len(bank), "class_counts": counts, "images": images, **asdict(bank.provenance)}
 
 
 def local_source(directory: Path) -> str:
