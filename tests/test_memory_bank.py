@@ -413,7 +413,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    for name in ("timm_memwrap.tensor_files._bytes", "timm_memwrap._utils.os.replace"):
+    for name in ("timm_memwrap.tensor_files.raw_bytes", "timm_memwrap._utils.os.replace"):
         with monkeypatch.context() as patch:
             patch.setattr(name, full)
             with pytest.raises(OSError, match="No space"):
