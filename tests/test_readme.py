@@ -20,7 +20,7 @@ from timm_memwrap.attention import DISTANCES
 from timm_memwrap.cli import COMMANDS
 from timm_memwrap.cli.arguments import expand, make_parser
 from timm_memwrap.memory_args import CLASSIFIERS, READ_HEADS
-from timm_memwrap.training.recipes import find_recipe, list_comparisons, list_recipes
+from timm_memwrap.training.recipes import find_recipe, recipe_names
 
 ROOT = Path(__file__).parent.parent
 FRONT, RECIPES = ROOT / "README.md", ROOT / "hub_configs" / "README.md"
@@ -224,7 +224,7 @@ def _expanded(name: str) -> list[str]:
 
 
 def test_every_recipe_is_named_and_every_recipe_named_exists() -> None:
-    known = {*list_recipes(), *list_comparisons()}
+    known = set(recipe_names())
     text = RECIPES.read_text(encoding="utf-8")
     table = [row.split("|")[1] for row in text.splitlines() if row.startswith("| `")]
     named = {name for cell in table for code in re.findall(r"`([^`]+)`", cell) for name in _expanded(code)}
