@@ -17,7 +17,7 @@ __all__ = ["calibrate", "fit_temperature"]
 
 _logger = logging.getLogger(__name__)
 
-# The range that is searched for the temperature, on a logarithmic scale.
+# The range that is searched, and in how many halvings of its logarithm.
 _LOWEST, _HIGHEST, _STEPS = 0.01, 100.0, 60
 
 
@@ -30,13 +30,11 @@ def calibrate(model: MemoryWrapModel, data: Any, progress: bool = True) -> float
 
     Args:
         model: A model with a memory bank.
-        data: Images that the model was not trained on and that are not in its bank: a dataset or loader of
-            `(image, label)`. See `evaluate_explanations`.
+        data: As in `evaluate_explanations`, of images that the model was not trained on.
         progress: Whether to show a progress bar.
 
     Returns:
-        The temperature, which is now `model.temperature`. If every image is classified correctly, no temperature fits
-        best: it is left unchanged, with a warning.
+        The temperature, now `model.temperature`. It is left unchanged, with a warning, if no prediction is wrong.
 
     Raises:
         ValueError: If the bank or the data is empty, or a label is outside `num_classes`.
@@ -68,8 +66,7 @@ def calibrate(model: MemoryWrapModel, data: Any, progress: bool = True) -> float
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """Finds the temperature that minimises the cross-entropy of logits `[N, C]` with labels `[N]`.
 
-    The cross-entropy is convex in the inverse temperature, so bisection on its slope finds the minimum. It is an end of
-    the range, 0.01 or 100, if the labels are always or never predicted.
+    It is an end of the range, 0.01 or 100, if the labels are always or never predicted.
     """
     logits = logits.double()
     of_labels = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
@@ -77,9 +74,6 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     for _ in range(_STEPS):
         middle = (low + high) / 2
         expected = ((logits / math.exp(middle)).softmax(dim=-1) * logits).sum(dim=-1)
-        # The slope of the cross-entropy in the inverse temperature: above 0, that is too large.
-        if float((expected - of_labels).mean()) > 0:
-            low = middle
-        else:
-            high = middle
+        # The cross-entropy is convex in the inverse temperature, and this is its slope: above 0, that is too large.
+        low, high = (middle, high) if float((expected - of_labels).mean()) > 0 else (low, middle)
     return math.exp((low + high) / 2)

@@ -53,14 +53,13 @@ def evaluate_counterfactuals(
     """Measures by IM1 and IM2 how typical the strongest counterfactuals of predictions are (see `im1` and `im2`).
 
     Each is measured for the class that the model predicts for it (`MemorySample.prediction`) against the class that it
-    predicts for the input, as in La Rosa et al. 2022. Models and autoencoders run in evaluation mode without gradients,
-    and their modes are restored.
+    predicts for the input, as in La Rosa et al. 2022. Modes of the model and the autoencoders are restored.
 
     Args:
         model: A model with a memory bank.
         data: As in `evaluate_explanations`; its labels are not used.
-        memory: The dataset that the bank was built from, or a mapping from id to image.
-        autoencoders: By class, an autoencoder trained on images of that class. They map model inputs `[N, C, H, W]` to
+        memory: As in `attribute`.
+        autoencoders: By class, an autoencoder trained on images of that class. It maps model inputs `[N, C, H, W]` to
             their reconstructions.
         autoencoder_of_all: An autoencoder trained on images of all classes.
         progress: Whether to show a progress bar.
@@ -96,7 +95,7 @@ def _sums(
     found: Counter[tuple[int, int, int]],
     autoencoders: Mapping[int, Autoencoder],
     autoencoder_of_all: Autoencoder,
-) -> tuple[float, float]:
+) -> list[float]:
     """Sums IM1 and IM2 over counterfactuals, given by their class, the input's class and their position."""
     samples, ids, names = SampleImages(model, memory), model.memory_bank.ids, class_names(model)
     groups: dict[tuple[int, int], list[int]] = {}
@@ -108,25 +107,22 @@ def _sums(
                 f"There is no autoencoder for class {label} ({names[label]!r}). Pass one for each class: "
                 f"autoencoders={{class: autoencoder}}."
             )
-    first = second = 0.0
+    sums = torch.zeros(2, dtype=torch.float64)
     for (own, prediction), positions in groups.items():
-        for start in range(0, len(positions), BATCH_SIZE):
-            part = positions[start : start + BATCH_SIZE]
+        for part in (positions[at : at + BATCH_SIZE] for at in range(0, len(positions), BATCH_SIZE)):
             images = torch.stack([samples.input(ids[position]) for position in part])
             times = torch.tensor([found[own, prediction, position] for position in part], dtype=torch.float64)
             ratios = im1(images, autoencoders[own], autoencoders[prediction])
             distances = im2(images, autoencoders[own], autoencoder_of_all)
-            first += float(ratios.double().cpu() @ times)
-            second += float(distances.double().cpu() @ times)
-    return first, second
+            sums += torch.stack([ratios, distances]).double().cpu() @ times
+    return sums.tolist()
 
 
 def im1(counterfactuals: Tensor, autoencoder: Autoencoder, autoencoder_of_prediction: Autoencoder) -> Tensor:
     """Computes IM1 `[N]`: whether a counterfactual looks more like its own class than like the predicted one.
 
-    The squared error of an autoencoder of the counterfactual's class over that of one of the input's predicted class
-    (Van Looveren and Klaise 2021, https://arxiv.org/abs/1907.02584). Lower is better. The published Memory Wrap script
-    does not square.
+    The squared error of the first autoencoder over that of the second (Van Looveren and Klaise 2021,
+    https://arxiv.org/abs/1907.02584). Lower is better. The published Memory Wrap script does not square.
 
     Args:
         counterfactuals: Images `[N, C, H, W]`.
@@ -143,9 +139,9 @@ def im1(counterfactuals: Tensor, autoencoder: Autoencoder, autoencoder_of_predic
 def im2(counterfactuals: Tensor, autoencoder: Autoencoder, autoencoder_of_all: Autoencoder) -> Tensor:
     """Computes IM2 `[N]`: whether a counterfactual is as typical of its own class as of all images.
 
-    The squared difference of the reconstructions by an autoencoder of the counterfactual's class and one of all
-    classes, over the L1 norm of the image (Van Looveren and Klaise 2021, https://arxiv.org/abs/1907.02584). Lower is
-    better. The published Memory Wrap script takes the input's class for the counterfactual's, and other norms.
+    The squared difference of both reconstructions over the L1 norm of the image (Van Looveren and Klaise 2021, as for
+    `im1`). Lower is better. The published Memory Wrap script takes the input's class for the counterfactual's, and
+    other norms.
 
     Args:
         counterfactuals: Images `[N, C, H, W]`.

@@ -3,6 +3,7 @@
 Shapes: B inputs, M memory samples, C classes, K samples read per input.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,8 +32,7 @@ class MemorySample(Result):
         similarity: Its similarity to the input, in the metric of the read and without its scale.
         label: Its label.
         class_name: Name of its label.
-        prediction: The model's own prediction for it: that of the backbone's classifier where the model keeps it, else
-            what the model reads for the sample with the sample itself hidden.
+        prediction: The model's own prediction for it: the kept classifier's, else one that does not read the sample.
         predicted_class_name: Name of that class.
         is_example: Whether `prediction` is the class that the model predicts for the input.
         influence: Probability of the predicted class minus what it would be without this sample.
@@ -66,8 +66,7 @@ class Explanation(Result):
         examples: Those that the model puts in the predicted class, strongest first (explanation by example).
         counterfactuals: Those that the model puts in another class, strongest first.
         support_size: Number of samples that the prediction used, shown or not.
-        prediction_without_memory: The prediction if nothing were read; `None` if no class then leads, as for a model
-            that predicts from its memory alone.
+        prediction_without_memory: The prediction if nothing were read; `None` if no class then leads.
         probability_without_memory: Probability of the predicted class if nothing were read.
     """
 
@@ -95,8 +94,8 @@ class Explanation(Result):
 def explain(model: MemoryWrapModel, images: Any, top_k: int = 5) -> list[Explanation]:
     """Explains predictions by the memory samples that they used.
 
-    Runs in evaluation mode without gradients, and restores the model's mode. Each image is encoded once: what the
-    prediction would be without a sample takes another read, not another encoding.
+    Runs in evaluation mode, and restores the model's mode. Each image is encoded once: what the prediction would be
+    without a sample takes another read, not another encoding.
 
     Args:
         model: A model with a memory bank.
@@ -133,27 +132,23 @@ def explain_batch(model: MemoryWrapModel, images: Tensor, top_k: int) -> list[Ex
     readout, names = model.read(model.encode(images)), class_names(model)
     probability, prediction = readout.logits.float().softmax(dim=-1).max(dim=-1)
     nothing = read_nothing(model, readout.encoding)
+    columns = {
+        "prediction": prediction.tolist(),
+        "probability": probability.tolist(),
+        "support_size": (readout.weights > 0).sum(dim=1).tolist(),
+        "prediction_without_memory": _leaders(nothing),
+        "probability_without_memory": _probability_of(prediction, nothing).tolist(),
+    }
     samples = _samples(model, readout, probability, prediction, top_k)
-    columns = (
-        prediction.tolist(),
-        probability.tolist(),
-        (readout.weights > 0).sum(dim=1).tolist(),
-        _leaders(nothing),
-        _probability_of(prediction, nothing).tolist(),
-    )
     return [
         Explanation(
-            prediction=predicted,
-            class_name=names[predicted],
-            probability=sure,
+            class_name=names[row["prediction"]],
             samples=tuple(read[:top_k]),
             examples=tuple([sample for sample in read if sample.is_example][:top_k]),
             counterfactuals=tuple([sample for sample in read if not sample.is_example][:top_k]),
-            support_size=support,
-            prediction_without_memory=leader,
-            probability_without_memory=sure_without,
+            **row,
         )
-        for read, predicted, sure, support, leader, sure_without in zip(samples, *columns, strict=True)
+        for read, row in zip(samples, _rows(columns), strict=True)
     ]
 
 
@@ -161,33 +156,35 @@ def _samples(
     model: MemoryWrapModel, readout: MemoryReadout, probability: Tensor, prediction: Tensor, top_k: int
 ) -> list[list[MemorySample]]:
     """Returns for each input the samples that are among the `top_k` of all, of examples or of counterfactuals."""
-    bank, names = model.memory_bank, class_names(model)
-    assert bank.labels is not None
+    bank, names, ids = model.memory_bank, class_names(model), model.memory_bank.ids
     weights, own = readout.weights.float(), own_predictions(model, readout)
     used, same = weights > 0, own == prediction.unsqueeze(1)
     rank = torch.arange(weights.shape[1], device=weights.device).expand_as(weights)
     rank_of_kind = torch.where(same, (used & same).cumsum(1), (used & ~same).cumsum(1)) - 1
     shown = (used & ((rank < top_k) | (rank_of_kind < top_k))).nonzero(as_tuple=True)
 
-    rows, positions = shown[0], readout.positions[shown]
-    without = read_without(model, readout.encoding[rows], positions.unsqueeze(1))
-    table = {
+    inputs, positions = shown[0], readout.positions[shown]
+    without = read_without(model, readout.encoding[inputs], positions.unsqueeze(1))
+    columns = {
         "position": positions.tolist(),
         "weight": weights[shown].tolist(),
         "similarity": readout.similarities[shown].tolist(),
-        "label": bank.labels[positions].tolist(),
+        "label": bank.filled()[1][positions].tolist(),
         "prediction": own[shown].tolist(),
         "is_example": same[shown].tolist(),
-        "influence": (probability[rows] - _probability_of(prediction[rows], without)).tolist(),
+        "influence": (probability[inputs] - _probability_of(prediction[inputs], without)).tolist(),
         "prediction_without": _leaders(without),
-        "image": [None] * len(rows) if bank.images is None else bank.images[positions].cpu(),
+        "image": [None] * len(inputs) if bank.images is None else bank.images[positions].cpu(),
     }
-    ids, samples = bank.ids, [list[MemorySample]() for _ in range(len(weights))]
-    for row, *values in zip(rows.tolist(), *table.values(), strict=True):
-        sample: dict[str, Any] = dict(zip(table, values, strict=True))
-        sample["class_name"], sample["predicted_class_name"] = names[sample["label"]], names[sample["prediction"]]
-        samples[row].append(MemorySample(id=ids[sample["position"]], **sample))
+    samples = [list[MemorySample]() for _ in range(len(weights))]
+    for i, row in zip(inputs.tolist(), _rows(columns), strict=True):
+        named = {"class_name": names[row["label"]], "predicted_class_name": names[row["prediction"]]}
+        samples[i].append(MemorySample(id=ids[row["position"]], **named, **row))
     return samples
+
+
+def _rows(columns: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    return (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
 
 
 def _probability_of(classes: Tensor, logits: Tensor) -> Tensor:

@@ -27,7 +27,6 @@ BASELINES = ("black", "mean")
 
 # Attributions that miss more than this share of the sum that they should have get a warning.
 _MOST_GAP = 0.2
-
 # How far a memory image's encoding may be from the stored one, relative to its length. Half precision stays below it;
 # an image that was augmented, or transformed for another model, does not.
 _TOLERANCE = 0.05
@@ -66,10 +65,7 @@ class Attribution:
 
     @property
     def completeness_gap(self) -> float | None:
-        """What the attributions leave unexplained of `score - baseline_score`; more `n_steps` make it smaller.
-
-        `None` for a method without a baseline, whose attributions have no such sum.
-        """
+        """What the attributions leave unexplained of `score - baseline_score`; `None` without a baseline."""
         if self.baseline_score is None:
             return None
         total = self.heatmap.double().sum() + self.memory_heatmaps.double().sum()
@@ -78,10 +74,7 @@ class Attribution:
     @property
     def shares(self) -> list[float]:
         """Shares of the input and of each memory image in the sum of absolute attributions, `1 + K` numbers."""
-        sums = [
-            float(self.heatmap.double().abs().sum()),
-            *self.memory_heatmaps.double().abs().flatten(1).sum(1).tolist(),
-        ]
+        sums = [float(heatmap.double().abs().sum()) for heatmap in (self.heatmap, *self.memory_heatmaps)]
         total = sum(sums)
         return [value / total if total else 0.0 for value in sums]
 
@@ -103,18 +96,14 @@ def attribute(
     What is attributed is the logit `f(x, m_1, ..., m_K)` of the predicted class as a function of the input image and
     of the images of the K strongest samples, which are encoded again, with gradient (La Rosa et al. 2022, Section 5,
     with Integrated Gradients: Sundararajan et al. 2017, https://arxiv.org/abs/1703.01365). All other samples of the
-    bank are read as they are stored, including those without weight: between the baseline and the image the
-    prediction may use others, and `f` is the model's own function there too, not that of a model with a smaller
-    memory. Each point costs `1 + K` encodings. In a vote, `f` is the class's share of the votes, of which the logit is
-    the logarithm: that has infinite slope where a class gets its first vote.
-
-    Runs in evaluation mode and leaves the model unchanged; gradients of parameters are not computed.
+    bank are read as they are stored, so that `f` is the model's own function between the baseline and the image too.
+    Each point costs `1 + K` encodings. In a vote, `f` is the class's share of the votes, since its logarithm, the
+    logit, has infinite slope where a class gets its first vote. The model is left unchanged.
 
     Args:
         model: A model with a memory bank.
         images: As in `explain`.
-        memory: The memory samples' images: the dataset that the bank was built from, or a mapping from id to image.
-            The bank's own are too small.
+        memory: The dataset that the bank was built from, or a mapping from id to image; the bank's own are too small.
         method: `"integrated_gradients"`; or in one pass, without a baseline, `"input_x_gradient"` (Shrikumar et al.
             2016, https://arxiv.org/abs/1605.01713) or `"saliency"`, the absolute gradient (Simonyan et al. 2013,
             https://arxiv.org/abs/1312.6034).
@@ -149,8 +138,9 @@ def attribute(
     check_memory(model)
     check_choice("method", method, METHODS)
     check_choice("baseline", baseline, BASELINES)
-    for name, value in (("top_k", top_k), ("n_steps", n_steps), ("batch_size", batch_size)):
-        check_count(name, value)
+    check_count("top_k", top_k)
+    check_count("n_steps", n_steps)
+    check_count("batch_size", batch_size)
     if target is not None and (type(target) is not int or not 0 <= target < model.num_classes):
         raise ValueError(f"target={target!r} is not a class. Pass 0 to {model.num_classes - 1}, or None.")
     captum = optional_import("captum.attr", extra="explain", what="A heatmap")
@@ -184,7 +174,14 @@ def attribute(
                 result.append(
                     Attribution(explanation, method, asked, name, high, low, image, first, memory_images, heat)
                 )
-    _warn_of_gaps(result, n_steps)
+    gaps = [(a.completeness_gap, a.score - a.baseline_score) for a in result if a.baseline_score is not None]
+    missed = sum(abs(gap or 0.0) > _MOST_GAP * abs(change) for gap, change in gaps)
+    if missed:
+        _logger.warning(
+            f"The attributions of {missed} of {len(result)} images miss the sum that they should have by more than "
+            f"{_MOST_GAP:.0%}: the model is far from linear between the baseline and the image. Pass more than "
+            f"n_steps={n_steps}, and see completeness_gap."
+        )
     return result
 
 
@@ -192,14 +189,13 @@ def _score_of(model: MemoryWrapModel, positions: list[int], target: int, bar: tq
     """Returns the score `[P]` of a class as a function of P inputs and of P images for each of K memory samples."""
 
     def score(*images: Tensor) -> Tensor:
-        bank, count = model.memory_bank, len(images[0])
-        assert bank.encodings is not None and bank.labels is not None
+        (stored, stored_labels), count = model.memory_bank.filled(), len(images[0])
         inputs, *memory = model.encode(torch.cat(images)).split(count)
         # One prepared memory serves all points: each sees its own K encodings at the end, and neither those of other
         # points nor the stored ones that they replace.
-        encodings = [bank.encodings.to(torch.promote_types(inputs.dtype, torch.float32)), *memory]
-        labels = [bank.labels, *(bank.labels[position].expand(count) for position in positions)]
-        replaced = torch.zeros(count, len(bank), dtype=torch.bool, device=inputs.device)
+        encodings = [stored.to(torch.promote_types(inputs.dtype, torch.float32)), *memory]
+        labels = [stored_labels, *(stored_labels[position].expand(count) for position in positions)]
+        replaced = torch.zeros(count, len(stored), dtype=torch.bool, device=inputs.device)
         replaced[:, positions] = True
         others = ~torch.eye(count, dtype=torch.bool, device=inputs.device).repeat(1, len(memory))
         prepared = model.head.prepare(torch.cat(encodings), torch.cat(labels))
@@ -229,8 +225,7 @@ def _memory_images(model: MemoryWrapModel, explanation: Explanation, stored: Sam
                 f"The memory sample {sample.id!r} has shape {list(sample_image.shape)}, the input {list(image.shape)}. "
                 f"Pass both with the model's own transform, as PIL images or paths."
             )
-    assert model.memory_bank.encodings is not None
-    kept = model.memory_bank.encodings[[sample.position for sample in explanation.samples]].float()
+    kept = model.memory_bank.filled()[0][[sample.position for sample in explanation.samples]].float()
     distances = (model.encode(torch.stack(images)).float() - kept).norm(dim=1)
     distances /= kept.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
     for sample, distance in zip(explanation.samples, distances.tolist(), strict=True):
@@ -241,14 +236,3 @@ def _memory_images(model: MemoryWrapModel, explanation: Explanation, stored: Sam
                 f"weights have changed since, call build_memory_bank again."
             )
     return torch.stack(images)
-
-
-def _warn_of_gaps(attributions: list[Attribution], n_steps: int) -> None:
-    gaps = [(a.completeness_gap, a.score - a.baseline_score) for a in attributions if a.baseline_score is not None]
-    missed = sum(abs(gap or 0.0) > _MOST_GAP * abs(change) for gap, change in gaps)
-    if missed:
-        _logger.warning(
-            f"The attributions of {missed} of {len(attributions)} images miss the sum that they should have by more "
-            f"than {_MOST_GAP:.0%}: the model is far from linear between the baseline and the image. Pass more than "
-            f"n_steps={n_steps}, and see completeness_gap."
-        )

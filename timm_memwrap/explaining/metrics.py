@@ -26,29 +26,28 @@ class ExplanationMetrics(Result):
 
     An *example* is a memory sample that the model puts in the class that it predicts for the input, a *counterfactual*
     one that it puts in another (La Rosa et al. 2022, https://doi.org/10.1007/s10489-022-03886-6). The model's own
-    logits for a memory sample are those of the backbone's classifier where the model keeps it, else what the model
-    reads for the sample with the sample itself hidden.
+    logits for a memory sample are the kept classifier's, else what the model reads with the sample itself hidden.
 
     Args:
         count: Number of inputs N.
         accuracy: Share of inputs whose prediction is their label.
-        accuracy_without_memory: The same if nothing were read; an input for which no class then leads counts as wrong.
-            If it is as high as `accuracy`, the memory is decoration.
+        accuracy_without_memory: The same if nothing were read, where no class leading is wrong. If it is as high as
+            `accuracy`, the memory is decoration.
         explanation_accuracy: Share of inputs whose strongest sample is an example (La Rosa et al. 2022, Section 5).
         accuracy_example: Accuracy on these inputs (the published `explanation_accuracy.py`).
         accuracy_counterfactual: Accuracy on the others (ibid.).
-        input_nonrepresentativeness: Mean absolute difference between the logits of the input and the model's own for
-            its strongest example, over inputs that have one (Nguyen and Martinez 2020, https://arxiv.org/abs/2007.07584,
-            with the L1 loss of the published `run_exp_by_examples.py`). Lower is better.
+        input_nonrepresentativeness: Mean absolute difference between the logits of the input and of its strongest
+            example, over inputs that have one (Nguyen and Martinez 2020, https://arxiv.org/abs/2007.07584, with the L1
+            loss of the published `run_exp_by_examples.py`). Lower is better.
         prediction_nonrepresentativeness: Cross-entropy of the strongest example's logits with the input's predicted
             class as the target, over the same inputs (ibid.). Lower is better.
         support_size: Mean number of samples with positive weight.
         weight_on_prediction: Mean weight of all examples of an input together.
         identical_class_rate: Share of inputs whose strongest sample has the predicted class as its *label* (the
             identical class test of Hanawa et al. 2021, https://arxiv.org/abs/2006.04528).
-        deletion_flip_rate: Share of inputs whose prediction changes without its `deleted` strongest samples, or all of
-            them if they are fewer (deletion as of Petsiuk et al. 2018, https://arxiv.org/abs/1806.07421, with memory
-            samples for pixels). Faithful explanations are above `random_flip_rate`.
+        deletion_flip_rate: Share of inputs whose prediction changes without its `deleted` strongest samples, or all if
+            they are fewer (after Petsiuk et al. 2018, https://arxiv.org/abs/1806.07421). Faithful explanations are
+            above `random_flip_rate`.
         random_flip_rate: The same without as many samples drawn at random from the whole memory.
         deletion_drop: Mean fall in the predicted class's probability without the strongest samples (comprehensiveness,
             DeYoung et al. 2020, https://arxiv.org/abs/1911.03429).
@@ -82,8 +81,8 @@ def evaluate_explanations(
 ) -> ExplanationMetrics:
     """Measures a model's predictions and explanations in one pass over a data set.
 
-    Runs in evaluation mode without gradients, and restores the model's mode. Each image is encoded once; the deletion
-    test takes further reads.
+    Runs in evaluation mode, and restores the model's mode. Each image is encoded once; the deletion test takes further
+    reads.
 
     Args:
         model: A model with a memory bank.
@@ -117,16 +116,7 @@ def evaluate_explanations(
 
 
 class ExplanationMeter:
-    """Gathers `ExplanationMetrics` over batches of encodings.
-
-    Args:
-        model: A model with a memory bank. The bank may change between two batches.
-        deleted: How many of the strongest samples the deletion test leaves out.
-        seed: Seed of the samples that it leaves out at random.
-
-    Raises:
-        ValueError: If `deleted` is below 1.
-    """
+    """Gathers `ExplanationMetrics` over batches of encodings, between which the bank may change."""
 
     def __init__(self, model: MemoryWrapModel, deleted: int = 5, seed: int = 0) -> None:
         check_count("deleted", deleted)
@@ -142,13 +132,7 @@ class ExplanationMeter:
         return readout
 
     def compute(self) -> ExplanationMetrics:
-        """Returns the metrics of all batches.
-
-        Raises:
-            ValueError: If there was none.
-        """
-        if not self._batches:
-            raise ValueError("The data is empty, so there is nothing to measure. Check its path and split.")
+        """Returns the metrics of all batches, at least one."""
         values = {name: torch.cat([batch[name] for batch in self._batches]) for name in self._batches[0]}
         right, example, probability = values["accuracy"], values["explanation_accuracy"], values.pop("probability")
         return ExplanationMetrics(
@@ -162,13 +146,7 @@ class ExplanationMeter:
 
 
 def expected_calibration_error(probabilities: Tensor, right: Tensor, bins: int = 15) -> float:
-    """Computes the expected calibration error: the mean gap between confidence and accuracy (Guo et al. 2017).
-
-    Args:
-        probabilities: Probabilities of the predicted classes `[N]`.
-        right: Whether the predictions are right `[N]`.
-        bins: Number of bins of equal width.
-    """
+    """Computes the mean gap between probabilities `[N]` of predictions and how often they are right `[N]`, by bins."""
     index = (probabilities * bins).ceil().long().clamp(1, bins) - 1
     gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, right.double() - probabilities.double())
     return float(gap.abs().sum() / len(right))

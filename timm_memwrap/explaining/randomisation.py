@@ -4,12 +4,11 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
 
-from timm_memwrap._utils import check_count, evaluating
-from timm_memwrap.data import BATCH_SIZE, SampleImages, to_batch
-from timm_memwrap.memory_checks import check_memory
-from timm_memwrap.model import MemoryReadout, MemoryWrapModel
+from timm_memwrap._utils import evaluating
+from timm_memwrap.data import BATCH_SIZE, SampleImages
+from timm_memwrap.explaining.explanation import explain
+from timm_memwrap.model import MemoryWrapModel
 
 __all__ = ["randomisation_check"]
 
@@ -23,40 +22,25 @@ def randomisation_check(model: MemoryWrapModel, images: Any, memory: Any, top_k:
 
     Args:
         model: A model with a memory bank; it is not changed.
-        images: Model inputs `[B, C, H, W]`, PIL images or paths.
-        memory: The dataset that the bank was built from, or a mapping from id to image.
+        images: As in `explain`.
+        memory: As in `attribute`.
         top_k: How many of the strongest samples to compare.
         seed: Seed of the shuffle.
 
     Raises:
         ValueError: If the bank is empty, or one of its samples is not in `memory`.
     """
-    check_memory(model)
-    check_count("top_k", top_k)
-    batch, samples = to_batch(model, images), SampleImages(model, memory)
-    shuffled = copy.deepcopy(model)
-    _shuffle(shuffled.backbone, seed)
-    with evaluating(model), evaluating(shuffled):
-        bank = shuffled.memory_bank
-        assert bank.labels is not None
-        ids, encodings = bank.ids, []
-        for start in range(0, len(ids), BATCH_SIZE):
-            part = [samples.input(sample_id) for sample_id in ids[start : start + BATCH_SIZE]]
-            encodings.append(shuffled.encode(torch.stack(part)))
-        bank.replace(torch.cat(encodings), bank.labels, ids)
-        before, after = (_strongest(part.read(part.encode(batch)), top_k) for part in (model, shuffled))
-    shares = [len(a & b) / max(1, len(a)) for a, b in zip(before, after, strict=True)]
-    return sum(shares) / len(shares)
-
-
-def _strongest(readout: MemoryReadout, top_k: int) -> list[set[int]]:
-    pairs = zip(readout.positions[:, :top_k].tolist(), readout.weights[:, :top_k].tolist(), strict=True)
-    return [{position for position, weight in zip(*pair, strict=True) if weight > 0} for pair in pairs]
-
-
-def _shuffle(module: nn.Module, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
+    before, samples = explain(model, images, top_k), SampleImages(model, memory)
+    shuffled, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    with evaluating(shuffled):
+        for parameter in shuffled.backbone.parameters():
             order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
             parameter.copy_(parameter.flatten()[order].view_as(parameter))
+        bank = shuffled.memory_bank
+        ids, (_, labels) = bank.ids, bank.filled()
+        inputs = ([samples.input(i) for i in ids[at : at + BATCH_SIZE]] for at in range(0, len(ids), BATCH_SIZE))
+        bank.replace(torch.cat([shuffled.encode(torch.stack(part)) for part in inputs]), labels, ids)
+    after = explain(shuffled, images, top_k)
+    shown = [[{sample.position for sample in one.samples} for one in explanations] for explanations in (before, after)]
+    shares = [len(a & b) / len(a) for a, b in zip(*shown, strict=True)]
+    return sum(shares) / len(shares)

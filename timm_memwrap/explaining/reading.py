@@ -27,26 +27,20 @@ _MOST_SCORES = 2**24
 def encodings_of(
     model: MemoryWrapModel, data: Any, title: str, progress: bool
 ) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
-    """Opens a pass over labelled data: an iterator over encodings `[B, E]` and labels `[B]`, behind a progress bar.
-
-    Inside, the model is in evaluation mode without gradients. Warns if its memory is stale.
-
-    Raises:
-        ValueError: If the model has no memory to read, the data is empty, or a label is outside `num_classes`.
-    """
+    """Opens a pass over labelled data in evaluation mode: encodings `[B, E]` and labels `[B]`, at least one batch."""
     check_memory(model)
     with evaluating(model), tqdm(total=size_of(data), desc=title, unit="img", disable=not progress) as bar:
-        yield _batches(model, data, bar)
 
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            empty = True
+            for encoding, labels in encoded_batches(model, data):
+                yield encoding, labels
+                empty = False
+                bar.update(len(labels))
+            if empty:
+                raise ValueError("The data is empty, so there is nothing to measure. Check its path and split.")
 
-def _batches(model: MemoryWrapModel, data: Any, bar: tqdm) -> Iterator[tuple[Tensor, Tensor]]:
-    empty = True
-    for encoding, labels in encoded_batches(model, data):
-        yield encoding, labels
-        empty = False
-        bar.update(len(labels))
-    if empty:
-        raise ValueError("The data is empty, so there is nothing to measure. Check its path and split.")
+        yield batches()
 
 
 def own_predictions(model: MemoryWrapModel, readout: MemoryReadout) -> Tensor:

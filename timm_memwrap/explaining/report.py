@@ -26,8 +26,7 @@ class SampleUse(Result):
         id: What names the sample in its data set.
         label: Its label.
         class_name: Name of its label.
-        prediction: The model's own prediction for it: that of the backbone's classifier where the model keeps it, else
-            what the model reads for the sample with the sample itself hidden.
+        prediction: The model's own prediction for it, as in `MemorySample`.
         predicted_class_name: Name of that class.
         reads: Number of predictions that used it.
         weight: Sum of its weights in them.
@@ -94,10 +93,8 @@ class MemoryReport(Result):
             f"{len(self.disputed)} with a label that the model disputes."
         ]
         for title, samples in (("Misleading", self.misleading), ("Disputed", self.disputed)):
-            if samples:
-                lines.append(
-                    f"{title:24} {'label':16} {'model says':16} {'reads':>6} {'helping':>8} {'misleading':>10}"
-                )
+            header = f"{title:24} {'label':16} {'model says':16} {'reads':>6} {'helping':>8} {'misleading':>10}"
+            lines += [header] if samples else []
             lines += [
                 f"{str(s.id)[-24:]:24} {s.class_name[:16]:16} {s.predicted_class_name[:16]:16} "
                 f"{s.reads:6d} {s.helping:8.2f} {s.misleading:10.2f}"
@@ -114,8 +111,7 @@ def memory_report(model: MemoryWrapModel, data: Any, progress: bool = True) -> M
 
     Args:
         model: A model with a memory bank.
-        data: Labelled data that the memory was not taken from: a dataset or loader of `(image, label)`. See
-            `evaluate_explanations`.
+        data: As in `evaluate_explanations`, with labels.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -123,10 +119,10 @@ def memory_report(model: MemoryWrapModel, data: Any, progress: bool = True) -> M
     """
     count = wrong = 0
     with encodings_of(model, data, "Memory report", progress) as batches:
-        bank, names, own = model.memory_bank, class_names(model), model.own_predictions()
-        assert bank.labels is not None
-        supports = bank.labels if model.memory_args["classifier"] == "vote" else own
-        reads = torch.zeros(len(bank), dtype=torch.long, device=bank.labels.device)
+        names, own, bank = class_names(model), model.own_predictions(), model.memory_bank
+        _, bank_labels = bank.filled()
+        supports = bank_labels if model.memory_args["classifier"] == "vote" else own
+        reads = torch.zeros_like(own)
         weight, helping, misleading = (reads.double() for _ in range(3))
         for encoding, labels in batches:
             readout = model.read(encoding)
@@ -140,12 +136,9 @@ def memory_report(model: MemoryWrapModel, data: Any, progress: bool = True) -> M
             misleading.index_add_(0, position, (weights * (supported & ~right)).flatten())
             count += len(labels)
             wrong += int((~right).sum())
-    columns = (column.tolist() for column in (bank.labels, own, reads, weight, helping, misleading))
-    return MemoryReport(
-        samples=tuple(
-            SampleUse(position, sample_id, label, names[label], predicted, names[predicted], *use)
-            for position, (sample_id, label, predicted, *use) in enumerate(zip(bank.ids, *columns, strict=True))
-        ),
-        count=count,
-        wrong=wrong,
+    columns = (column.tolist() for column in (bank_labels, own, reads, weight, helping, misleading))
+    samples = (
+        SampleUse(position, sample_id, label, names[label], predicted, names[predicted], *use)
+        for position, (sample_id, label, predicted, *use) in enumerate(zip(bank.ids, *columns, strict=True))
     )
+    return MemoryReport(tuple(samples), count, wrong)

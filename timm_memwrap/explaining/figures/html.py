@@ -42,8 +42,8 @@ def write_html(
 ) -> Path:
     """Writes a report of explanations: one HTML file with its pictures inside, for any browser.
 
-    It has no scripts, and does not let the browser load anything. Class names, ids and file names are untrusted and
-    shown as text. The file holds pictures of the memory, so share it as you would share those.
+    It has no scripts, and does not let the browser load anything. Class names, ids and file names are shown as text.
+    The file holds pictures of the memory, so share it as you would share those.
 
     Args:
         model: The model that was explained.
@@ -115,22 +115,18 @@ def _input(
             )
         heat = [*(_data_url(picture, _INPUT_SIZE) for picture in overlays(model, attribution))]
         shares = attribution.shares
-    shown = {sample.position for sample in explanation.samples}
 
     def row(sample: MemorySample, overlay: str | None = None, share: float = 0.0) -> dict[str, Any]:
         picture = picture_of(model, sample.image, sample.id, stored)
-        return {
-            "sample": sample,
-            "picture": None if picture is None else _data_url(picture, _SAMPLE_SIZE),
-            "overlay": overlay,
-            "share": share,
-        }
+        url = None if picture is None else _data_url(picture, _SAMPLE_SIZE)
+        return {"sample": sample, "picture": url, "overlay": overlay, "share": share}
 
-    rows = zip(explanation.samples, heat[1:], shares[1:], strict=True)
+    shown = {sample.position for sample in explanation.samples}
     more = [
         ("More examples: the model sees the predicted class in them too", explanation.examples),
         ("More counterfactuals: the model sees another class in them", explanation.counterfactuals),
     ]
+    groups = [(heading, [row(one) for one in samples if one.position not in shown]) for heading, samples in more]
     return {
         "name": name,
         "picture": _data_url(to_picture(model, image), _INPUT_SIZE),
@@ -138,12 +134,8 @@ def _input(
         "share": shares[0],
         "explanation": explanation,
         "label": label,
-        "samples": [row(*parts) for parts in rows],
-        "groups": [
-            (heading, [row(sample) for sample in samples if sample.position not in shown])
-            for heading, samples in more
-            if any(sample.position not in shown for sample in samples)
-        ],
+        "samples": [row(*parts) for parts in zip(explanation.samples, heat[1:], shares[1:], strict=True)],
+        "groups": [(heading, rows) for heading, rows in groups if rows],
     }
 
 
@@ -157,13 +149,8 @@ def _data_url(picture: np.ndarray, size: int) -> str:
 
 
 def _text(value: Any) -> Any:
-    """Replaces characters that HTML cannot hold, or that change the direction of text: U+202A to U+202E etc.
-
-    The rest stays as it is, including what joins and separates the letters of a script.
-    """
-    if type(value) is not str:
-        return value
-    return "".join("\ufffd" if _is_control(char) else char for char in value)
+    """Replaces characters that HTML cannot hold, or that change the direction of text; what joins letters stays."""
+    return "".join("\ufffd" if _is_control(char) else char for char in value) if type(value) is str else value
 
 
 def _is_control(char: str) -> bool:

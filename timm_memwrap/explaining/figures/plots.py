@@ -8,20 +8,10 @@ from torch import Tensor
 
 from timm_memwrap.data import SampleImages, class_names, picture_of, to_picture
 from timm_memwrap.explaining.explanation import Explanation, MemorySample
-from timm_memwrap.explaining.figures.drawing import (
-    GAP,
-    MARGIN,
-    draw_legend,
-    draw_titles,
-    input_card,
-    sample_card,
-    short,
-    use_card,
-)
-from timm_memwrap.explaining.figures.page import BLUE, GREY, LINE, ORANGE, Card, Line, Page
-from timm_memwrap.explaining.figures.pictures import aligned, overlays
+from timm_memwrap.explaining.figures.page import BLUE, GREY, LINE, ORANGE, PALE, Card, Line, Page
+from timm_memwrap.explaining.figures.pictures import HEAT, aligned, overlays
 from timm_memwrap.explaining.heatmaps import Attribution
-from timm_memwrap.explaining.report import MemoryReport
+from timm_memwrap.explaining.report import MemoryReport, SampleUse
 from timm_memwrap.model import MemoryWrapModel
 
 if TYPE_CHECKING:
@@ -29,8 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_explanation", "plot_explanations", "plot_heatmaps", "plot_memory_report"]
 
-# Sizes of pictures in inches: of an input in a grid, a memory sample, either above its heatmap, an input alone.
-_INPUT, _SAMPLE, _HEAT, _ALONE = 1.25, 0.95, 1.2, 1.7
+# In inches: between pictures, around the page, and pictures of an input in a grid, a memory sample, either above its
+# heatmap, and an input alone.
+_GAP, _MARGIN, _INPUT, _SAMPLE, _HEAT, _ALONE = 0.3, 0.25, 1.25, 0.95, 1.2, 1.7
 
 
 def plot_explanations(
@@ -67,25 +58,25 @@ def plot_explanations(
     several, explanations, true = aligned(model, images, explanations, labels, top_k)
     stored, names = None if dataset is None else SampleImages(model, dataset), class_names(model)
     columns = max(1, min(top_k, max(len(explanation.samples) for explanation in explanations)))
-    left, row_height = MARGIN + _INPUT + 2.2 * GAP, _INPUT + 3 * LINE + 0.12
-    width = left + columns * (_SAMPLE + GAP) + 0.35 + MARGIN
+    left, row_height = _MARGIN + _INPUT + 2.2 * _GAP, _INPUT + 3 * LINE + 0.12
+    width = left + columns * (_SAMPLE + _GAP) + 0.35 + _MARGIN
     page = Page(max(width, 7.2), 0.5 + len(several) * row_height + 0.62)
-    draw_titles(page, left)
+    _draw_titles(page, left)
     for row, (image, explanation, label) in enumerate(zip(several, explanations, true, strict=True)):
         top, x = 0.5 + row * row_height, left
-        page.card(MARGIN, top, _INPUT, to_picture(model, image), input_card(explanation, label, names))
-        page.text(left - 1.1 * GAP, top + _INPUT / 2, "←", size=16, color=GREY, ha="center", va="center")
+        page.card(_MARGIN, top, _INPUT, to_picture(model, image), _input_card(explanation, label, names))
+        page.text(left - 1.1 * _GAP, top + _INPUT / 2, "←", size=16, color=GREY, ha="center", va="center")
         drawn = explanation.samples[:columns]
         for sample in drawn:
             picture = picture_of(model, sample.image, sample.id, stored)
-            page.card(x, top, _SAMPLE, picture, sample_card(sample))
-            x += _SAMPLE + GAP
+            page.card(x, top, _SAMPLE, picture, _sample_card(sample))
+            x += _SAMPLE + _GAP
         rest = explanation.support_size - len(drawn)
         if rest:
             share = max(0.0, 1 - sum(sample.weight for sample in drawn))
             text = f"+ {rest}\nmore\n{share:.0%}"
-            page.text(x - 0.5 * GAP + 0.05, top + _SAMPLE / 2, text, size=7, color=GREY, va="center")
-    draw_legend(page)
+            page.text(x - 0.5 * _GAP + 0.05, top + _SAMPLE / 2, text, size=7, color=GREY, va="center")
+    _draw_legend(page)
     return page.finish(path, dpi)
 
 
@@ -110,26 +101,26 @@ def plot_explanation(
         raise ValueError(f"{1 + len(more)} images for one explanation. Call plot_explanations for several.")
     stored, names = None if dataset is None else SampleImages(model, dataset), class_names(model)
     groups = (
-        (f"Examples: the model sees “{short(explanation.class_name, 24)}” in them too", explanation.examples, BLUE),
+        (f"Examples: the model sees “{_short(explanation.class_name, 24)}” in them too", explanation.examples, BLUE),
         ("Counterfactuals: it sees another class in them", explanation.counterfactuals, ORANGE),
     )
     columns = max(1, *(min(top_k, len(samples)) for _, samples, _ in groups))
-    left, row_height = MARGIN + _ALONE + 2 * GAP, _SAMPLE + 5.3 * LINE + 0.45
-    page = Page(max(left + columns * (_SAMPLE + GAP) + MARGIN, 7.2), 0.22 + 2 * row_height + 0.55)
-    page.card(MARGIN, 0.45, _ALONE, to_picture(model, several[0]), input_card(explanation, true, names))
-    page.text(MARGIN, 0.45 + _ALONE + 3.6 * LINE, _without_memory(explanation, names), size=7.5, color=GREY)
+    left, row_height = _MARGIN + _ALONE + 2 * _GAP, _SAMPLE + 5.3 * LINE + 0.45
+    page = Page(max(left + columns * (_SAMPLE + _GAP) + _MARGIN, 7.2), 0.22 + 2 * row_height + 0.55)
+    page.card(_MARGIN, 0.45, _ALONE, to_picture(model, several[0]), _input_card(explanation, true, names))
+    page.text(_MARGIN, 0.45 + _ALONE + 3.6 * LINE, _without_memory(explanation, names), size=7.5, color=GREY)
     for row, (title, samples, color) in enumerate(groups):
         top = 0.22 + row * row_height
         page.text(left, top - 0.08, title, size=9, weight="bold", color=color)
         if not samples:
             page.text(left, top + 0.25, "None among the samples that the prediction used.", size=8, color=GREY)
         for column, sample in enumerate(samples[:columns]):
-            card, picture = sample_card(sample), picture_of(model, sample.image, sample.id, stored)
+            card, picture = _sample_card(sample), picture_of(model, sample.image, sample.id, stored)
             flips = sample.prediction_without != explanation.prediction
             style = ("black", "bold") if flips else (GREY, "normal")
             card.lines.append(Line(f"without it:\n{_without(explanation, sample, names)}", 7, *style, gap=1.05))
-            page.card(left + column * (_SAMPLE + GAP), top + 0.23, _SAMPLE, picture, card)
-    draw_legend(page)
+            page.card(left + column * (_SAMPLE + _GAP), top + 0.23, _SAMPLE, picture, card)
+    _draw_legend(page)
     return page.finish(path, dpi)
 
 
@@ -167,24 +158,24 @@ def plot_memory_report(
     most = max((max(sample.misleading, sample.helping) for sample in drawn), default=0.0)
     columns = max(1, *(min(top_k, len(samples)) for _, samples, _, _ in groups))
     row_height = _SAMPLE + 5.4 * LINE + 0.75
-    page = Page(max(MARGIN + columns * (_SAMPLE + GAP) + MARGIN, 6.8), 0.18 + 2 * row_height + 0.5)
+    page = Page(max(_MARGIN + columns * (_SAMPLE + _GAP) + _MARGIN, 6.8), 0.18 + 2 * row_height + 0.5)
     for row, (title, samples, color, meaning) in enumerate(groups):
         top = 0.18 + row * row_height
-        page.text(MARGIN, top, f"{title}: {len(samples)} of {size} remembered images", 9, color, weight="bold")
-        page.text(MARGIN, top + 0.19, meaning if samples else "None.", size=7.5, color=GREY)
+        page.text(_MARGIN, top, f"{title}: {len(samples)} of {size} remembered images", 9, color, weight="bold")
+        page.text(_MARGIN, top + 0.19, meaning if samples else "None.", size=7.5, color=GREY)
         for column, sample in enumerate(samples[:top_k]):
             thumbnail = None if bank.images is None else bank.images[sample.position]
-            picture, x = picture_of(model, thumbnail, sample.id, stored), MARGIN + column * (_SAMPLE + GAP)
-            page.card(x, top + 0.45, _SAMPLE, picture, use_card(sample, most, color, dashed=row == 0))
+            picture, x = picture_of(model, thumbnail, sample.id, stored), _MARGIN + column * (_SAMPLE + _GAP)
+            page.card(x, top + 0.45, _SAMPLE, picture, _use_card(sample, most, color, dashed=row == 0))
     y = page.height - 0.52
     for x, color, text in (
-        (MARGIN, ORANGE, "weight in wrong predictions of its class"),
-        (MARGIN + 2.9, BLUE, "weight in right ones"),
+        (_MARGIN, ORANGE, "weight in wrong predictions of its class"),
+        (_MARGIN + 2.9, BLUE, "weight in right ones"),
     ):
         page.block(x, y + 0.01, 0.25, 0.09, facecolor=color)
         page.text(x + 0.32, y, text, size=7.5)
     summary = f"{report.wrong} of {report.count} predictions are wrong; {len(report.never_read)} remembered images were"
-    page.text(MARGIN, y + 0.2, f"{summary} never read.", size=7.5, color=GREY)
+    page.text(_MARGIN, y + 0.2, f"{summary} never read.", size=7.5, color=GREY)
     return page.finish(path, dpi)
 
 
@@ -209,37 +200,104 @@ def plot_heatmaps(
     given = [attribution.explanation for attribution in attributions]
     _, explanations, true = aligned(model, images, given, labels)
     names, columns = class_names(model), max(len(explanation.samples) for explanation in explanations)
-    left, row_height = MARGIN + _HEAT + 2.2 * GAP, 2 * _HEAT + 5.4 * LINE + 0.3
-    width = left + columns * (_HEAT + GAP) + MARGIN
+    left, row_height = _MARGIN + _HEAT + 2.2 * _GAP, 2 * _HEAT + 5.4 * LINE + 0.3
+    width = left + columns * (_HEAT + _GAP) + _MARGIN
     page = Page(max(width, 7.6), 0.5 + len(attributions) * row_height + 0.4)
-    draw_titles(page, left)
+    _draw_titles(page, left)
     for row, (attribution, explanation, label) in enumerate(zip(attributions, explanations, true, strict=True)):
         top = 0.5 + row * row_height
-        page.text(left - 1.1 * GAP, top + _HEAT / 2, "←", size=16, color=GREY, ha="center", va="center")
+        page.text(left - 1.1 * _GAP, top + _HEAT / 2, "←", size=16, color=GREY, ha="center", va="center")
         inputs = (attribution.image, *attribution.memory_images)
-        cards = (input_card(explanation, label, names), *map(sample_card, explanation.samples))
+        cards = (_input_card(explanation, label, names), *map(_sample_card, explanation.samples))
         heat = zip(inputs, cards, overlays(model, attribution), attribution.shares, strict=True)
         for column, (image, card, overlay, share) in enumerate(heat):
-            x = left + (column - 1) * (_HEAT + GAP) if column else MARGIN
+            x = left + (column - 1) * (_HEAT + _GAP) if column else _MARGIN
             page.card(x, top, _HEAT, to_picture(model, image), card)
             below = Card([Line(f"{share:.0%} of the heat", color=GREY)])
             page.card(x, top + _HEAT + 3.5 * LINE, _HEAT, overlay, below)
-    draw_legend(page, heat=True)
+    _draw_legend(page, heat=True)
     return page.finish(path, dpi)
+
+
+def _short(text: str, most: int = 18) -> str:
+    """Returns text on one line, with an ellipsis in place of what is beyond `most` characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def _input_card(explanation: Explanation, label: int | None, names: list[str]) -> Card:
+    """Makes the card of an input: the predicted class, and whether that is right if the label is known."""
+    lines = [Line(f"{_short(explanation.class_name)} {explanation.probability:.0%}", 9, weight="bold")]
+    if label is not None:
+        right = label == explanation.prediction
+        true = names[label] if 0 <= label < len(names) else f"class {label}"
+        verdict = "✓ right" if right else f"✗ wrong, it is {_short(true, 14)}"
+        lines.append(Line(verdict, 8, BLUE if right else ORANGE, gap=1.15))
+    return Card(lines)
+
+
+def _sample_card(sample: MemorySample) -> Card:
+    """Makes the card of a memory sample: its weight and the class that the model sees in it."""
+    color, mark = (BLUE, "") if sample.is_example else (ORANGE, "≠ ")
+    labelled = f"labelled {_short(sample.class_name, 14)}" if sample.label != sample.prediction else ""
+    lines = [
+        Line(f"{sample.weight:.0%}" if sample.weight >= 0.01 else "<1%", 7.5, color, share=sample.weight),
+        Line(f"{mark}{_short(sample.predicted_class_name, 15)}", 8, color, gap=0.9),
+        Line(labelled, 7, GREY),
+    ]
+    return Card(lines, _short(str(sample.id), 40), color, dashed=not sample.is_example)
+
+
+def _use_card(sample: SampleUse, most: float, color: str, dashed: bool) -> Card:
+    """Makes the card of how a memory sample was used, with bars of which the longest stands for `most`."""
+    seen = _short(sample.predicted_class_name, 14) if sample.disputed else "the same"
+    misleading, helping = (value / most if most else 0.0 for value in (sample.misleading, sample.helping))
+    lines = [
+        Line(f"labelled {_short(sample.class_name, 13)}"),
+        Line(f"seen as {seen}", color="black" if sample.disputed else GREY),
+        Line(f"{sample.misleading:.1f}", color=ORANGE, share=misleading, gap=1.2),
+        Line(f"{sample.helping:.1f}", color=BLUE, share=helping, gap=0.9),
+        Line(_short(str(sample.id), 17), 6.5, GREY, gap=1.05),
+    ]
+    return Card(lines, _short(str(sample.id), 40), color, dashed)
+
+
+def _draw_titles(page: Page, left: float) -> None:
+    """Writes what stands in the rows: inputs, and from `left` on memory samples."""
+    page.text(_MARGIN, 0.14, "Predicted", size=9, weight="bold")
+    page.text(left, 0.14, "from these remembered training images, strongest first", size=9, weight="bold")
+
+
+def _draw_legend(page: Page, heat: bool = False) -> None:
+    """Draws what the frames mean, and either the bars or the heat."""
+    y, box = page.height - 0.42, LINE
+    page.frame(_MARGIN, y, box, BLUE, dashed=False)
+    page.frame(_MARGIN + 2.6, y, box, ORANGE, dashed=True)
+    if heat:
+        page.block(_MARGIN + 5.25, y, box, box, facecolor="#{:02x}{:02x}{:02x}".format(*HEAT))
+    else:
+        page.block(_MARGIN + 5.25, y + 0.035, 0.25, 0.09, facecolor=PALE)
+        page.block(_MARGIN + 5.25, y + 0.035, 0.12, 0.09, facecolor=GREY)
+    for x, text in (
+        (0.25, "example: the model sees the same class"),
+        (2.85, "≠ counterfactual: it sees another class"),
+        (5.5, "source of the prediction") if heat else (5.57, "share of the evidence"),
+    ):
+        page.text(_MARGIN + x, y + box / 2, text, size=7.5, va="center")
 
 
 def _without(explanation: Explanation, sample: MemorySample, names: list[str]) -> str:
     if sample.prediction_without is None:
         return "no class"
     if sample.prediction_without != explanation.prediction:
-        return short(names[sample.prediction_without], 15)
-    return f"{short(explanation.class_name, 12)} {explanation.probability - sample.influence:.0%}"
+        return _short(names[sample.prediction_without], 15)
+    return f"{_short(explanation.class_name, 12)} {explanation.probability - sample.influence:.0%}"
 
 
 def _without_memory(explanation: Explanation, names: list[str]) -> str:
     if explanation.prediction_without_memory is None:
         return "Without its memory\nit could not tell."
-    without = short(names[explanation.prediction_without_memory])
+    without = _short(names[explanation.prediction_without_memory])
     if explanation.prediction_without_memory != explanation.prediction:
         return f"Without its memory\n“{without}”."
     return f"Without its memory\nstill “{without}” ({explanation.probability_without_memory:.0%})."
