@@ -9,9 +9,11 @@ import dataclasses
 import json
 import logging
 import pickletools
+import shutil
 import sys
 import zipfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,13 @@ CLASSES = 4
 SIZE = (3, 32, 32)
 CLASS_NAMES = ["cat", "dog", "bird", "ölfisch"]
 
+IDS = ["\udcff.png", '"\n', *(f"{i}.png" for i in range(2, 12))]
+
+Exported = Callable[[str], tuple[Path, MemoryWrapModel]]
+
 each_format = pytest.mark.parametrize("format", FORMATS)
+# Of what does not depend on the format: ONNX takes three times as long.
+each_format_onnx_slow = pytest.mark.parametrize("format", [pytest.param("onnx", marks=pytest.mark.slow), "export"])
 
 HEADS = [
     {"kind": kind, "read_head": read_head, "classifier": classifier}
@@ -128,20 +136,37 @@ def export(model: Any, folder: Path, format: str = "onnx", size: tuple[int, ...]
     return export_model(model, folder / f"model{FORMATS[format]}", format, input_size=size, **kwargs)
 
 
-def _every_head() -> list[Any]:
-    """All heads with cosine, and the other distances with each read head; the rest of the product is slow."""
+# Each kind, read head, classifier and distance at least once, in one format or the other; the whole product is slow.
+ONNX_BY_DEFAULT = {
+    "memwrap-linear-mlp-cosine",
+    "memwrap-identity-linear-l2",
+    "memwrap_baseline-linear-vote-cosine",
+    "memwrap_evidence-probabilities-own-dot",
+    "memwrap_evidence-pre_logits-own-cosine",
+    "memwrap_evidence-logits-vote-cosine",
+}
+PROGRAMS_BY_DEFAULT = {
+    "memwrap-identity-mlp",
+    "memwrap_baseline-linear-linear",
+    "memwrap_evidence-logits-own",
+    "memwrap_evidence-probabilities-vote",
+}
+
+
+def _slow_but(quick: set[str], cases: list[dict[str, str]]) -> list[Any]:
+    named = {"-".join(case.values()): case for case in cases}
+    assert quick <= named.keys()
     return [
-        pytest.param(
-            {**head, "distance": distance},
-            id="-".join(map(str, [*head.values(), distance])),
-            marks=[] if distance == "cosine" or head["classifier"] in ("linear", "own") else pytest.mark.slow,
-        )
-        for distance in ("cosine", "l2", "dot")
-        for head in HEADS
+        pytest.param(case, id=name, marks=[] if name in quick else pytest.mark.slow) for name, case in named.items()
     ]
 
 
-@pytest.mark.parametrize("head", _every_head())
+@pytest.mark.parametrize(
+    "head",
+    _slow_but(
+        ONNX_BY_DEFAULT, [{**head, "distance": distance} for distance in ("cosine", "l2", "dot") for head in HEADS]
+    ),
+)
 def test_onnx_of_every_head(head: dict[str, Any], tmp_path: Path) -> None:
     model = remember(create(**head))
     report = export(model, tmp_path, with_evidence=True)
@@ -150,14 +175,56 @@ def test_onnx_of_every_head(head: dict[str, Any], tmp_path: Path) -> None:
     assert_computes_the_same(report.path, model)
 
 
-@pytest.mark.parametrize("head", HEADS, ids=lambda head: "-".join(map(str, head.values())))
+@pytest.mark.parametrize("head", _slow_but(PROGRAMS_BY_DEFAULT, HEADS))
 def test_program_of_every_head(head: dict[str, Any], tmp_path: Path) -> None:
     model = remember(create(**head))
     assert_computes_the_same(export(model, tmp_path, "export", with_evidence=True).path, model)
 
 
-@each_format
-@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_efficientnet"])
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Returns a file of a format with evidence of three samples, and its model: exported once, and only read."""
+
+    @cache
+    def of(format: str) -> tuple[Path, MemoryWrapModel]:
+        model = remember(create())
+        bank = model.memory_bank
+        bank.replace(bank.encodings, bank.labels, IDS, class_names=CLASS_NAMES, provenance=bank.provenance)
+        opset = 21 if format == "onnx" else None
+        folder = tmp_path_factory.mktemp(format)
+        return export(model, folder, format, with_evidence=True, top_k=3, opset=opset).path, model
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def exported_from_folder(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Returns a file exported from a saved model that holds images and paths, and the model."""
+
+    @cache
+    def of(format: str) -> tuple[Path, MemoryWrapModel]:
+        model = remember(create(kind="memwrap_evidence"), 3)
+        bank, folder = model.memory_bank, tmp_path_factory.mktemp("private")
+        images = torch.randint(0, 255, (3, 3, 8, 8), dtype=torch.uint8)
+        ids = [f"/home/someone/pets/{name}/{i}.png" for i, name in enumerate(CLASS_NAMES[:3])]
+        provenance = dataclasses.replace(bank.provenance, dataset="/home/someone/pets")
+        bank.replace(bank.encodings, bank.labels, ids, images, CLASS_NAMES, provenance)
+        return export(save_pretrained(model, folder / "saved"), folder, format, with_evidence=True).path, model
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [
+        ("test_vit", "export"),
+        ("test_convnext", "onnx"),
+        pytest.param("test_vit", "onnx", marks=pytest.mark.slow),
+        pytest.param("test_convnext", "export", marks=pytest.mark.slow),
+        pytest.param("test_efficientnet", "onnx", marks=pytest.mark.slow),
+        pytest.param("test_efficientnet", "export", marks=pytest.mark.slow),
+    ],
+)
 def test_backbones(name: str, format: str, tmp_path: Path) -> None:
     model = remember(create(name))
     size = (3, 160, 160)
@@ -167,8 +234,19 @@ def test_backbones(name: str, format: str, tmp_path: Path) -> None:
     assert_computes_the_same(report.path, model, size)
 
 
-@each_format
-@pytest.mark.parametrize(("samples", "ties"), [(1, False), (1000, False), (12, True), (999, True)])
+@pytest.mark.parametrize(
+    ("samples", "ties", "format"),
+    [
+        (1, False, "onnx"),
+        (12, True, "onnx"),
+        (1000, False, "export"),
+        (999, True, "export"),
+        pytest.param(1, False, "export", marks=pytest.mark.slow),
+        pytest.param(12, True, "export", marks=pytest.mark.slow),
+        pytest.param(1000, False, "onnx", marks=pytest.mark.slow),
+        pytest.param(999, True, "onnx", marks=pytest.mark.slow),
+    ],
+)
 def test_sizes_of_the_memory(samples: int, ties: bool, format: str, tmp_path: Path) -> None:
     model = remember(create(kind="memwrap_baseline", scale=30.0), samples, ties)
     # Four of three that tie: the cut goes through a tie.
@@ -177,7 +255,7 @@ def test_sizes_of_the_memory(samples: int, ties: bool, format: str, tmp_path: Pa
     assert_computes_the_same(report.path, model)
 
 
-@each_format
+@each_format_onnx_slow
 def test_other_channels(format: str, tmp_path: Path) -> None:
     model = create(in_chans=1)
     labels = torch.arange(5) % CLASSES
@@ -189,10 +267,9 @@ def test_other_channels(format: str, tmp_path: Path) -> None:
 
 
 @each_format
-def test_the_memory_is_named_and_the_input_described(format: str, tmp_path: Path) -> None:
-    model = remember(create())
+def test_the_memory_is_named_and_the_input_described(format: str, exported: Exported) -> None:
+    path, model = exported(format)
     bank = model.memory_bank
-    path = export(model, tmp_path, format, with_evidence=True).path
     metadata = metadata_of(path)
     assert metadata["class_names"] == CLASS_NAMES
     assert metadata["architecture"] == "memwrap_test_resnet"
@@ -211,17 +288,13 @@ def test_the_memory_is_named_and_the_input_described(format: str, tmp_path: Path
     assert metadata["input"]["mean"] == list(model.pretrained_cfg["mean"])
 
 
-def test_ids_that_are_no_unicode_survive(tmp_path: Path) -> None:
-    model = remember(create(), 2)
-    ids = ["\udcff.png", '"\n']
-    bank = model.memory_bank
-    bank.replace(bank.encodings, bank.labels, ids, provenance=bank.provenance)
-    for format in FORMATS:
-        assert metadata_of(export(model, tmp_path, format).path)["memory"]["ids"] == ids
+@each_format
+def test_ids_that_are_no_unicode_survive(format: str, exported: Exported) -> None:
+    assert metadata_of(exported(format)[0])["memory"]["ids"] == IDS
 
 
-def test_names_and_dimensions_of_onnx(tmp_path: Path) -> None:
-    session = onnxruntime.InferenceSession(export(remember(create()), tmp_path, with_evidence=True, top_k=3).path)
+def test_names_and_dimensions_of_onnx(exported: Exported) -> None:
+    session = onnxruntime.InferenceSession(exported("onnx")[0])
     described = {value.name: value.shape for value in [*session.get_inputs(), *session.get_outputs()]}
     assert described == {
         "image": ["batch", *SIZE],
@@ -231,32 +304,26 @@ def test_names_and_dimensions_of_onnx(tmp_path: Path) -> None:
     }
 
 
-def test_opset(tmp_path: Path) -> None:
-    path = export(remember(create()), tmp_path, opset=21).path
-    assert [imported.version for imported in onnx.load(path).opset_import if not imported.domain] == [21]
+def test_opset(exported: Exported) -> None:
+    assert [imported.version for imported in onnx.load(exported("onnx")[0]).opset_import if not imported.domain] == [21]
 
 
 @each_format
-def test_no_images_and_no_paths_of_this_machine(format: str, tmp_path: Path) -> None:
-    model = remember(create(), 3)
+def test_no_images_and_no_paths_of_this_machine(format: str, exported_from_folder: Exported) -> None:
+    path, model = exported_from_folder(format)
     bank = model.memory_bank
-    images = torch.randint(0, 255, (3, 3, 8, 8), dtype=torch.uint8)
-    ids = [f"/home/someone/pets/{name}/{i}.png" for i, name in enumerate(CLASS_NAMES[:3])]
-    provenance = dataclasses.replace(bank.provenance, dataset="/home/someone/pets")
-    bank.replace(bank.encodings, bank.labels, ids, images, CLASS_NAMES, provenance)
-    path = export(save_pretrained(model, tmp_path / "saved"), tmp_path, format, with_evidence=True).path
     assert metadata_of(path)["memory"]["ids"] == ["cat/0.png", "dog/1.png", "bird/2.png"]
     data = path.read_bytes()
     assert b"someone" not in data
-    assert str(tmp_path).encode() not in data
-    assert images.numpy().tobytes() not in data
+    assert str(path.parent).encode() not in data
+    assert bank.images.numpy().tobytes() not in data
     assert bank.encodings.numpy().tobytes() in data
     for module in (exporting, timm, torch):
         assert str(Path(module.__file__).parent).encode() not in data
 
 
-def test_there_is_no_pickle_in_a_program(tmp_path: Path) -> None:
-    with zipfile.ZipFile(export(remember(create()), tmp_path, "export").path) as file:
+def test_there_is_no_pickle_in_a_program(exported: Exported) -> None:
+    with zipfile.ZipFile(exported("export")[0]) as file:
         names = file.namelist()
         contents = {name: file.read(name) for name in names}
     assert any("/weights/" in name for name in names)
@@ -292,7 +359,7 @@ def test_what_computes_something_else_is_refused(format: str, tmp_path: Path, mo
     assert path.read_text() == "as before"
 
 
-@each_format
+@each_format_onnx_slow
 @pytest.mark.parametrize("wrong", ["weights", "indices"])
 def test_wrong_evidence_is_refused(wrong: str, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = exporting._Exported.forward
@@ -319,8 +386,8 @@ def test_nan_is_refused(tmp_path: Path) -> None:
 @each_format
 def test_a_broken_write_leaves_what_was_there(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = remember(create())
-    path = export(model, tmp_path, format).path
-    before = path.read_bytes()
+    path = tmp_path / f"model{FORMATS[format]}"
+    path.write_text("as before")
 
     def full_disk(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -330,29 +397,28 @@ def test_a_broken_write_leaves_what_was_there(format: str, tmp_path: Path, monke
     with pytest.raises(OSError, match="No space"):
         export(model, tmp_path, format)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
-    assert path.read_bytes() == before
+    assert path.read_text() == "as before"
 
 
 @each_format
-def test_export_makes_the_folder_and_replaces_the_file(format: str, tmp_path: Path) -> None:
-    model = remember(create())
-    first = export(model, tmp_path / "new" / "folder", format, with_evidence=True).path
-    assert len(load(first)(random_images(2))) == 3
-    again = export(model, first.parent, format).path
-    assert again == first
-    assert len(load(first)(random_images(2))) == 1
+def test_export_replaces_the_file(format: str, tmp_path: Path, exported: Exported) -> None:
+    first, model = exported(format)
+    path = shutil.copy(first, tmp_path / f"model{FORMATS[format]}")
+    assert len(load(path)(random_images(2))) == 3
+    assert export(model, tmp_path, format).path == path
+    assert len(load(path)(random_images(2))) == 1
 
 
 def test_weights_too_large_for_protobuf_go_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = remember(create())
-    monkeypatch.setattr(exporting, "_MOST_BYTES", 1000)
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 1000)
     path = export(model, tmp_path).path
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
     assert path.stat().st_size < (tmp_path / "model.onnx.data").stat().st_size
     assert_computes_the_same(path, model)
 
 
-@each_format
+@each_format_onnx_slow
 def test_a_model_in_training_is_exported_in_evaluation_and_stays_in_training(format: str, tmp_path: Path) -> None:
     model = remember(create())
     with torch.no_grad():
@@ -365,7 +431,7 @@ def test_a_model_in_training_is_exported_in_evaluation_and_stays_in_training(for
     model.backbone.layer1.eval()
     modes = [module.training for module in model.modules()]
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    path = export(model, tmp_path, format).path
+    path = export(model, tmp_path / "new" / "folder", format).path
     assert [module.training for module in model.modules()] == modes
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
@@ -373,10 +439,8 @@ def test_a_model_in_training_is_exported_in_evaluation_and_stays_in_training(for
 
 
 @each_format
-def test_a_saved_model_is_exported_from_its_folder(format: str, tmp_path: Path) -> None:
-    model = remember(create(kind="memwrap_evidence"))
-    folder = save_pretrained(model, tmp_path / "saved")
-    assert_computes_the_same(export(folder, tmp_path, format, with_evidence=True).path, model)
+def test_a_saved_model_is_exported_from_its_folder(format: str, exported_from_folder: Exported) -> None:
+    assert_computes_the_same(*exported_from_folder(format))
 
 
 def test_half_precision_is_exported_once_it_is_float(tmp_path: Path) -> None:
@@ -384,7 +448,7 @@ def test_half_precision_is_exported_once_it_is_float(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"float16.*model\.float\(\)"):
         export(model, tmp_path)
     model.float()
-    assert_computes_the_same(export(model, tmp_path).path, model)
+    assert_computes_the_same(export(model, tmp_path, "export").path, model)
 
 
 @each_format
@@ -540,7 +604,7 @@ def test_indices_point_at_the_samples_that_explain_names(tmp_path: Path) -> None
     from timm_memwrap import explain
 
     model = remember(create(kind="memwrap_evidence"))
-    path = export(model, tmp_path, with_evidence=True, top_k=3).path
+    path = export(model, tmp_path, "export", with_evidence=True, top_k=3).path
     images = random_images(3)
     logits, weights, indices = load(path)(images)
     metadata = metadata_of(path)

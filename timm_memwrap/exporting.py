@@ -2,11 +2,9 @@
 
 Shapes: B inputs, M memory samples, C classes, K samples shown per input.
 
-A `.pt2` file of `torch.export.save` (PyTorch 2.14) is a zip of the graph as JSON, of each tensor as raw bytes, of extra
-files, and of the inputs that the graph was traced with. Only these inputs are a pickle. They are left out here, and a
-file in which a pickle is found all the same is refused. `torch.export.load`, however, unpickles what a file asks it to,
-so the library loads no such file but the one that it has just made, to check it. ONNX is protobuf and runs no code when
-it is loaded.
+ONNX is protobuf and runs no code when it is loaded. A `.pt2` file of `torch.export.save` holds one pickle, the inputs
+that the graph was traced with: they are left out, and a file in which a pickle is found all the same is refused.
+`torch.export.load` unpickles what a file asks it to, so the only file loaded here is the one just made, to check it.
 """
 
 import copy
@@ -41,15 +39,11 @@ FORMATS = {"onnx": ".onnx", "export": ".pt2"}
 
 # Where the JSON about the memory is: in ONNX's metadata_props, and with ".json" among the extra files of a ".pt2".
 METADATA_KEY = "timm_memwrap"
-_METADATA_VERSION = 1
-
-INPUT, LOGITS, WEIGHTS, INDICES = "image", "logits", "weights", "indices"
+_INPUT_KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 # A size of 1 may be taken for a constant when a graph is traced, so it is traced with another and checked with it.
 _TRACED_BATCH = 2
 _CHECKED_BATCHES = (1, 3)
-# Protobuf holds 2 GB. Above, the weights go to a file beside; some room is left for the graph, as timm does.
-_MOST_BYTES = 2**31 - 2**27
 
 _Runner = Callable[[Tensor], list[Tensor]]
 
@@ -104,10 +98,9 @@ def export_model(
 ) -> ExportReport:
     """Exports a model in evaluation mode, with its memory bank inside, and checks the file against the model.
 
-    The file takes a batch `image` of any size `[B, C, H, W]` and returns `logits` `[B, C]`. JSON in it says what the
-    memory means: ids, labels and predictions of the samples, names of the classes, the encoder's fingerprint, and how
-    images are prepared. As in a push, images are left out, and of an id that is a path its name stays. The file is
-    written whole or not at all, and the model given keeps its mode and device.
+    The file takes a batch `image` of any size `[B, C, H, W]` and returns `logits` `[B, C]`. JSON in it holds the
+    memory's ids, labels and predictions, class names, the encoder's fingerprint, and how images are prepared. As in a
+    push, images are left out, and of an id that is a path its name stays. The file is written whole or not at all.
 
     Args:
         model_or_dir: A model with a memory bank, or what `from_pretrained` takes.
@@ -126,77 +119,58 @@ def export_model(
         ValueError: If the bank is empty or stale, or an argument is not valid.
     """
     path = Path(path)
-    _check_arguments(path, format, top_k, input_size, opset)
+    check_choice("format", format, FORMATS)
+    check_count("top_k", top_k)
+    if path.suffix != FORMATS[format]:
+        raise ValueError(f"path={str(path)!r} does not end in {FORMATS[format]!r}, as format={format!r} requires.")
     if format == "onnx":
         for package in ("onnx", "onnxscript"):
             optional_import(package, extra="onnx", what="Export to ONNX")
+    elif opset is not None:
+        raise ValueError(f"opset={opset!r} is a version of ONNX, but format={format!r}. Leave it out.")
     model = model_or_dir if isinstance(model_or_dir, nn.Module) else from_pretrained(model_or_dir)
     check_memory(model, stale="refuse")
-    config = data_config(model)
-    size = tuple(config["input_size"] if input_size is None else input_size)
+    size = tuple(data_config(model)["input_size"] if input_size is None else input_size)
     # A copy: mode, device and gradients of the model given are left alone.
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False).use_index(None)
     model.memory_bank = public_bank(model.memory_bank)
-    dtypes = {str(tensor.dtype) for tensor in model.parameters()}
-    if dtypes != {"torch.float32"}:
-        found = ", ".join(sorted(dtypes))
+    found = ", ".join(sorted({str(tensor.dtype) for tensor in model.parameters()}))
+    if found != "torch.float32":
         raise ValueError(f"The model's weights are {found}; an exported model takes float32. Call model.float() first.")
     with torch.no_grad():
-        expected = {batch: _expected(model, batch, size) for batch in _CHECKED_BATCHES}
-        metadata = json.dumps(_describe(model, {**config, "input_size": size}))
+        expected = [_expected(model, batch, size) for batch in _CHECKED_BATCHES]
+        metadata = json.dumps(_describe(model, size))
         program = _trace(_Exported(model, top_k if with_evidence else None).eval(), size)
-    outputs = (LOGITS, WEIGHTS, INDICES) if with_evidence else (LOGITS,)
+    outputs = ["logits", "weights", "indices"] if with_evidence else ["logits"]
 
     with replacing(path) as temporary:
         if format == "onnx":
-            _write_onnx(program, temporary, outputs, metadata, opset)
-            run = _onnx_runner(temporary, outputs)
+            run = _write_onnx(program, temporary, outputs, metadata, opset)
         else:
             run = _write_program(program, temporary, metadata)
-        difference = None
-        if run is not None:
-            votes = model.memory_args["classifier"] == "vote"
-            difference = max(_difference(run, images, readout, votes) for images, readout in expected.values())
-            # Written so that NaN is refused too.
-            if not difference <= tolerance:
-                raise ExportError(
-                    f"What was exported differs from the model by {difference:.1e}, more than tolerance={tolerance:g}. "
-                    f"If its scores are large (distance='dot' or 'l2', or a large scale), rounding alone may do that: "
-                    f"pass a larger tolerance. Nothing was written to {str(path)!r}."
-                )
+        votes = model.memory_args["classifier"] == "vote"
+        difference = max(_difference(run(images), readout, votes) for images, readout in expected) if run else None
+        # Written so that NaN is refused too.
+        if difference is not None and not difference <= tolerance:
+            raise ExportError(
+                f"What was exported differs from the model by {difference:.1e}, more than tolerance={tolerance:g}. "
+                f"If its scores are large (distance='dot' or 'l2', or a large scale), rounding alone may do that: "
+                f"pass a larger tolerance. Nothing was written to {str(path)!r}."
+            )
         # Weights in a file of their own come first: the model that names them must not stand there without.
         for file in temporary.parent.iterdir():
             if file != temporary:
                 os.replace(file, path.parent / file.name)
-    return ExportReport(path, size, outputs, difference)
+    return ExportReport(path, size, tuple(outputs), difference)
 
 
 def default_path(source: str | os.PathLike, format: str = "onnx") -> Path:
-    """Returns where a model is exported to by default: its name in the current folder, with the format's suffix.
-
-    Args:
-        source: What `from_pretrained` takes: a folder or a repository.
-        format: As in `export_model`.
-
-    Raises:
-        ValueError: If the format is unknown.
-    """
+    """Returns where the model of a folder or repository is exported to by default: its name, in the current folder."""
     check_choice("format", format, FORMATS)
     text = os.fspath(source)
     # A folder may have an "@" in its name; in a repository it begins the revision.
     name = Path(text).resolve().name if Path(text).is_dir() else Path(text.partition(":")[2] or text).name.split("@")[0]
     return Path(f"{name}{FORMATS[format]}")
-
-
-def _check_arguments(path: Path, format: str, top_k: int, input_size: Any, opset: int | None) -> None:
-    check_choice("format", format, FORMATS)
-    if path.suffix != FORMATS[format]:
-        raise ValueError(f"path={str(path)!r} does not end in {FORMATS[format]!r}, as format={format!r} requires.")
-    check_count("top_k", top_k)
-    if input_size is not None and (len(input_size) != 3 or not all(isinstance(n, int) and n > 0 for n in input_size)):
-        raise ValueError(f"input_size={input_size!r} is not the size of an image. Pass (channels, height, width).")
-    if opset is not None and format != "onnx":
-        raise ValueError(f"opset={opset!r} is a version of ONNX, but format={format!r}. Leave it out.")
 
 
 def _trace(exported: nn.Module, size: tuple[int, ...]) -> ExportedProgram:
@@ -216,24 +190,15 @@ def _trace(exported: nn.Module, size: tuple[int, ...]) -> ExportedProgram:
     return program
 
 
-def _describe(model: MemoryWrapModel, config: dict[str, Any]) -> dict[str, Any]:
-    bank = model.memory_bank
-    assert bank.labels is not None
+def _describe(model: MemoryWrapModel, size: tuple[int, ...]) -> dict[str, Any]:
+    config, bank = data_config(model) | {"input_size": size}, model.memory_bank
+    labels, predictions = bank.filled()[1].tolist(), model.own_predictions().tolist()
     return {
-        "format_version": _METADATA_VERSION,
+        "format_version": 1,
         "architecture": model.pretrained_cfg["architecture"],
         "class_names": known_class_names(model),
-        "input": {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in config.items()
-            if key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-        },
-        "memory": {
-            "ids": bank.ids,
-            "labels": bank.labels.tolist(),
-            "predictions": model.own_predictions().tolist(),
-            **asdict(bank.provenance),
-        },
+        "input": {key: config[key] for key in _INPUT_KEYS},
+        "memory": {"ids": bank.ids, "labels": labels, "predictions": predictions, **asdict(bank.provenance)},
     }
 
 
@@ -260,8 +225,8 @@ def _write_program(program: ExportedProgram, path: Path, metadata: str) -> _Runn
 
 
 def _write_onnx(
-    program: ExportedProgram, path: Path, outputs: tuple[str, ...], metadata: str, opset: int | None
-) -> None:
+    program: ExportedProgram, path: Path, outputs: list[str], metadata: str, opset: int | None
+) -> _Runner | None:
     import onnx
 
     for node in program.graph.nodes:
@@ -272,11 +237,9 @@ def _write_onnx(
     try:
         converted = torch.onnx.export(
             program,
-            (),
-            dynamo=True,
             dynamic_shapes=({0: "batch"},),
-            input_names=[INPUT],
-            output_names=list(outputs),
+            input_names=["image"],
+            output_names=outputs,
             opset_version=opset,
             verbose=False,
         )
@@ -286,36 +249,29 @@ def _write_onnx(
         raise ExportError(f"The model cannot be converted to ONNX: {cause} Pass format='export' instead.") from error
     assert converted is not None
     converted.model.metadata_props[METADATA_KEY] = metadata
-    weights = sum(tensor.nbytes for tensor in (*program.state_dict.values(), *program.tensor_constants.values()))
-    converted.save(path, external_data=weights > _MOST_BYTES)
+    # Weights too large for protobuf go to a file beside.
+    converted.save(path)
     onnx.checker.check_model(path, full_check=True)
-
-
-def _onnx_runner(path: Path, outputs: tuple[str, ...]) -> _Runner | None:
     try:
         import onnxruntime
     except ImportError:
         _logger.warning("%s is not checked: pip install 'timm-memwrap[onnx]' to have it run once.", path.name)
         return None
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda images: [torch.from_numpy(array) for array in session.run(list(outputs), {INPUT: images.numpy()})]
+    return lambda images: [torch.from_numpy(array) for array in session.run(None, {"image": images.numpy()})]
 
 
 def _expected(model: MemoryWrapModel, batch: int, size: tuple[int, ...]) -> tuple[Tensor, MemoryReadout]:
-    images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(batch))
     try:
-        readout = model(images, return_readout=True)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"input_size={size} does not fit the model: {error}. Pass the (channels, height, width) of its images."
-        ) from error
-    assert isinstance(readout, MemoryReadout)
-    return images, readout
+        images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(batch))
+        return images, model.read(model.encode(images))
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"input_size={size} does not fit: {error}. Pass (channels, height, width).") from error
 
 
-def _difference(run: _Runner, images: Tensor, readout: MemoryReadout, votes: bool) -> float:
-    """Returns the largest difference between what a file computes and what the model read."""
-    logits, *evidence = run(images)
+def _difference(outputs: list[Tensor], readout: MemoryReadout, votes: bool) -> float:
+    """Returns the largest difference between what a file computed and what the model read."""
+    logits, *evidence = outputs
     expected = readout.logits
     if votes:
         # The logarithm of a share near zero says nothing but its rounding.
@@ -323,8 +279,8 @@ def _difference(run: _Runner, images: Tensor, readout: MemoryReadout, votes: boo
     differences = [logits - expected]
     if evidence:
         weights, indices = evidence
-        size = max(int(indices.max()) + 1, int(readout.positions.max()) + 1, weights.shape[1], readout.weights.shape[1])
-        dense = readout.weights.new_zeros(len(images), size).scatter(1, readout.positions, readout.weights)
+        size = max(int(indices.max()) + 1, int(readout.positions.max()) + 1, weights.shape[1])
+        dense = readout.weights.new_zeros(len(weights), size).scatter(1, readout.positions, readout.weights)
         # Samples that tie may come in any order: each must have its weight, and the weights be the largest.
         differences += [weights - dense.gather(1, indices), weights - dense.topk(weights.shape[1], dim=1).values]
     return max(float(difference.abs().max()) for difference in differences)
