@@ -36,7 +36,7 @@ def test_the_memory_of_a_step_holds_no_image_of_its_batch_and_none_twice(images,
         assert extra["memory"].shape == (40, 1, 8, 8)
         rows = [tuple(image.flatten().tolist()) for image in torch.cat([batch, extra["memory"]])]
         # Without augmentation the 60 images of batch and memory are the 60 training images.
-        assert len(set(rows)) == len({tuple(loader.dataset[i][0].flatten().tolist()) for i in range(60)})
+        assert len(set(rows)) == len({tuple(loader.dataset[i][0][0].flatten().tolist()) for i in range(60)})
         drawn.append(rows[20:])
     assert drawn[0] != drawn[1]
 
@@ -47,7 +47,7 @@ def test_positions_are_those_of_the_samples(images) -> None:
     for batch, labels, extra in loader:
         for image, label, position in zip(batch, labels, extra["positions"].tolist(), strict=True):
             assert label == images.targets[position]
-            assert torch.equal(image, loader.dataset[position][0])
+            assert torch.equal(image, loader.dataset[position][0][0])
 
 
 def test_shares_of_several_processes_are_all_images_once(images) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from timm.data import Mixup, create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
+from torch.utils.data import DataLoader, DistributedSampler, StackDataset, default_collate
 
 from timm_memwrap.data import Images
 from timm_memwrap.training.configuration import DataConfig, MemoryConfig
@@ -16,53 +16,31 @@ from timm_memwrap.training.configuration import DataConfig, MemoryConfig
 __all__ = ["augmented", "check_batch_size", "create_mixup", "eval_loader", "train_loader"]
 
 
-class _Numbered(Dataset):
-    """A data set of `(input, label, position)`."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Any, Any, int]:
-        return (*self.dataset[index][:2], index)
-
-
 class _MemoryCollate:
     """Collates a batch and what the memory mode reads beside it, in the process that loads the inputs."""
 
-    def __init__(self, numbered: _Numbered, memory: MemoryConfig) -> None:
-        self.numbered, self.mode, self.size = numbered, memory.mode, memory.train_size
+    def __init__(self, dataset: Any, memory: MemoryConfig) -> None:
+        self.dataset, self.mode, self.size = dataset, memory.mode, memory.train_size
 
-    def __call__(self, samples: list[tuple[Any, Any, int]]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        inputs, labels, positions = default_collate(samples)
+    def __call__(self, samples: list[tuple[tuple[Any, Any], int]]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        (inputs, labels), positions = default_collate(samples)
         extra = {}
         if self.mode == "queue":
             extra["positions"] = positions
         elif self.mode == "sample":
             taken = set(positions.tolist())
             # From PyTorch's generator, which each worker seeds again in each epoch.
-            order = torch.randperm(len(self.numbered)).tolist()
+            order = torch.randperm(len(self.dataset)).tolist()
             drawn = [i for i in order if i not in taken][: self.size]
-            extra["memory"] = default_collate([self.numbered[i][0] for i in drawn])
+            extra["memory"] = default_collate([self.dataset[i][0] for i in drawn])
         return inputs, labels, extra
 
 
 def train_loader(
     dataset: Any, config: DataConfig, memory: MemoryConfig, workers: int = 0, distributed: bool = False
 ) -> DataLoader:
-    """Makes shuffled training batches.
-
-    Args:
-        dataset: A data set of `(input, label)`.
-        config: The size of a batch.
-        memory: The mode, which decides what `extra` holds: `"sample"` adds `memory`, `train_size` other inputs that are
-            drawn for each batch; `"queue"` adds `positions` of the samples; other modes add nothing.
-        workers: Processes that load inputs.
-        distributed: Whether each process of the default group gets its part.
-    """
-    numbered = _Numbered(dataset)
+    """Makes shuffled training batches of a data set of `(input, label)`, of which each process gets its part."""
+    numbered = StackDataset(dataset, range(len(dataset)))  # type: ignore[arg-type]
     sampler: Any = DistributedSampler(numbered, drop_last=True) if distributed else None
     return DataLoader(
         numbered,
@@ -70,7 +48,7 @@ def train_loader(
         shuffle=sampler is None,
         sampler=sampler,
         drop_last=True,
-        collate_fn=_MemoryCollate(numbered, memory),
+        collate_fn=_MemoryCollate(dataset, memory),
         num_workers=workers,
     )
 
@@ -117,11 +95,7 @@ def create_mixup(config: DataConfig, smoothing: float, num_classes: int) -> Mixu
 
 
 def check_batch_size(count: int, config: DataConfig, memory: MemoryConfig) -> None:
-    """Raises if batches of `count` images cannot be filled, or do not suit the memory mode.
-
-    Raises:
-        ValueError: If so.
-    """
+    """Raises if batches of `count` images cannot be filled, or do not suit the memory mode."""
     size = config.batch_size
     if size < 1 or size > count:
         raise ValueError(
