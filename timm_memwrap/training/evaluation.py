@@ -15,14 +15,7 @@ __all__ = ["evaluate", "sampled_accuracy"]
 
 
 def evaluate(model: nn.Module, loader: Any, processes: Processes, **kwargs: Any) -> dict[str, float]:
-    """Returns the mean cross-entropy `loss` and the `accuracy`, from 0 to 1, over the batches of all processes.
-
-    Args:
-        model: Maps inputs to logits; evaluated in evaluation mode, which is restored.
-        loader: Batches `(inputs, labels)`; each of several processes has its own.
-        processes: The processes, which all make this call.
-        **kwargs: Passed to the model.
-    """
+    """Returns the mean cross-entropy `loss` and the `accuracy`, from 0 to 1, over the batches of all processes."""
     evaluator = ClassificationEvaluator(device=processes.device)
     with evaluating(model):
         for inputs, labels in loader:
@@ -34,19 +27,7 @@ def evaluate(model: nn.Module, loader: Any, processes: Processes, **kwargs: Any)
 def sampled_accuracy(
     model: MemoryWrapModel, loader: DataLoader, memory: Any, size: int, draws: int, seed: int = 0
 ) -> list[float]:
-    """Evaluates by the paper's protocol (Section 4): each batch reads training images drawn at random.
-
-    Args:
-        model: The model; its bank is not read.
-        loader: Batches `(images, labels)`.
-        memory: A data set of the training images, with the evaluation transform.
-        size: Number of images drawn for a batch.
-        draws: Number of evaluations, whose accuracies are returned.
-        seed: Seed of what is drawn.
-
-    Raises:
-        ValueError: If there are fewer images than `size`.
-    """
+    """Evaluates `draws` times by the paper's protocol (Section 4): each batch reads `size` images drawn at random."""
     if size > len(memory):
         raise ValueError(f"memory.train_size={size}, but there are {len(memory)} training images to draw from.")
     processes = Processes(next(model.parameters()).device)

@@ -22,14 +22,7 @@ _TOLERANCE = 1e-4
 
 
 class FrozenClassifier(nn.Module):
-    """A plain timm model's classifier on encodings `[B, D]`, which are `forward_head(x, pre_logits=True)`.
-
-    Args:
-        model: The model, whose classifier is trained in place.
-
-    Raises:
-        ValueError: If the model has more than one classifier.
-    """
+    """A plain timm model's classifier on encodings `[B, D]`, which are `forward_head(x, pre_logits=True)`."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -66,14 +59,7 @@ class FrozenClassifier(nn.Module):
 
 
 class FrozenMemory(nn.Module):
-    """A Memory Wrap model's head on encodings `[B, D]`.
-
-    Args:
-        model: The model, whose head is trained in place.
-
-    Raises:
-        ValueError: If the model keeps the backbone's classifier, so that its head has nothing to train.
-    """
+    """A Memory Wrap model's head on encodings `[B, D]`."""
 
     def __init__(self, model: MemoryWrapModel) -> None:
         super().__init__()
@@ -99,12 +85,9 @@ class FrozenMemory(nn.Module):
 
 
 class WithoutMemory(nn.Module):
-    """Classifies inputs `[B, ...]` with nothing to read: the control for a head with a memory.
+    """Classifies images or encodings with nothing to read: the control for a head with a memory.
 
     The layers and parameters are the same, only the memory vector is always zero.
-
-    Args:
-        model: A `MemoryWrapModel`, or a `FrozenMemory`.
     """
 
     def __init__(self, model: MemoryWrapModel | FrozenMemory) -> None:
@@ -112,16 +95,12 @@ class WithoutMemory(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        """Classifies images, or encodings if the model takes those."""
+        """Classifies what the model takes."""
         return self.model(x, memory=x.new_zeros(0, self.model.encoding_size))
 
 
 def freeze(model: nn.Module) -> FrozenClassifier | FrozenMemory:
-    """Returns the part of a model that is trained while its backbone is frozen.
-
-    Raises:
-        ValueError: If the model cannot be divided.
-    """
+    """Returns the part of a model that is trained while its backbone is frozen."""
     return FrozenMemory(model) if isinstance(model, MemoryWrapModel) else FrozenClassifier(model)
 
 
@@ -130,12 +109,8 @@ def encode_images(
 ) -> TensorDataset:
     """Encodes all images once, in evaluation mode, to a data set of `(encoding, label)`."""
     encodings, labels = [], []
-    with (
-        evaluating(whole),
-        tqdm(total=len(loader.dataset), desc="Encoding", unit="img", disable=not progress) as bar,  # type: ignore[arg-type]
-    ):
-        for images, targets in loader:
+    with evaluating(whole):
+        for images, targets in tqdm(loader, desc="Encoding", unit="batch", disable=not progress):
             encodings.append(head.encode(images.to(device)).float().cpu())
             labels.append(targets)
-            bar.update(len(targets))
     return TensorDataset(torch.cat(encodings), torch.cat(labels))

@@ -20,19 +20,12 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all processes of a training.
-
-    Args:
-        device: Where this process computes.
-        rank: Its number.
-        world_size: Number of processes.
-        distributed: Whether they form a process group.
-    """
+    """This process among all processes of a training."""
 
     device: torch.device
     rank: int = 0
     world_size: int = 1
-    distributed: bool = False
+    distributed: bool = False  # whether they form a process group
 
     @property
     def first(self) -> bool:
@@ -50,12 +43,6 @@ def processes(device: str | None) -> Iterator[Processes]:
     """Joins the process group that `torchrun` (or Slurm) describes, through timm, and leaves it at the end.
 
     Until then, a SIGTERM interrupts as Ctrl-C does.
-
-    Args:
-        device: A torch device; `None` for `cuda` if available, else `cpu`.
-
-    Raises:
-        ValueError: If there is no such device.
     """
     wanted = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

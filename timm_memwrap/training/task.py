@@ -1,9 +1,7 @@
 """The training step of a Memory Wrap model as one of timm's tasks, so that any loop over tasks can use it."""
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from timm.task import ClassificationTask
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
@@ -24,35 +22,21 @@ class MemoryWrapTask(ClassificationTask):
 
     Args:
         model: A Memory Wrap model, or the head of one on encodings.
-        criterion: Loss function; created by timm from `criterion_kwargs` when `None`.
-        criterion_kwargs: Arguments for `timm.loss.create_classification_loss`.
+        *args: As for `ClassificationTask`.
         queue_size: Number of encodings that the queue keeps, for steps with `positions`.
-        device: Device of the loss.
-        dtype: Dtype of the loss.
-        verbose: Whether timm logs the loss function.
+        **kwargs: As for `ClassificationTask`.
 
     Raises:
         ValueError: If the model reads no memory.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        criterion: nn.Module | Callable | None = None,
-        criterion_kwargs: dict[str, Any] | None = None,
-        queue_size: int = 1024,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        verbose: bool = True,
-    ) -> None:
+    def __init__(self, model: nn.Module, *args: Any, queue_size: int = 1024, **kwargs: Any) -> None:
         module = unwrap_model(model)
         if not isinstance(module, MemoryWrapModel | FrozenMemory):
             raise ValueError(
                 f"{type(model).__name__} reads no memory. Pass a Memory Wrap model, or use timm's ClassificationTask."
             )
-        super().__init__(
-            model, criterion, criterion_kwargs=criterion_kwargs, device=device, dtype=dtype, verbose=verbose
-        )
+        super().__init__(model, *args, **kwargs)
         self.queue = EncodingQueue(queue_size, module.encoding_size, next(module.parameters()).device)
 
     def forward(
@@ -70,7 +54,7 @@ class MemoryWrapTask(ClassificationTask):
             `loss` and `output`, the logits.
         """
         if positions is None:
-            output = self.trainable_module(input, memory=memory) if memory is not None else self.trainable_module(input)
+            output = self.trainable_module(input, memory=memory)
         else:
             output = self._read_queue(input, positions.to(input.device))
         return {"loss": self.criterion(output, target), "output": output}
