@@ -53,12 +53,12 @@ def test_pretrained_weights_come_from_a_file_and_a_new_classifier_starts_from_ze
     save_file(source.state_dict(), tmp_path / "w.safetensors")
     recipe = digits(model={"pretrained_path": str(tmp_path / "w.safetensors"), "in_chans": 3})
     recipe.data.mean = recipe.data.std = None
-    model = create_model(recipe.model, recipe.data, "none", 10, 3)
+    model = create_model(recipe, 10)
     assert not model.get_classifier().weight.any()
     a, b = source.state_dict(), model.state_dict()
     assert all(torch.equal(a[name], b[name]) for name in a if not name.startswith("fc"))
     recipe.model.head_init_scale = 1.0
-    assert create_model(recipe.model, recipe.data, "none", 10, 3).get_classifier().weight.any()
+    assert create_model(recipe, 10).get_classifier().weight.any()
 
 
 def test_one_class_is_nothing_to_tell_apart(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from timm_memwrap.data import data_config, open_dataset
 from timm_memwrap.experiments.configuration import Comparison
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.training.configuration import Recipe
-from timm_memwrap.training.creation import create_model, wrap_trained
-from timm_memwrap.training.fitting import check_recipe, in_chans_of
+from timm_memwrap.training.creation import create_model, in_chans_of, wrap_trained
+from timm_memwrap.training.fitting import check_recipe
 from timm_memwrap.training.loaders import augmented, eval_loader, train_loader
 from timm_memwrap.training.recipes import find_recipe, load_recipe, read_recipe, recipe_names, write_recipe
 
@@ -28,7 +28,7 @@ def test_every_recipe_is_named_as_its_model_and_builds_it_and_its_data_pipeline(
     # Weights are not at hand, and not needed for the shapes.
     recipe.model.pretrained = False
     with torch.device("meta"):
-        model = create_model(recipe.model, recipe.data, recipe.memory.mode, 3, in_chans_of(recipe))
+        model = create_model(recipe, 3)
         if recipe.memory.mode == "none":
             model = wrap_trained(model, recipe.model)
     assert isinstance(model, MemoryWrapModel)

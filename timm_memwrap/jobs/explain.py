@@ -18,11 +18,7 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def find_images(paths: Sequence[str | os.PathLike]) -> list[tuple[Path, str]]:
-    """Lists image files, and those in folders, each with a name to show that does not tell where the folder is.
-
-    Raises:
-        ValueError: If a path does not exist, or there are no images.
-    """
+    """Lists image files, and those in folders, each with a name to show that does not tell where the folder is."""
     found = []
     for path in map(Path, paths):
         if path.is_dir():
@@ -48,19 +44,9 @@ def explain_files(
     out: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> list[Explanation]:
-    """Explains image files, and writes a report of them if wanted.
+    """Explains what `find_images` found, and writes an HTML report to `out`, with heatmaps of a method of `attribute`.
 
-    Args:
-        model: A model with a memory bank.
-        images: What `find_images` found.
-        top_k: As in `explain`.
-        memory: As `dataset` in `write_html`, and as `memory` in `attribute`.
-        heatmaps: Method of `attribute`; `None` for no heatmaps.
-        out: The HTML file to write; `None` for none.
-        progress: Whether to show progress bars.
-
-    Raises:
-        ValueError: If heatmaps are wanted without a memory or without a report, or an image cannot be read.
+    `memory` are the images that the memory was built from, for a model that holds none.
     """
     paths, names = [path for path, _ in images], [name for _, name in images]
     if heatmaps is None:

@@ -27,34 +27,17 @@ _SHOWN = 4  # images in the figure
 
 @dataclass(frozen=True)
 class QuickstartReport:
-    """The result of the quickstart.
+    """The result of the quickstart."""
 
-    Args:
-        trained: The result of training the plain timm model, which is then read through its memory alone.
-        published: Test accuracy of a model trained with the published Memory Wrap head, 0 to 1.
-        test_size: Number of test images.
-        figure: Figure of predictions with the memory samples that they used.
-        reloaded_equal: Whether the model reloaded with timm gives bit-identical logits.
-    """
-
-    trained: TrainingReport
-    published: float
-    test_size: int
-    figure: Path
-    reloaded_equal: bool
+    trained: TrainingReport  # of the plain timm model, which is then read through its memory alone
+    published: float  # test accuracy of a model trained with the published Memory Wrap head, 0 to 1
+    test_size: int  # number of test images
+    figure: Path  # predictions with the memory samples that they used
+    reloaded_equal: bool  # whether the model reloaded with timm gives bit-identical logits
 
 
 def run_quickstart(recipe: Recipe, out: str | os.PathLike, progress: bool = True) -> QuickstartReport:
-    """Trains, wraps, explains, saves and reloads a model, and trains another with the published head.
-
-    Args:
-        recipe: What to train and how, with `memory.mode` none.
-        out: Folder for the model and the figure. A training in it is replaced.
-        progress: Whether to show progress bars.
-
-    Raises:
-        ValueError: If the recipe trains with a memory, or contradicts itself.
-    """
+    """Trains, wraps, explains, saves and reloads a model in a folder, and trains another with the published head."""
     if recipe.memory.mode != "none":
         raise ValueError(
             f"memory.mode={recipe.memory.mode!r}: the quickstart trains the plain classifier. Pass none, or call train."

@@ -15,12 +15,12 @@ from timm_memwrap import __version__
 from timm_memwrap._utils import write_text
 from timm_memwrap.explaining import ExplanationMetrics, calibrate, evaluate_explanations
 from timm_memwrap.hub import check_repo_id, push_to_hub, save_pretrained
-from timm_memwrap.jobs.curves import plot_curves
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.training.configuration import Recipe
 from timm_memwrap.training.creation import wrap_trained
 from timm_memwrap.training.evaluation import evaluate, sampled_accuracy
 from timm_memwrap.training.fitting import Fitted, fit_recipe
+from timm_memwrap.training.outputs import plot_curves
 from timm_memwrap.training.processes import processes
 
 __all__ = ["TrainingReport", "train"]
@@ -110,14 +110,9 @@ def _finish(fitted: Fitted, out: Path, seconds: float) -> TrainingReport:
     metrics = evaluate_explanations(model, loader, progress=progress)
     sampled = []
     if memory.sampled_evaluations:
-        sampled = sampled_accuracy(
-            model,
-            loader,
-            fitted.batches(fitted.images).dataset,
-            memory.train_size,
-            memory.sampled_evaluations,
-            recipe.training.seed,
-        )
+        images = fitted.batches(fitted.images).dataset
+        draws, seed = memory.sampled_evaluations, recipe.training.seed
+        sampled = sampled_accuracy(model, loader, images, memory.train_size, draws, seed)
     report = TrainingReport(
         out, model, metrics.accuracy, plain_accuracy, sampled, metrics, fitted.history, seconds, env.first
     )

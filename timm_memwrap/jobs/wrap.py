@@ -8,7 +8,6 @@ from typing import Any
 import timm
 import torch
 from timm.data import create_transform
-from torch import nn
 from torch.utils.data import DataLoader
 
 from timm_memwrap.building import build_memory_bank
@@ -17,6 +16,7 @@ from timm_memwrap.explaining import ExplanationMetrics, evaluate_explanations
 from timm_memwrap.explaining import calibrate as calibrate_model
 from timm_memwrap.hub import FileError, save_pretrained
 from timm_memwrap.model import MemoryWrapModel
+from timm_memwrap.training.creation import check_safetensors
 from timm_memwrap.training.evaluation import evaluate
 from timm_memwrap.training.processes import Processes
 from timm_memwrap.wrapping import wrap
@@ -26,20 +26,12 @@ __all__ = ["WrapReport", "wrap_classifier"]
 
 @dataclass(frozen=True)
 class WrapReport:
-    """The result of wrapping a classifier.
+    """The result of wrapping a classifier; what is measured is `None` without data to evaluate with."""
 
-    Args:
-        directory: Folder with the model and its memory.
-        model: The model.
-        plain_accuracy: Accuracy of the classifier before, 0 to 1; `None` without data to evaluate with, or if it was a
-            Memory Wrap model already.
-        metrics: Metrics of the model and its explanations; `None` without data to evaluate with.
-    """
-
-    directory: Path
+    directory: Path  # with the model and its memory
     model: MemoryWrapModel
-    plain_accuracy: float | None
-    metrics: ExplanationMetrics | None
+    plain_accuracy: float | None  # of the classifier before, 0 to 1; `None` if it was a Memory Wrap model already
+    metrics: ExplanationMetrics | None  # of the model and its explanations
 
 
 def wrap_classifier(
@@ -82,25 +74,34 @@ def wrap_classifier(
 
     Raises:
         ValueError: If there is no such model or data, or their classes differ.
-        HubError: If the model cannot be downloaded; it is an `OSError`.
+        OSError: If the model cannot be downloaded.
     """
-    found = _load(model_id, checkpoint, data, split)
-    mode = image_mode(getattr(found, "in_chans", 3))
-    names = found.memory_bank.class_names or None if isinstance(found, MemoryWrapModel) else None
-    images = open_source(data, split, names, mode)
-    _check_classes(found, images, model_id)
+    model = _load(model_id, checkpoint, data, split)
+    mode = image_mode(getattr(model, "in_chans", 3))
+    has_memory = isinstance(model, MemoryWrapModel)
+    images = open_source(data, split, model.memory_bank.class_names or None if has_memory else None, mode)
+    if model.num_classes != len(images.classes):
+        raise ValueError(
+            f"{model_id} has {model.num_classes} classes, {images.name} has {len(images.classes)}. Pass the data that "
+            f"the model was trained on, or fine-tune it on these: timm-memwrap train."
+        )
     held_out = open_source(data, val_split, images.classes, mode) if val_split is not None else None
 
-    found.to(device).eval()
-    transform = create_transform(**data_config(found))
-    batches = held_out and DataLoader(held_out.with_transform(transform), BATCH_SIZE, num_workers=workers)
+    model.to(device).eval()
+    transform = create_transform(**data_config(model))
+
+    def batches(part: Images) -> DataLoader:
+        return DataLoader(part.with_transform(transform), BATCH_SIZE, num_workers=workers)
+
+    unseen = batches(held_out) if held_out is not None else None
     plain_accuracy = None
-    if batches and not isinstance(found, MemoryWrapModel):
-        plain_accuracy = evaluate(found, batches, Processes(torch.device(device)))["accuracy"]
-    model = found if isinstance(found, MemoryWrapModel) else wrap(found)
+    if not has_memory:
+        if unseen:
+            plain_accuracy = evaluate(model, unseen, Processes(torch.device(device)))["accuracy"]
+        model = wrap(model)
     build_memory_bank(
         model,
-        DataLoader(images.with_transform(transform), BATCH_SIZE, num_workers=workers),
+        batches(images),
         size=size,
         selection=selection,
         store_images=store_images,
@@ -109,9 +110,9 @@ def wrap_classifier(
         class_names=images.classes,
         dataset_name=images.name,
     )
-    if batches and calibrate:
-        calibrate_model(model, batches, progress)
-    metrics = evaluate_explanations(model, batches, progress=progress) if batches else None
+    if unseen and calibrate:
+        calibrate_model(model, unseen, progress)
+    metrics = evaluate_explanations(model, unseen, progress=progress) if unseen else None
     card: dict[str, Any] = {}
     if metrics is not None:
         card["results"] = [{"value": metrics.accuracy, "dataset": images.name, "split": val_split}]
@@ -119,16 +120,12 @@ def wrap_classifier(
     return WrapReport(Path(out), model, plain_accuracy, metrics)
 
 
-def _load(model_id: str, checkpoint: str | None, data: Any, split: str) -> nn.Module:
+def _load(model_id: str, checkpoint: str | None, data: Any, split: str) -> Any:
     if Path(model_id).is_dir():
         model_id = f"local-dir:{model_id}"
     if checkpoint is None:
         return timm.create_model(model_id, pretrained=True)
-    if not checkpoint.endswith(".safetensors"):
-        raise ValueError(
-            f"checkpoint={checkpoint!r} is not a safetensors file. Pickles are not read: convert it with "
-            f"safetensors.torch.save_file."
-        )
+    check_safetensors("checkpoint", checkpoint)
     model = timm.create_model(model_id, num_classes=len(open_source(data, split).classes))
     try:
         timm.models.load_checkpoint(model, checkpoint)
@@ -138,11 +135,3 @@ def _load(model_id: str, checkpoint: str | None, data: Any, split: str) -> nn.Mo
             f"{' '.join(str(error).split())[:300]}"
         ) from error
     return model
-
-
-def _check_classes(model: nn.Module, images: Images, model_id: str) -> None:
-    if model.num_classes != len(images.classes):
-        raise ValueError(
-            f"{model_id} has {model.num_classes} classes, {images.name} has {len(images.classes)}. Pass the data that "
-            f"the model was trained on, or fine-tune it on these: timm-memwrap train."
-        )

@@ -24,27 +24,16 @@ _FREE = {"data": ("workers", "data_dir"), "training": ("device", "tensorboard"),
 
 
 class Checkpoints:
-    """The folder of a training's checkpoints, and the state that it resumes from.
-
-    Args:
-        folder: The folder; created if it does not exist.
-        recipe: The recipe of the training.
-        resume: Whether to resume from the last checkpoint, if there is one.
-        overwrite: Whether to delete the checkpoints that are there.
-
-    Raises:
-        ValueError: If there are checkpoints and neither is set, or they are of another recipe.
-    """
+    """The folder of a training's checkpoints, and the state of the last one, from which the training resumes."""
 
     def __init__(self, folder: Path, recipe: Recipe, resume: bool, overwrite: bool = False) -> None:
         self.folder, self.recipe = folder, to_dict(recipe)
-        self.state: dict[str, Any] | None = None
         if resume and overwrite:
             raise ValueError("Both resume and overwrite are set. Pass one of them.")
         if overwrite:
             for file in folder.glob(f"*{EXTENSION}"):
                 file.unlink()
-        self.state = self._read("last")
+        self.state = self.read("last")
         if self.state is not None and not resume:
             raise ValueError(
                 f"{str(folder.parent)!r} already holds a training. Pass --resume to continue it, --overwrite to start "
@@ -59,11 +48,8 @@ class Checkpoints:
             )
         folder.mkdir(parents=True, exist_ok=True)
 
-    def best(self) -> dict[str, Any] | None:
-        """Reads the checkpoint of the best epoch; `None` if no epoch was evaluated."""
-        return self._read("model_best")
-
-    def _read(self, name: str) -> dict[str, Any] | None:
+    def read(self, name: str) -> dict[str, Any] | None:
+        """Reads the checkpoint `"last"` or `"model_best"`; `None` if there is none."""
         path = self.folder / f"{name}{EXTENSION}"
         return read_state(path) if path.exists() else None
 
@@ -71,10 +57,7 @@ class Checkpoints:
 class SafetensorsSaver(CheckpointSaver):
     """timm's `CheckpointSaver`, whose bookkeeping it keeps, with files that hold no pickle and are never half written.
 
-    Args:
-        history: A row of metrics for each epoch so far; saved with each checkpoint.
-        recipe: The recipe's options, which a resumed training is compared with.
-        **kwargs: As for `timm.utils.CheckpointSaver`.
+    Each checkpoint holds the history, a row of metrics for each epoch so far, and the options of the recipe.
     """
 
     def __init__(self, *, history: list[dict[str, Any]], recipe: dict[str, Any], **kwargs: Any) -> None:
@@ -106,23 +89,14 @@ class SafetensorsSaver(CheckpointSaver):
 
 
 def write_state(state: dict[str, Any], path: str | os.PathLike) -> None:
-    """Writes nested dicts and lists of tensors and JSON values to a safetensors file, whole or not at all.
-
-    Raises:
-        TypeError: If a value is neither.
-        OSError: If the disk is full.
-    """
+    """Writes nested dicts and lists of tensors and JSON values to a safetensors file, whole or not at all."""
     tensors: dict[str, Tensor] = {}
     skeleton = json.dumps(_pack(state, "", tensors))
     write_tensors(tensors, path, {_STATE: skeleton})
 
 
 def read_state(path: str | os.PathLike) -> dict[str, Any]:
-    """Reads what `write_state` wrote.
-
-    Raises:
-        ValueError: If the file is damaged, or something else.
-    """
+    """Reads what `write_state` wrote, and raises a `ValueError` if the file is damaged or something else."""
     file = read_tensors(path, f"The checkpoint {str(path)!r}", "Remove it, and resume.")
     if _STATE not in file.metadata:
         raise ValueError(f"{str(path)!r} is not a checkpoint of a training. Remove it, or pass another --out.")
@@ -145,10 +119,10 @@ def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, dict):
-        if _TENSOR in value:
-            return tensors[value[_TENSOR]]
-        return {key: _unpack(item, tensors) for key, item in value[_PAIRS]}
     if isinstance(value, list):
         return [_unpack(item, tensors) for item in value]
-    return value
+    if not isinstance(value, dict):
+        return value
+    if _TENSOR in value:
+        return tensors[value[_TENSOR]]
+    return {key: _unpack(item, tensors) for key, item in value[_PAIRS]}

@@ -49,8 +49,7 @@ class DataConfig:
     """The images, and how they are augmented.
 
     Args:
-        dataset: digits (embedded), a data set that timm can read (torch/cifar10, hfds/owner/name, wds/...), or empty
-            for an image folder or tar file.
+        dataset: digits, a data set that timm reads (torch/cifar10, hfds/owner/name, wds/...), or empty for data_dir.
         data_dir: Folder or tar file of the images.
         train_split: Name of the training split, or folder in data_dir.
         val_split: Name of the validation split; null to hold out a fraction of the training images.
@@ -138,8 +137,7 @@ class TrainingConfig:
         torchcompile: Whether to compile the model.
         freeze_backbone: Whether to train the head alone, on encodings that are computed once, without augmentation.
         val_interval: Epochs between evaluations; the last epoch is always evaluated.
-        keep: Which weights to save: those of the last epoch, or of the best by validation accuracy, which is then no
-            longer an unbiased estimate.
+        keep: Whether to save the weights of the last epoch, or of the best, whose validation accuracy is then biased.
         seed: Seed of weights, batches and augmentation.
         device: A torch device; null for cuda if available, else cpu.
         tensorboard: Whether to write TensorBoard events.
@@ -181,17 +179,15 @@ class MemoryConfig:
     """The memory, during training and after it.
 
     Args:
-        mode: What training reads. none: nothing, the plain classifier is trained and wrapped at the end; batch: the
-            rest of the batch; sample: images drawn for each step, the paper's protocol; queue: recent encodings,
-            without gradient.
+        mode: What training reads. none: nothing, and the plain classifier is wrapped at the end; batch: the rest of the
+            batch; sample: images drawn for each step, as in the paper; queue: recent encodings, without gradient.
         train_size: Number of samples that a step reads in the modes sample and queue.
         size: Number of samples in the memory bank; null for all.
         selection: How they are chosen: balanced, random, kmeans or all.
         store_images: Whether to store small images of them for people to look at.
-        calibrate: Whether to fit the temperature of the finished model to the validation images; null for only with the
-            mode none, unless model.temperature is given.
-        sampled_evaluations: Number of evaluations of the finished model by the paper's protocol, with train_size
-            training images drawn at random for each batch.
+        calibrate: Whether to fit the temperature to the validation images; null for only with mode none, unless
+            model.temperature is given.
+        sampled_evaluations: Number of evaluations as in the paper, with train_size images drawn for each batch.
     """
 
     mode: Literal["none", "batch", "sample", "queue"] = "none"

@@ -9,21 +9,17 @@ from torch import nn
 
 from timm_memwrap._utils import check_choice
 from timm_memwrap.constants import BASELINE_PREFIX, PREFIX
-from timm_memwrap.data import data_config
+from timm_memwrap.data import DIGITS, data_config
 from timm_memwrap.memory_args import DEFAULT_OWN_READ_HEAD, OWN_READ_HEADS, resolve_memory_args
 from timm_memwrap.model import MemoryWrapModel
-from timm_memwrap.training.configuration import DataConfig, ModelConfig
+from timm_memwrap.training.configuration import ModelConfig, Recipe
 from timm_memwrap.wrapping import wrap
 
-__all__ = ["check_model_config", "create_model", "wrap_trained"]
+__all__ = ["check_model_config", "check_safetensors", "create_model", "in_chans_of", "wrap_trained"]
 
 
 def check_model_config(config: ModelConfig, memory_mode: str) -> None:
-    """Raises if the model of a recipe cannot be built.
-
-    Raises:
-        ValueError: If the architecture is unknown, or arguments contradict each other.
-    """
+    """Raises if the model of a recipe cannot be built."""
     name = config.name
     if name.startswith(PREFIX):
         backbone = name.removeprefix(PREFIX).removeprefix("baseline_").removeprefix("evidence_")
@@ -35,11 +31,7 @@ def check_model_config(config: ModelConfig, memory_mode: str) -> None:
         raise ValueError(f"Unknown model.name={name!r}. See timm.list_models().")
     if not is_model(PREFIX + name.split(".")[0]):
         raise ValueError(f"model.name={name!r} is a bare encoder: it has no classifier.")
-    if config.pretrained_path is not None and not config.pretrained_path.endswith(".safetensors"):
-        raise ValueError(
-            f"model.pretrained_path={config.pretrained_path!r} is not a safetensors file. Pickles are not read: "
-            f"convert it with safetensors.torch.save_file."
-        )
+    check_safetensors("model.pretrained_path", config.pretrained_path)
     # Images are read in grey or colour.
     check_choice("model.in_chans", config.in_chans, (None, 1, 3))
     wraps = memory_mode == "none"
@@ -65,36 +57,48 @@ def check_model_config(config: ModelConfig, memory_mode: str) -> None:
     resolve_memory_args(wraps or config.memory_only, **{**_memory_args(config), "read_head": read_head})
 
 
-def create_model(config: ModelConfig, data: DataConfig, memory_mode: str, num_classes: int, in_chans: int) -> nn.Module:
+def check_safetensors(name: str, path: str | None) -> None:
+    """Raises if a file of weights, which the option `name` gives, may hold pickles."""
+    if path is not None and not path.endswith(".safetensors"):
+        raise ValueError(
+            f"{name}={path!r} is not a safetensors file. Pickles are not read: convert it with "
+            f"safetensors.torch.save_file."
+        )
+
+
+def in_chans_of(recipe: Recipe) -> int:
+    """Returns the number of channels of a recipe's images."""
+    return recipe.model.in_chans or (1 if recipe.data.dataset == DIGITS else 3)
+
+
+def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
     """Creates the model to train: the plain timm model for the mode `"none"`, else the Memory Wrap model.
 
     Size and normalisation of the images go into its pretrained cfg, from which timm makes transforms for the saved
     model.
-
-    Raises:
-        ValueError: If the weights do not fit the architecture, or an argument is unknown.
     """
+    config, data, in_chans = recipe.model, recipe.data, in_chans_of(recipe)
     cfg = get_pretrained_cfg(config.name)
     assert cfg is not None
-    plain = memory_mode == "none"
+    plain = recipe.memory.mode == "none"
     pretrained = config.pretrained or config.pretrained_path is not None
-    size = data.img_size or cfg.input_size[-1]
-    overlay: dict[str, Any] = {"interpolation": data.interpolation, "crop_pct": data.crop_pct}
-    overlay |= {"file": config.pretrained_path, "mean": data.mean, "std": data.std}
-    overlay = {key: value for key, value in overlay.items() if value is not None}
+    overlay = _given(
+        file=config.pretrained_path,
+        mean=data.mean,
+        std=data.std,
+        interpolation=data.interpolation,
+        crop_pct=data.crop_pct,
+    )
     for key in ("mean", "std"):
         if len(overlay.get(key, range(in_chans))) != in_chans:
             raise ValueError(f"data.{key}={overlay[key]} has {len(overlay[key])} values for {in_chans} channels.")
+    size = data.img_size or cfg.input_size[-1]
     if size != cfg.input_size[-1] or in_chans != cfg.input_size[0]:
         overlay |= {"input_size": (in_chans, size, size), "test_input_size": None}
-    kwargs = dict(config.kwargs)
+    name = config.name
+    kwargs = config.kwargs | _given(drop_path_rate=config.drop_path_rate, drop_rate=config.drop_rate or None)
     if data.img_size is not None and cfg.fixed_input_size:
         kwargs.setdefault("img_size", data.img_size)
-    if config.drop_path_rate is not None:
-        kwargs["drop_path_rate"] = config.drop_path_rate
-    if config.drop_rate:
-        kwargs["drop_rate"] = config.drop_rate
-    name = config.name
     if not plain:
         name = (BASELINE_PREFIX if config.memory_only else PREFIX) + name
         kwargs |= _memory_args(config)
@@ -136,9 +140,12 @@ def wrap_trained(model: nn.Module, config: ModelConfig) -> MemoryWrapModel:
     return wrapped
 
 
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def _memory_args(config: ModelConfig) -> dict[str, Any]:
-    args = {name: getattr(config, name) for name in ("distance", "scale", "read_head", "classifier")}
-    return {name: value for name, value in args.items() if value is not None}
+    return _given(**{name: getattr(config, name) for name in ("distance", "scale", "read_head", "classifier")})
 
 
 def _set_temperature(model: nn.Module, config: ModelConfig) -> None:

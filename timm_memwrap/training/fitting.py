@@ -2,6 +2,8 @@
 
 import logging
 import os
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.selection import select
 from timm_memwrap.training.checkpoint import Checkpoints
 from timm_memwrap.training.configuration import Recipe
-from timm_memwrap.training.creation import check_model_config, create_model
+from timm_memwrap.training.creation import check_model_config, create_model, in_chans_of
 from timm_memwrap.training.evaluation import evaluate
 from timm_memwrap.training.heads import FrozenMemory, WithoutMemory, encode_images, freeze
 from timm_memwrap.training.loaders import augmented, check_batch_size, create_mixup, eval_loader, train_loader
@@ -27,17 +29,13 @@ from timm_memwrap.training.processes import Processes
 from timm_memwrap.training.recipes import write_recipe
 from timm_memwrap.training.task import MemoryWrapTask
 
-__all__ = ["Fitted", "check_recipe", "fit_recipe", "in_chans_of", "open_data"]
+__all__ = ["Fitted", "check_recipe", "fit_recipe", "open_data"]
 
 _logger = logging.getLogger(__name__)
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Raises if a recipe contradicts itself, before any data is read.
-
-    Raises:
-        ValueError: If so.
-    """
+    """Raises if a recipe contradicts itself, before any data is read."""
     config, memory = recipe.training, recipe.memory
     check_model_config(recipe.model, memory.mode)
     for name in ("epochs", "val_interval", "grad_accum_steps"):
@@ -55,19 +53,11 @@ def check_recipe(recipe: Recipe) -> None:
         )
 
 
-def in_chans_of(recipe: Recipe) -> int:
-    """Returns the number of channels of a recipe's images."""
-    return recipe.model.in_chans or (1 if recipe.data.dataset == DIGITS else 3)
-
-
 def open_data(recipe: Recipe, progress: bool) -> tuple[Images, Images]:
-    """Opens the training and validation images of a recipe.
-
-    Raises:
-        ValueError: If there are none, or of one class only.
-    """
+    """Opens the training and validation images of a recipe."""
     data, mode = recipe.data, image_mode(in_chans_of(recipe))
-    images = open_dataset(data.dataset, data.data_dir, data.train_split, mode=mode, download=data.download)
+    open_split = partial(open_dataset, data.dataset, data.data_dir, mode=mode, download=data.download)
+    images = open_split(data.train_split)
     if len(set(images.targets)) < 2:
         raise ValueError(
             f"{images.name} has images of one class only, {images.classes[images.targets[0]]!r}. Pass a folder with a "
@@ -77,9 +67,7 @@ def open_data(recipe: Recipe, progress: bool) -> tuple[Images, Images]:
     if data.val_split is not None:
         if data.dataset != DIGITS and data.val_split == data.train_split:
             raise ValueError(f"data.val_split and data.train_split are both {data.train_split!r}. Pass two splits.")
-        held_out = open_dataset(
-            data.dataset, data.data_dir, data.val_split, images.classes, mode=mode, download=data.download
-        )
+        held_out = open_split(data.val_split, images.classes)
     if data.unreadable == "skip":
         images, held_out = images.readable(progress), held_out and held_out.readable(progress)
     if held_out is None:
@@ -115,7 +103,8 @@ def fit_recipe(
         ValueError: If the recipe contradicts itself or the data, the folder holds another training, or the loss is not
             finite.
     """
-    out, config = Path(out), recipe.training
+    out, config, memory = Path(out), recipe.training, recipe.memory
+    progress = progress and processes.first
     check_recipe(recipe)
     # The first process before the others, because it may delete what they would read.
     checkpoints = Checkpoints(out / "checkpoints", recipe, resume, overwrite) if processes.first else None
@@ -123,26 +112,20 @@ def fit_recipe(
     checkpoints = checkpoints or Checkpoints(out / "checkpoints", recipe, resume)
     if processes.first:
         write_recipe(recipe, out / "recipe.yaml")
-    images, held_out = open_data(recipe, progress and processes.first)
-    check_batch_size(len(images), recipe.data, recipe.memory)
-    if recipe.memory.size is not None and recipe.memory.size > len(images):
+    images, held_out = open_data(recipe, progress)
+    check_batch_size(len(images), recipe.data, memory)
+    if memory.size is not None and memory.size > len(images):
         raise ValueError(
-            f"memory.size={recipe.memory.size}, but there are {len(images)} training images. Pass at most that, or "
-            f"null for all."
+            f"memory.size={memory.size}, but there are {len(images)} training images. Pass at most that, or null for "
+            f"all."
         )
+    classes = len(images.classes)
     torch.manual_seed(config.seed)
-    model = create_model(recipe.model, recipe.data, recipe.memory.mode, len(images.classes), in_chans_of(recipe))
+    model = create_model(recipe, classes)
     layout = torch.channels_last if config.channels_last else torch.preserve_format
     model.to(processes.device, memory_format=layout)  # type: ignore[call-overload]
-    _logger.info(
-        "%s on %d images of %d classes (%s), %d for validation, on %s.",
-        recipe.model.name,
-        len(images),
-        len(images.classes),
-        images.name,
-        len(held_out),
-        processes.device,
-    )
+    what = f"{recipe.model.name} on {len(images)} images of {classes} classes ({images.name})"
+    _logger.info("%s, %d for validation, on %s.", what, len(held_out), processes.device)
     write_events = tensorboard(out) if config.tensorboard and processes.first else None
 
     def on_epoch(rows: list[dict[str, Any]]) -> None:
@@ -150,52 +133,37 @@ def fit_recipe(
         if write_events is not None:
             write_events(rows)
 
-    fitted = Fitted(recipe, processes, model, images, held_out, progress and processes.first, reads_memory)
+    fitted = Fitted(recipe, processes, model, images, held_out, progress, reads_memory)
     task, loader, validate = fitted.head_alone() if config.freeze_backbone else fitted.whole()
-    fitted.history += fit(
-        task,
-        loader,
-        config,
-        processes,
-        validate,
-        create_mixup(recipe.data, config.smoothing, len(images.classes)),
-        checkpoints,
-        fitted.progress,
-        on_epoch,
-    )
+    mixup = create_mixup(recipe.data, config.smoothing, classes)
+    fitted.history = fit(task, loader, config, processes, validate, mixup, checkpoints, progress, on_epoch)
     processes.wait()
-    _load_kept_weights(task, config.keep, config.model_ema, checkpoints)
+    # Weights of the last epoch are there already, unless their average is what was evaluated.
+    kept = checkpoints.read("model_best") if config.keep == "best" else None
+    if kept is not None or config.model_ema:
+        key = "state_dict_ema" if config.model_ema else "state_dict"
+        task.load_checkpoint_state((kept or task.get_checkpoint_state(ema=True))[key])
     model.requires_grad_(True).eval()
     return fitted
 
 
+@dataclass
 class Fitted:
-    """A model that is trained, its data, and how it is evaluated.
+    """A model that is trained, its data, and how it is evaluated."""
 
-    Attributes:
-        model: The model; after training in evaluation mode, without a memory bank.
-        images: The training images.
-        held_out: The validation images.
-        eval_batches: This process's batches of the validation images.
-        history: A row of metrics for each epoch.
-    """
+    recipe: Recipe
+    processes: Processes
+    model: nn.Module  # after training in evaluation mode, without a memory bank
+    images: Images  # for training
+    held_out: Images  # for validation
+    progress: bool  # whether this process shows progress bars
+    reads_memory: bool  # as in `fit_recipe`
+    history: list[dict[str, Any]] = field(default_factory=list)  # a row of metrics for each epoch
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        processes: Processes,
-        model: nn.Module,
-        images: Images,
-        held_out: Images,
-        progress: bool,
-        reads_memory: bool,
-    ) -> None:
-        self.recipe, self.processes, self.model = recipe, processes, model
-        self.images, self.held_out = images, held_out
-        self.progress, self.reads_memory = progress, reads_memory
-        self.history: list[dict[str, Any]] = []
-        self.data_config = data_config(model)
-        self.eval_batches = self.batches(held_out, processes.rank, processes.world_size)
+    def __post_init__(self) -> None:
+        self.data_config = data_config(self.model)
+        # This process's batches of the validation images.
+        self.eval_batches = self.batches(self.held_out, self.processes.rank, self.processes.world_size)
 
     def batches(self, images: Images, rank: int = 0, world_size: int = 1) -> DataLoader:
         """Makes batches of images in order, as for evaluation."""
@@ -226,8 +194,7 @@ class Fitted:
 
     def head_alone(self) -> tuple[ClassificationTask, DataLoader, Any]:
         """Returns what `fit` needs to train the head on encodings."""
-        recipe, processes = self.recipe, self.processes
-        memory = recipe.memory
+        recipe, memory, processes = self.recipe, self.recipe.memory, self.processes
         head = freeze(self.model)
         known, unseen = (
             encode_images(head, self.model, self.batches(part), processes.device, self.progress)
@@ -245,19 +212,14 @@ class Fitted:
         return self._task(head), loader, lambda module: evaluate(module, batches, processes, **kwargs)
 
     def _task(self, module: Any) -> ClassificationTask:
-        recipe = self.recipe
-        mixed = bool(recipe.data.mixup or recipe.data.cutmix)
-        criterion = {"soft_targets": True} if mixed else {"smoothing": recipe.training.smoothing}
-        common: dict[str, Any] = {
-            "criterion_kwargs": criterion,
-            "device": self.processes.device,
-            "verbose": False,
-        }
+        data, memory = self.recipe.data, self.recipe.memory
+        soft = {"soft_targets": True} if data.mixup or data.cutmix else {"smoothing": self.recipe.training.smoothing}
+        common: dict[str, Any] = {"criterion_kwargs": soft, "device": self.processes.device, "verbose": False}
         if not self.reads_memory:
             return ClassificationTask(WithoutMemory(module), **common)
-        if recipe.memory.mode == "none":
+        if memory.mode == "none":
             return ClassificationTask(module, **common)
-        return MemoryWrapTask(module, queue_size=recipe.memory.train_size, **common)
+        return MemoryWrapTask(module, queue_size=memory.train_size, **common)
 
     def _validate(self, model: nn.Module) -> dict[str, float]:
         """Evaluates with a bank of these weights, which is then cleared."""
@@ -268,12 +230,3 @@ class Fitted:
         found = evaluate(model, self.eval_batches, self.processes)
         model.memory_bank.clear()
         return found
-
-
-def _load_kept_weights(task: ClassificationTask, keep: str, ema: bool, checkpoints: Checkpoints) -> None:
-    """Loads the weights that are to be saved into the trained model."""
-    best = checkpoints.best() if keep == "best" else None
-    if best is not None:
-        task.load_checkpoint_state(best["state_dict_ema" if ema else "state_dict"])
-    elif ema:
-        task.load_checkpoint_state(task.get_checkpoint_state(ema=True)["state_dict_ema"])

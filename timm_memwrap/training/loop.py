@@ -2,7 +2,6 @@
 
 import logging
 import math
-import random
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,7 +13,7 @@ from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask
-from timm.utils import NativeScaler, dispatch_clip_grad
+from timm.utils import dispatch_clip_grad, random_seed
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -46,27 +45,10 @@ def fit(
     progress: bool = True,
     on_epoch: Callable[[list[Row]], None] | None = None,
 ) -> list[Row]:
-    """Trains a task's model, which is left in training mode.
+    """Trains a task's model on batches `(images, labels, extra)`, and returns a row of metrics for each epoch.
 
     All randomness of an epoch comes from a seed made of `config.seed`, the epoch and the process, so that a resumed
-    training does what one without interruption does.
-
-    Args:
-        task: The task, on its device.
-        loader: Batches `(images, labels, extra)`; `extra` is passed to the task by name.
-        config: The optimizer, its schedule, and how it is run.
-        processes: The processes, which all make this call.
-        validate: Evaluates a model, and returns `loss` and `accuracy`.
-        mixup: Mixes each batch.
-        checkpoints: Where to write checkpoints, and the state to resume from.
-        progress: Whether to show a progress bar.
-        on_epoch: Called on the first process after each epoch with the rows so far.
-
-    Returns:
-        A row of metrics for each epoch.
-
-    Raises:
-        ValueError: If the loss is not finite, or the schedule is not valid.
+    training does what one without interruption does. The first process calls `on_epoch` with the rows so far.
     """
     loop = _Loop(task, loader, config, processes, mixup)
     history: list[Row] = []
@@ -79,10 +61,8 @@ def fit(
         for epoch in range(len(history), config.epochs):
             row = loop.train(epoch, bar)
             if epoch + 1 == config.epochs or (epoch + 1) % config.val_interval == 0:
-                evaluated = task.get_eval_model(ema=config.model_ema)
-                assert evaluated is not None
                 # The model itself, because a compiled or distributed one around it has no memory bank.
-                module = unwrap_model(evaluated)
+                module = unwrap_model(task.get_eval_model(ema=config.model_ema))
                 found = validate(getattr(module, "_orig_mod", module))
                 row |= {"val_loss": found["loss"], "val_accuracy": found["accuracy"]}
             history.append(row)
@@ -108,6 +88,7 @@ class _Loop:
     ) -> None:
         self.task, self.loader, self.config = task, loader, config
         self.processes, self.mixup = processes, mixup
+        device = processes.device
         self.module = unwrap_model(task.get_trainable_module())
         self.optimizer = create_optimizer_v2(
             self.module,
@@ -120,15 +101,14 @@ class _Loop:
         # Steps of an epoch.
         self.steps = math.ceil(len(loader) / config.grad_accum_steps)
         self.scheduler = _scheduler(self.optimizer, config, self.steps)
-        half = config.amp and config.amp_dtype == "float16"
-        self.scaler = NativeScaler(processes.device.type) if half else None
+        # Disabled, it leaves losses and steps as they are.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp and config.amp_dtype == "float16")
         if config.model_ema:
             task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
         if config.torchcompile:
             task.compile()
         if processes.distributed:
-            ids = [processes.device.index] if processes.device.type == "cuda" else None
-            task.prepare_distributed(device_ids=ids)
+            task.prepare_distributed(device_ids=[device.index] if device.type == "cuda" else None)
 
     def resume(self, checkpoints: Checkpoints, history: list[Row]) -> SafetensorsSaver | None:
         """Restores the state of a checkpoint and adds its rows to `history`; returns the first process's saver."""
@@ -138,8 +118,7 @@ class _Loop:
             if "state_dict_ema" in state:
                 self.task.load_checkpoint_state(state["state_dict_ema"], ema=True)
             self.optimizer.load_state_dict(state["optimizer"])
-            if self.scaler is not None:
-                self.scaler.load_state_dict(state["amp_scaler"])
+            self.scaler.load_state_dict(state["amp_scaler"])
             history += state["history"]
             _logger.info("Resuming after epoch %d of %d.", len(history), self.config.epochs)
         if not self.processes.first:
@@ -161,7 +140,7 @@ class _Loop:
     def train(self, epoch: int, bar: tqdm) -> Row:
         """Trains for an epoch, and returns its row of metrics."""
         config, processes, device = self.config, self.processes, self.processes.device
-        _seed(config.seed, epoch, processes.rank)
+        random_seed(int(np.random.SeedSequence([config.seed, epoch, processes.rank]).generate_state(1)[0]))
         if hasattr(self.loader.sampler, "set_epoch"):
             self.loader.sampler.set_epoch(epoch)
         self.task.train()
@@ -172,8 +151,9 @@ class _Loop:
         if self.scheduler is not None:
             self.scheduler.step_update(epoch * self.steps)
         for i, (inputs, labels, extra) in enumerate(self.loader):
-            labels = labels.to(device, non_blocking=True)
-            loss, output = self._step(epoch, i, inputs.to(device, non_blocking=True), labels, extra)
+            inputs, labels = inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            extra = {name: tensor.to(device, non_blocking=True) for name, tensor in extra.items()}
+            loss, output = self._step(epoch, i, inputs, labels, extra)
             sums[0] += loss * len(inputs)
             if self.mixup is None:
                 sums[1] += (output.argmax(dim=-1) == labels).sum()
@@ -182,19 +162,19 @@ class _Loop:
             now = time.perf_counter()
             if not bar.disable and now - refreshed > _REFRESH:
                 refreshed = now
-                loss_sum, correct = sums.tolist()
-                shown = self._metrics(loss_sum, correct, seen)
+                shown = self._metrics(sums.tolist(), seen)
                 bar.set_postfix({"epoch": epoch + 1, **{k[6:]: f"{v:.3f}" for k, v in shown.items()}}, refresh=False)
         seconds = time.perf_counter() - start
         totals = torch.cat([sums, sums.new_tensor([seen])])
         if processes.distributed:
             torch.distributed.all_reduce(totals)
-        loss_sum, correct, count = totals.tolist()
+        *found, count = totals.tolist()
         lr = max(group["lr"] for group in self.optimizer.param_groups)
-        row = {"epoch": epoch + 1, "lr": lr, **self._metrics(loss_sum, correct, count)}
+        row = {"epoch": epoch + 1, "lr": lr, **self._metrics(found, count)}
         return row | {"seconds": seconds, "images_per_second": count / seconds}
 
-    def _metrics(self, loss: float, correct: float, count: float) -> Row:
+    def _metrics(self, sums: list[float], count: float) -> Row:
+        loss, correct = sums
         accuracy = {} if self.mixup is not None else {"train_accuracy": correct / count}
         return {"train_loss": loss / count, **accuracy}
 
@@ -202,16 +182,13 @@ class _Loop:
         self, epoch: int, i: int, inputs: Tensor, labels: Tensor, extra: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Adds the gradients of a batch, steps with the last batch of a step, and returns loss and output."""
-        task, config, device = self.task, self.config, self.processes.device
-        batches, every = len(self.loader), config.grad_accum_steps
-        first = i // every * every
-        in_step = min(every, batches - first)
+        task, config, batches = self.task, self.config, len(self.loader)
+        first = i - i % config.grad_accum_steps
+        in_step = min(config.grad_accum_steps, batches - first)
         is_last = i + 1 == first + in_step
-        extra = {name: tensor.to(device, non_blocking=True) for name, tensor in extra.items()}
         images, targets = self.mixup(inputs, labels) if self.mixup is not None else (inputs, labels)
-        amp = torch.autocast(device.type, dtype=getattr(torch, config.amp_dtype)) if config.amp else nullcontext()
         with nullcontext() if is_last else task.no_sync():
-            with amp:
+            with torch.autocast(inputs.device.type, dtype=getattr(torch, config.amp_dtype), enabled=config.amp):
                 result = task(images, targets, **extra)
             loss = result["loss"]
             if not torch.isfinite(loss):
@@ -219,25 +196,19 @@ class _Loop:
                     f"The loss is {loss.item()} in epoch {epoch + 1}, batch {i + 1} of {batches}. Lower "
                     f"training.lr={config.lr}, or set training.clip_grad. The last complete epoch is kept."
                 )
-            self._backward(loss / in_step, is_last)
+            self.scaler.scale(loss / in_step).backward()
         if is_last:
-            step = epoch * self.steps + i // every + 1
+            if config.clip_grad is not None:
+                self.scaler.unscale_(self.optimizer)
+                dispatch_clip_grad(task.get_clip_parameters(), config.clip_grad)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
             self.optimizer.zero_grad()
+            step = epoch * self.steps + i // config.grad_accum_steps + 1
             task.update_ema(step=step)
             if self.scheduler is not None:
                 self.scheduler.step_update(step)
         return loss.detach(), result["output"].detach()
-
-    def _backward(self, loss: Tensor, is_last: bool) -> None:
-        clip, parameters = self.config.clip_grad, self.task.get_clip_parameters
-        if self.scaler is not None:
-            self.scaler(loss, self.optimizer, clip, parameters=parameters(), need_update=is_last)
-            return
-        loss.backward()
-        if is_last:
-            if clip is not None:
-                dispatch_clip_grad(parameters(), clip)
-            self.optimizer.step()
 
 
 def _describe(row: Row, epochs: int) -> str:
@@ -269,10 +240,3 @@ def _scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, steps: 
     except (AssertionError, ValueError) as error:
         raise ValueError(f"training.sched={config.sched!r} is not valid: {error}") from error
     return scheduler
-
-
-def _seed(seed: int, epoch: int, rank: int) -> None:
-    state = int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1)[0])
-    random.seed(state)
-    np.random.seed(state)
-    torch.manual_seed(state)

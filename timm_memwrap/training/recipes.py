@@ -8,20 +8,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import yaml
 from jsonargparse import ArgumentParser
 
 from timm_memwrap._utils import write_text
 from timm_memwrap.training.configuration import Recipe
 
-__all__ = [
-    "find_recipe",
-    "first_difference",
-    "load_recipe",
-    "read_recipe",
-    "recipe_names",
-    "to_dict",
-    "write_recipe",
-]
+__all__ = ["find_recipe", "first_difference", "load_recipe", "read_recipe", "recipe_names", "to_dict", "write_recipe"]
 
 
 def recipe_names() -> list[str]:
@@ -31,15 +24,7 @@ def recipe_names() -> list[str]:
 
 
 def find_recipe(name: str, beside: Path | None = None) -> Path:
-    """Returns the path of a recipe.
-
-    Args:
-        name: A path, or the name of a recipe that comes with the package.
-        beside: A file whose folder is searched first.
-
-    Raises:
-        ValueError: If there is no such recipe.
-    """
+    """Returns the path of a recipe by its path or name; the folder of the file `beside` is searched first."""
     if name.endswith((".yaml", ".yml")) and Path(name).is_file():
         return Path(name)
     for folder in [*([beside.parent] if beside else []), *_folders()]:
@@ -52,15 +37,7 @@ def find_recipe(name: str, beside: Path | None = None) -> Path:
 
 
 def load_recipe(path: Path, kind: type[Recipe] = Recipe) -> Recipe:
-    """Loads a recipe and checks the names and types of its options.
-
-    Args:
-        path: The file.
-        kind: `Recipe`, or a subclass with more sections.
-
-    Raises:
-        ValueError: If the file, or one that it inherits from, has unknown keys or wrong types.
-    """
+    """Loads a recipe, or a `kind` with more sections, and checks the names and types of its options."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, "recipe")
     try:
@@ -73,13 +50,7 @@ def load_recipe(path: Path, kind: type[Recipe] = Recipe) -> Recipe:
 def read_recipe(path: Path, kind: type[Recipe] = Recipe, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Returns the options that a recipe and those that it inherits from set, by section.
 
-    Args:
-        path: The file.
-        kind: As in `load_recipe`.
-        heirs: The files that inherit from this one.
-
-    Raises:
-        ValueError: If a file is not YAML, has an unknown key, or inherits from itself.
+    `heirs` are the files that inherit from this one.
     """
     if path.resolve() in heirs:
         raise ValueError(f"{path} inherits from itself, through {' and '.join(heir.name for heir in heirs)}.")
@@ -105,8 +76,6 @@ def to_dict(recipe: Recipe) -> dict[str, dict[str, Any]]:
 
 def write_recipe(recipe: Recipe, path: str | os.PathLike) -> None:
     """Writes a recipe with all of its options."""
-    import yaml
-
     write_text(path, yaml.safe_dump(to_dict(recipe), sort_keys=False))
 
 
@@ -117,10 +86,7 @@ def first_difference(
 ) -> tuple[str, Any, Any] | None:
     """Returns the name, old and new value of the first option that differs between two results of `to_dict`.
 
-    Args:
-        before: The old options.
-        now: The new options.
-        free: Options by section that may differ; `None` for the whole section.
+    `free` names the options by section that may differ; `None` for the whole section.
     """
     for section, values in now.items():
         ignored = free.get(section, ())
@@ -152,8 +118,6 @@ def _refuse_unknown(content: dict, config_class: type, path: Path, section: str 
 
 
 def _read_yaml(path: Path) -> dict:
-    import yaml
-
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
