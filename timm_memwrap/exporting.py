@@ -36,14 +36,12 @@ _logger = logging.getLogger(__name__)
 
 # Format: the suffix of its files.
 FORMATS = {"onnx": ".onnx", "export": ".pt2"}
-
 # Where the JSON about the memory is: in ONNX's metadata_props, and with ".json" among the extra files of a ".pt2".
 METADATA_KEY = "timm_memwrap"
 _INPUT_KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 # A size of 1 may be taken for a constant when a graph is traced, so it is traced with another and checked with it.
-_TRACED_BATCH = 2
-_CHECKED_BATCHES = (1, 3)
+_TRACED_BATCH, _CHECKED_BATCHES = 2, (1, 3)
 
 _Runner = Callable[[Tensor], list[Tensor]]
 
@@ -215,10 +213,7 @@ def _write_program(program: ExportedProgram, path: Path, metadata: str) -> _Runn
                 # What torch.save writes is a zip; inputs of the trace may be written in no other way.
                 pickled = data.startswith(b"PK\x03\x04") or ("/sample_inputs/" in name and len(data) > 0)
             if pickled:
-                raise ExportError(
-                    f"torch.export.save of PyTorch {torch.__version__} would write a pickle ({name}), which runs code "
-                    f"when it is loaded. Upgrade PyTorch, or pass format='onnx'."
-                )
+                raise ExportError(f"PyTorch would write a pickle ({name}). Upgrade PyTorch, or pass format='onnx'.")
     path.write_bytes(buffer.getbuffer())
     module = torch.export.load(path).module()
     return torch.no_grad()(lambda images: list(module(images)))
@@ -271,8 +266,7 @@ def _expected(model: MemoryWrapModel, batch: int, size: tuple[int, ...]) -> tupl
 
 def _difference(outputs: list[Tensor], readout: MemoryReadout, votes: bool) -> float:
     """Returns the largest difference between what a file computed and what the model read."""
-    logits, *evidence = outputs
-    expected = readout.logits
+    (logits, *evidence), expected = outputs, readout.logits
     if votes:
         # The logarithm of a share near zero says nothing but its rounding.
         logits, expected = logits.exp(), expected.exp()

@@ -19,6 +19,7 @@ from timm_memwrap.explaining.heatmaps import BASELINES, METHODS
 from timm_memwrap.model import MemoryWrapModel
 
 SIZE = 12
+KINDS = ("memory wrap", "memory only", "l2", "wrapped", "logits", "vote")
 
 
 def _memory(make_images: Callable[..., torch.Tensor]) -> TensorDataset:
@@ -79,10 +80,19 @@ def test_what_is_attributed_is_the_models_own_logit(
         assert sum(attribution.shares) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("baseline", BASELINES)
+# Each kind with one baseline and one kind with both: a case takes 1500 steps.
+@pytest.mark.parametrize(
+    ("kind", "baseline"),
+    [
+        pytest.param(kind, baseline, marks=[] if baseline == "black" or kind == "memory wrap" else pytest.mark.slow)
+        for kind in KINDS
+        for baseline in BASELINES
+    ],
+)
 def test_integrated_gradients_sum_to_what_input_and_memory_change_together(
-    model: MemoryWrapModel, make_images: Callable[..., torch.Tensor], baseline: str
+    make_model: Callable[..., MemoryWrapModel], make_images: Callable[..., torch.Tensor], kind: str, baseline: str
 ) -> None:
+    model = make_model(kind)
     # Without a bias a fresh model encodes a grey image as zero, where the cosine jumps and no gradient could tell.
     torch.nn.init.normal_(model.get_classifier().bias)
     timm_memwrap.build_memory_bank(model, _memory(make_images), size=None, progress=False)

@@ -6,13 +6,12 @@ from timm_memwrap.explaining.explanation import Explanation, MemorySample, expla
 from timm_memwrap.explaining.figures.html import write_html
 from timm_memwrap.explaining.figures.plots import plot_explanation, plot_explanations, plot_heatmaps, plot_memory_report
 from timm_memwrap.explaining.heatmaps import Attribution, attribute
-from timm_memwrap.explaining.metrics import ExplanationMeter, ExplanationMetrics, evaluate_explanations
-from timm_memwrap.explaining.randomisation import randomisation_check
+from timm_memwrap.explaining.metrics import ExplanationMetrics, evaluate_explanations, randomisation_check
 from timm_memwrap.explaining.report import MemoryReport, SampleUse, memory_report
 
 __all__ = [
     "explain", "Explanation", "MemorySample", "plot_explanation", "plot_explanations",
-    "evaluate_explanations", "ExplanationMetrics", "ExplanationMeter",
+    "evaluate_explanations", "ExplanationMetrics",
     "calibrate", "fit_temperature",
     "evaluate_counterfactuals", "CounterfactualMetrics", "im1", "im2", "randomisation_check",
     "memory_report", "MemoryReport", "SampleUse", "plot_memory_report",

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -98,17 +99,15 @@ def _sums(
 ) -> list[float]:
     """Sums IM1 and IM2 over counterfactuals, given by their class, the input's class and their position."""
     samples, ids, names = SampleImages(model, memory), model.memory_bank.ids, class_names(model)
-    groups: dict[tuple[int, int], list[int]] = {}
-    for own, prediction, position in sorted(found):
-        groups.setdefault((own, prediction), []).append(position)
-    for label in sorted({label for group in groups for label in group}):
+    for label in sorted({label for *classes, _ in found for label in classes}):
         if label not in autoencoders:
             raise ValueError(
                 f"There is no autoencoder for class {label} ({names[label]!r}). Pass one for each class: "
                 f"autoencoders={{class: autoencoder}}."
             )
     sums = torch.zeros(2, dtype=torch.float64)
-    for (own, prediction), positions in groups.items():
+    for (own, prediction), group in groupby(sorted(found), key=lambda key: key[:2]):
+        positions = [position for *_, position in group]
         for part in (positions[at : at + BATCH_SIZE] for at in range(0, len(positions), BATCH_SIZE)):
             images = torch.stack([samples.input(ids[position]) for position in part])
             times = torch.tensor([found[own, prediction, position] for position in part], dtype=torch.float64)

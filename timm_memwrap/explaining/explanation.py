@@ -92,19 +92,15 @@ class Explanation(Result):
 
 
 def explain(model: MemoryWrapModel, images: Any, top_k: int = 5) -> list[Explanation]:
-    """Explains predictions by the memory samples that they used.
+    """Explains the prediction for each image by the memory samples that it used.
 
-    Runs in evaluation mode, and restores the model's mode. Each image is encoded once: what the prediction would be
-    without a sample takes another read, not another encoding.
+    Each image is encoded once, and what the prediction would be without a sample is read. The model's mode is restored.
 
     Args:
         model: A model with a memory bank.
         images: A batch `[B, C, H, W]` or an image `[C, H, W]`, normalised as in training; PIL images or paths, which
             get the model's own evaluation transform; or a list of images, PIL images or paths.
         top_k: How many samples to return, and how many examples and counterfactuals.
-
-    Returns:
-        One explanation per image.
 
     Raises:
         ValueError: If the bank is empty, there are no images, or `top_k` is below 1.

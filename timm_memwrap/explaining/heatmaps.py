@@ -91,7 +91,7 @@ def attribute(
     batch_size: int = 64,
     progress: bool = True,
 ) -> list[Attribution]:
-    """Attributes predictions to the pixels of the input and of the memory images that they used, jointly.
+    """Attributes the prediction for each image to the pixels of the image and of the memory images that it used.
 
     What is attributed is the logit `f(x, m_1, ..., m_K)` of the predicted class as a function of the input image and
     of the images of the K strongest samples, which are encoded again, with gradient (La Rosa et al. 2022, Section 5,
@@ -114,26 +114,10 @@ def attribute(
         batch_size: How many images to encode at a time, which bounds the use of memory.
         progress: Whether to show a progress bar.
 
-    Returns:
-        One attribution per image.
-
     Raises:
         ImportError: If captum is not installed.
         ValueError: If the bank is empty, an argument is not valid, or a memory sample is not in `memory` or is not the
             image that the bank was built from.
-
-    Example:
-        ```python
-        >>> import timm, timm_memwrap, torch
-        >>> from timm_memwrap.explaining import attribute
-        >>> model = timm.create_model("memwrap_test_resnet", num_classes=2)
-        >>> data = torch.utils.data.TensorDataset(torch.randn(8, 3, 64, 64), torch.arange(8) % 2)
-        >>> bank = timm_memwrap.build_memory_bank(model, data, size=4, progress=False)
-        >>> one = attribute(model, torch.randn(3, 64, 64), data, method="saliency", top_k=2, progress=False)[0]
-        >>> one.heatmap.shape, one.memory_heatmaps.shape
-        (torch.Size([3, 64, 64]), torch.Size([2, 3, 64, 64]))
-
-        ```
     """
     check_memory(model)
     check_choice("method", method, METHODS)

@@ -3,8 +3,8 @@
 Shapes: N inputs, B inputs of a batch, E width of an encoding, C classes, K samples read per input.
 """
 
+import copy
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from timm_memwrap._utils import check_count, evaluating
+from timm_memwrap.data import BATCH_SIZE, SampleImages
+from timm_memwrap.explaining.explanation import explain
 from timm_memwrap.explaining.reading import encodings_of, no_class_leads, own_predictions, read_nothing, read_without
 from timm_memwrap.explaining.results import Result
 from timm_memwrap.model import MemoryReadout, MemoryWrapModel
 
-__all__ = ["ExplanationMeter", "ExplanationMetrics", "evaluate_explanations", "expected_calibration_error"]
+__all__ = [
+    "ExplanationMeter",
+    "ExplanationMetrics",
+    "evaluate_explanations",
+    "expected_calibration_error",
+    "randomisation_check",
+]
 
 
 @dataclass(frozen=True)
@@ -31,16 +39,14 @@ class ExplanationMetrics(Result):
     Args:
         count: Number of inputs N.
         accuracy: Share of inputs whose prediction is their label.
-        accuracy_without_memory: The same if nothing were read, where no class leading is wrong. If it is as high as
-            `accuracy`, the memory is decoration.
+        accuracy_without_memory: The same if nothing were read. As high as `accuracy`, the memory is decoration.
         explanation_accuracy: Share of inputs whose strongest sample is an example (La Rosa et al. 2022, Section 5).
         accuracy_example: Accuracy on these inputs (the published `explanation_accuracy.py`).
         accuracy_counterfactual: Accuracy on the others (ibid.).
         input_nonrepresentativeness: Mean absolute difference between the logits of the input and of its strongest
-            example, over inputs that have one (Nguyen and Martinez 2020, https://arxiv.org/abs/2007.07584, with the L1
-            loss of the published `run_exp_by_examples.py`). Lower is better.
-        prediction_nonrepresentativeness: Cross-entropy of the strongest example's logits with the input's predicted
-            class as the target, over the same inputs (ibid.). Lower is better.
+            example, if it has one (Nguyen and Martinez 2020, https://arxiv.org/abs/2007.07584, with the published
+            script's L1 loss). Lower is better.
+        prediction_nonrepresentativeness: Cross-entropy of that example's logits with the predicted class (ibid.).
         support_size: Mean number of samples with positive weight.
         weight_on_prediction: Mean weight of all examples of an input together.
         identical_class_rate: Share of inputs whose strongest sample has the predicted class as its *label* (the
@@ -81,32 +87,18 @@ def evaluate_explanations(
 ) -> ExplanationMetrics:
     """Measures a model's predictions and explanations in one pass over a data set.
 
-    Runs in evaluation mode, and restores the model's mode. Each image is encoded once; the deletion test takes further
-    reads.
+    Each image is encoded once; the deletion test takes further reads. The model's mode is restored.
 
     Args:
         model: A model with a memory bank.
         data: A dataset or loader of `(image, label)` with images as tensors, or a dataset with PIL images, which get
-            the model's own evaluation transform. It should not be what the bank was built from: a sample's nearest
-            memory is then the sample itself.
+            the model's own transform. Not what the bank was built from: each sample's nearest memory would be itself.
         deleted: How many of the strongest samples the deletion test leaves out.
         seed: Seed of the samples that it leaves out at random.
         progress: Whether to show a progress bar.
 
     Raises:
         ValueError: If the bank or the data is empty, or a label is outside `num_classes`.
-
-    Example:
-        ```python
-        >>> import timm, timm_memwrap, torch
-        >>> from timm_memwrap.explaining import evaluate_explanations
-        >>> model = timm.create_model("memwrap_test_resnet", num_classes=2)
-        >>> data = torch.utils.data.TensorDataset(torch.randn(8, 3, 64, 64), torch.arange(8) % 2)
-        >>> bank = timm_memwrap.build_memory_bank(model, data, size=4, progress=False)
-        >>> evaluate_explanations(model, data, progress=False).count
-        8
-
-        ```
     """
     meter = ExplanationMeter(model, deleted, seed)
     with encodings_of(model, data, "Explanations", progress) as batches:
@@ -145,6 +137,39 @@ class ExplanationMeter:
         )
 
 
+def randomisation_check(model: MemoryWrapModel, images: Any, memory: Any, top_k: int = 5, seed: int = 0) -> float:
+    """Returns the share of an explanation's strongest samples that a randomised encoder would show as well.
+
+    The encoder's parameters are shuffled, each tensor in itself, and the memory is encoded again. An explanation that
+    depends on what the model has learned must change, so the share should be near `top_k / M` (Adebayo et al. 2018,
+    https://arxiv.org/abs/1810.03292).
+
+    Args:
+        model: A model with a memory bank; it is not changed.
+        images: As in `explain`.
+        memory: As in `attribute`.
+        top_k: How many of the strongest samples to compare.
+        seed: Seed of the shuffle.
+
+    Raises:
+        ValueError: If the bank is empty, or one of its samples is not in `memory`.
+    """
+    before, samples = explain(model, images, top_k), SampleImages(model, memory)
+    shuffled, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    with evaluating(shuffled):
+        for parameter in shuffled.backbone.parameters():
+            order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+            parameter.copy_(parameter.flatten()[order].view_as(parameter))
+        bank = shuffled.memory_bank
+        ids, (_, labels) = bank.ids, bank.filled()
+        inputs = ([samples.input(i) for i in ids[at : at + BATCH_SIZE]] for at in range(0, len(ids), BATCH_SIZE))
+        bank.replace(torch.cat([shuffled.encode(torch.stack(part)) for part in inputs]), labels, ids)
+    after = explain(shuffled, images, top_k)
+    shown = [[{sample.position for sample in one.samples} for one in explanations] for explanations in (before, after)]
+    shares = [len(a & b) / len(a) for a, b in zip(*shown, strict=True)]
+    return sum(shares) / len(shares)
+
+
 def expected_calibration_error(probabilities: Tensor, right: Tensor, bins: int = 15) -> float:
     """Computes the mean gap between probabilities `[N]` of predictions and how often they are right `[N]`, by bins."""
     index = (probabilities * bins).ceil().long().clamp(1, bins) - 1
@@ -156,8 +181,7 @@ def _measure(
     model: MemoryWrapModel, readout: MemoryReadout, labels: Tensor, deleted: int, rng: random.Random
 ) -> dict[str, Tensor]:
     """Computes the probability of the predictions, and by name the columns of which the metrics are the means."""
-    bank = model.memory_bank
-    assert bank.labels is not None
+    bank, (_, bank_labels) = model.memory_bank, model.memory_bank.filled()
     weights, positions, logits = readout.weights.float(), readout.positions, readout.logits.float()
     probability, prediction = logits.softmax(dim=-1).max(dim=-1)
     used = weights > 0
@@ -173,31 +197,23 @@ def _measure(
         "accuracy_without_memory": (nothing.argmax(dim=-1) == labels) & ~no_class_leads(nothing),
         "probability": probability,
         "explanation_accuracy": same[:, 0],
-        "identical_class_rate": bank.labels[positions[:, 0]] == prediction,
+        "identical_class_rate": bank_labels[positions[:, 0]] == prediction,
         "support_size": support,
         "weight_on_prediction": (weights * same).sum(dim=1),
         "input_nonrepresentativeness": (own - logits[has_example]).abs().mean(dim=1),
         "prediction_nonrepresentativeness": F.cross_entropy(own, prediction[has_example], reduction="none"),
     }
-    for name, left in _deletions(model, readout, support.clamp(max=deleted), rng):
+    counts = support.clamp(max=deleted)
+    left_out = {name: logits.new_zeros(logits.shape) for name in ("deletion", "random")}
+    for count in counts.unique().tolist():
+        rows = (counts == count).nonzero().squeeze(1)
+        drawn = torch.tensor([rng.sample(range(len(bank)), count) for _ in rows], device=positions.device)
+        left_out["deletion"][rows] = read_without(model, readout.encoding[rows], positions[rows, :count])
+        left_out["random"][rows] = read_without(model, readout.encoding[rows], drawn)
+    for name, left in left_out.items():
         result[f"{name}_flip_rate"] = (left.argmax(dim=-1) != prediction) | no_class_leads(left)
         result[f"{name}_drop"] = probability - left.softmax(dim=-1).gather(1, prediction.unsqueeze(1)).squeeze(1)
     return {name: value.cpu() for name, value in result.items()}
-
-
-def _deletions(
-    model: MemoryWrapModel, readout: MemoryReadout, counts: Tensor, rng: random.Random
-) -> Iterator[tuple[str, Tensor]]:
-    """Yields the logits `[B, C]` without `counts` `[B]` samples: without the strongest, and without random ones."""
-    encoding, size = readout.encoding, len(model.memory_bank)
-    strongest, drawn = (encoding.new_zeros(len(encoding), model.num_classes, dtype=torch.float32) for _ in range(2))
-    for count in counts.unique().tolist():
-        rows = (counts == count).nonzero().squeeze(1)
-        random_positions = torch.tensor([rng.sample(range(size), count) for _ in rows], device=encoding.device)
-        strongest[rows] = read_without(model, encoding[rows], readout.positions[rows, :count])
-        drawn[rows] = read_without(model, encoding[rows], random_positions)
-    yield "deletion", strongest
-    yield "random", drawn
 
 
 def _mean(values: Tensor) -> Any:

@@ -40,7 +40,7 @@ def write_html(
     top_k: int = 5,
     title: str = "Explanations",
 ) -> Path:
-    """Writes a report of explanations: one HTML file with its pictures inside, for any browser.
+    """Writes a report of explanations, one HTML file with its pictures inside, and returns its path.
 
     It has no scripts, and does not let the browser load anything. Class names, ids and file names are shown as text.
     The file holds pictures of the memory, so share it as you would share those.
@@ -54,27 +54,14 @@ def write_html(
         names: Titles of the inputs; `None` for their file names, or their numbers.
         attributions: What `attribute` returned for them, to show heatmaps too.
         dataset: As in `plot_explanations`.
-        top_k: How many samples to explain with if `explanations` is `None`.
+        top_k: As in `explain`, if `explanations` is `None`.
         title: Title of the report.
-
-    Returns:
-        The path.
 
     Raises:
         ValueError: If images, explanations, labels, names or attributions differ in number.
-
-    Example:
-        ```python
-        >>> import timm, timm_memwrap, torch
-        >>> from timm_memwrap.explaining import write_html
-        >>> model = timm.create_model("memwrap_test_resnet", num_classes=2)
-        >>> data = torch.utils.data.TensorDataset(torch.randn(8, 3, 64, 64), torch.arange(8) % 2)
-        >>> bank = timm_memwrap.build_memory_bank(model, data, size=4, progress=False)
-        >>> write_html(model, torch.randn(2, 3, 64, 64), None, "report.html").name
-        'report.html'
-
-        ```
     """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     several, explanations, true = aligned(model, images, explanations, labels, top_k)
     for name, given in (("names", names), ("attributions", attributions)):
         if given is not None and len(given) != len(several):
@@ -84,7 +71,16 @@ def write_html(
                  for i, image in enumerate(several, start=1)]  # fmt: skip
     stored = None if dataset is None else SampleImages(model, dataset)
     heat: Sequence[Attribution | None] = [None] * len(several) if attributions is None else attributions
-    html = _render(
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        undefined=StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_text,
+    )
+    environment.filters |= {"percent": _percent, "points": _points}
+    html = environment.get_template("explanations.html.jinja").render(
         title=title,
         architecture=model.pretrained_cfg.get("architecture", type(model.backbone).__name__),
         memory_size=len(model.memory_bank),
@@ -168,18 +164,3 @@ def _points(value: float) -> str:
     points = round(100 * value)
     sign = "\N{MINUS SIGN}" if points < 0 else "+"
     return f"{sign}{abs(points)}" if points else "±0"
-
-
-def _render(**values: Any) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        undefined=StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_text,
-    )
-    environment.filters |= {"percent": _percent, "points": _points}
-    return environment.get_template("explanations.html.jinja").render(**values)

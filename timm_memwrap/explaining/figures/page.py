@@ -50,20 +50,6 @@ class Page:
     def _box(self, x: float, top: float, width: float, height: float) -> tuple[float, float, float, float]:
         return x / self.width, 1 - (top + height) / self.height, width / self.width, height / self.height
 
-    def picture(self, x: float, top: float, size: float, picture: np.ndarray) -> None:
-        """Shows an array `[H, W, 3]` in a square."""
-        axes = self.figure.add_axes(self._box(x, top, size, size))
-        axes.set_axis_off()
-        # Small pictures keep their pixels: smoothed, they would look out of focus.
-        axes.imshow(picture, interpolation="nearest" if max(picture.shape[:2]) < 100 else "antialiased")
-
-    def tile(self, x: float, top: float, size: float, name: str) -> None:
-        """Draws a square with a name in place of a picture that is missing."""
-        self.block(x, top, size, size, facecolor=PALE)
-        lines = [line[i : i + 12] for line in name.replace("/", "/\n").split("\n") for i in range(0, len(line), 12)]
-        text = "\n".join(["no picture", *lines])
-        self.text(x + size / 2, top + size / 2, text, 6.5, GREY, ha="center", va="center")
-
     def frame(self, x: float, top: float, size: float, color: str, dashed: bool) -> None:
         """Frames a square."""
         style: Any = (0, (3, 1.5)) if dashed else "solid"
@@ -85,9 +71,15 @@ class Page:
     def card(self, x: float, top: float, size: float, picture: np.ndarray | None, card: Card) -> None:
         """Draws a picture, or its name if there is none, its frame if it has one, and lines below it."""
         if picture is None:
-            self.tile(x, top, size, card.name)
+            self.block(x, top, size, size, facecolor=PALE)
+            parts = card.name.replace("/", "/\n").split("\n")
+            lines = ["no picture", *(part[i : i + 12] for part in parts for i in range(0, len(part), 12))]
+            self.text(x + size / 2, top + size / 2, "\n".join(lines), 6.5, GREY, ha="center", va="center")
         else:
-            self.picture(x, top, size, picture)
+            axes = self.figure.add_axes(self._box(x, top, size, size))
+            axes.set_axis_off()
+            # Small pictures keep their pixels: smoothed, they would look out of focus.
+            axes.imshow(picture, interpolation="nearest" if max(picture.shape[:2]) < 100 else "antialiased")
         if card.frame is not None:
             self.frame(x, top, size, card.frame, card.dashed)
         y = top + size + 0.07 - card.lines[0].gap * LINE

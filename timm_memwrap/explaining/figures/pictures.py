@@ -26,11 +26,7 @@ def aligned(
     labels: Sequence[int] | Tensor | None,
     top_k: int = 5,
 ) -> tuple[list[Any], list[Explanation], list[int | None]]:
-    """Lists images with their explanations, made if `None`, and their labels, `None` if unknown.
-
-    Raises:
-        ValueError: If they differ in number, or there are none.
-    """
+    """Lists images, at least one, with their explanations, made if `None`, and their labels, `None` if unknown."""
     if explanations is None:
         explanations = explain(model, images, top_k)
     several = one_by_one(images)
@@ -44,14 +40,10 @@ def aligned(
 
 
 def overlays(model: MemoryWrapModel, attribution: Attribution) -> list[np.ndarray]:
-    """Lays heatmaps over their images: `1 + K` arrays `[H, W, 3]` of uint8, the input first.
-
-    The images turn grey, and yellow where the prediction comes from. What is shown is the absolute attribution, summed
-    over channels and smoothed: the signs of neighbouring pixels alternate, which looks like noise. A picture with less
-    than an equal share of the attribution has a weaker yellow.
-    """
+    """Lays heatmaps over their images, which turn grey: `1 + K` arrays `[H, W, 3]` of uint8, the input first."""
     images = (attribution.image, *attribution.memory_images)
     heatmaps = (attribution.heatmap, *attribution.memory_heatmaps)
+    # A picture with less than an equal share of the attribution has a weaker yellow.
     return [
         _overlay(to_picture(model, image), heatmap, min(1.0, (share * len(images)) ** 0.5))
         for image, heatmap, share in zip(images, heatmaps, attribution.shares, strict=True)
@@ -59,18 +51,16 @@ def overlays(model: MemoryWrapModel, attribution: Attribution) -> list[np.ndarra
 
 
 def _overlay(picture: np.ndarray, heatmap: Tensor, most: float) -> np.ndarray:
+    from torchvision.transforms.functional import gaussian_blur
+
+    # The signs of neighbouring pixels alternate, which would look like noise: absolute and smoothed.
     grey = torch.from_numpy(picture.copy()).double().mean(dim=-1, keepdim=True)
-    heat = _smooth(heatmap.detach().cpu().double().abs().sum(dim=0), sigma=max(heatmap.shape[-2:]) / 24)
+    heat, sigma = heatmap.detach().cpu().double().abs().sum(dim=0), max(heatmap.shape[-2:]) / 24
+    # The heat is mirrored at the edges, so the kernel cannot reach further than a side is long.
+    reach = min(math.ceil(3 * sigma), min(heat.shape) - 1)
+    heat = gaussian_blur(heat[None], 2 * reach + 1, sigma)[0]
     # At most half of the picture is coloured, so that the rest can be seen.
     heat = (heat - heat.median()).clamp(min=0)
     heat = heat / heat.quantile(0.99).clamp_min(torch.finfo(torch.float64).tiny)
     strength = 0.85 * most * heat.clamp(max=1).unsqueeze(-1)
     return ((1 - strength) * 0.75 * grey + strength * torch.tensor(HEAT)).round().to(torch.uint8).numpy()
-
-
-def _smooth(heat: Tensor, sigma: float) -> Tensor:
-    from torchvision.transforms.functional import gaussian_blur
-
-    # The heat is mirrored at the edges, so the kernel cannot reach further than a side is long.
-    reach = min(math.ceil(3 * sigma), min(heat.shape) - 1)
-    return gaussian_blur(heat[None], 2 * reach + 1, sigma)[0]
