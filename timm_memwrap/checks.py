@@ -6,7 +6,6 @@ A `config.json` is a few hundred bytes that anyone may have written, and could a
 import inspect
 import math
 from collections.abc import Mapping
-from copy import deepcopy
 from typing import Any
 
 import timm
@@ -71,12 +70,10 @@ def parse_config(
         )
     reserved = sorted(_RESERVED_ARGS & set(args))
     if reserved:
-        raise FileError(
-            f"{name}: model_args has {_some(reserved)}, which no saved model has. The file is not to be trusted."
-        )
+        raise FileError(f"{name}: model_args has {_some(reserved)}, which no saved model has. It is not to be trusted.")
     place = {key: source[key] for key in ("source", "file", "hf_hub_id") if source.get(key)}
     try:
-        cfg, _, args = _hub._parse_model_cfg(deepcopy(config), place)
+        cfg, _, args = _hub._parse_model_cfg({**config, "pretrained_cfg": {**config["pretrained_cfg"]}}, place)
     except Exception as error:
         raise FileError(f"{name} cannot be read by timm ({type(error).__name__}: {error}).") from error
     classes = cfg.get("num_classes", 0)

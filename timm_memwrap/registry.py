@@ -71,11 +71,10 @@ def backbone_cfg(cfg: Any, backbone: str | None) -> Any:
     cfg = dict(cfg)
     if "first_conv" in cfg:
         cfg["first_conv"] = _remove_prefix(cfg["first_conv"])
-    if "classifier" in cfg and backbone is not None:
-        # The name in a Memory Wrap cfg may be the head's. The backbone's own stands in the registry.
-        cfg["classifier"] = timm.models.resolve_pretrained_cfg(backbone).classifier
     if backbone is not None:
         cfg["architecture"] = backbone
+        # The name in a Memory Wrap cfg may be the head's. The backbone's own stands in the registry.
+        cfg["classifier"] = timm.models.resolve_pretrained_cfg(backbone).classifier
     return cfg
 
 

@@ -87,10 +87,8 @@ def read_tensors(path: str | os.PathLike, name: str, cure: str = "Copy or save i
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise
     # RuntimeError: PyTorch's, if the file shrinks while it is opened.
-    except (SafetensorError, OSError, RuntimeError, UnicodeError) as error:
+    except (SafetensorError, RuntimeError, UnicodeError) as error:
         raise FileError(f"{name} is not a whole safetensors file ({error}). {cure}") from error
     expected = metadata.pop(_CHECKSUM, None)
     if expected is not None and checksum(tensors, metadata) != expected:

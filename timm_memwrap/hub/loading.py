@@ -76,16 +76,13 @@ def from_pretrained(
 
 
 def pull(repo_id: str, folder: str | os.PathLike, *, token: str | bool | None = None, overwrite: bool = False) -> Path:
-    """Downloads a model to a folder, after loading it once to see that it is whole.
+    """Downloads a model to a folder, after loading it once to see that it is whole, and returns the folder.
 
     Args:
         repo_id: The repository, `"owner/name"` or `"owner/name@revision"`.
         folder: Folder to write to; made if it does not exist.
         token: Token of the Hub; `None` for the one of `hf auth login` or `HF_TOKEN`.
         overwrite: Whether to replace a model that the folder holds.
-
-    Returns:
-        The folder.
 
     Raises:
         ValueError: If the folder holds a model, or the files are damaged or not of a Memory Wrap model.
@@ -140,10 +137,7 @@ def _source(model_id: str | os.PathLike) -> tuple[str, str]:
     repo_id = split_revision(name)[0]
     local = prefix == "local-dir" or not isinstance(model_id, str)
     if local or name.startswith((".", "/", "~")) or "\\" in name or repo_id.count("/") > 1:
-        raise FileError(
-            f"{str(path)!r} is not a directory. Pass one that timm_memwrap.save_pretrained wrote, or a repo id, as "
-            f"'owner/name'."
-        )
+        raise FileError(f"{str(path)!r} is not a directory. Pass one that timm_memwrap.save_pretrained wrote.")
     check_repo_id(repo_id)
     return "hf-hub", name
 

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterable
+from itertools import chain, count
 
 from timm_memwrap.memory_bank import MemoryBank, SampleId
 
@@ -44,10 +45,7 @@ def _public_ids(ids: Iterable[SampleId], classes: Iterable[str]) -> list[SampleI
     taken = {new for new, old in zip(reduced, ids, strict=True) if new == old}
     public: list[SampleId] = []
     for new, old in zip(reduced, ids, strict=True):
-        candidate, count = new, 1
-        while new != old and candidate in taken:
-            count += 1
-            candidate = f"{new} ({count})"
-        taken.add(candidate)
-        public.append(candidate)
+        candidates = chain([new], (f"{new} ({number})" for number in count(2)))
+        public.append(old if new == old else next(each for each in candidates if each not in taken))
+        taken.add(public[-1])
     return public

@@ -77,10 +77,7 @@ def push_to_hub(
         files = write_model(model, folder, bank)
         card = write_card(model, folder, bank, f"hf-hub:{repo_id}", model_card)
         if len(card) > 1 and not include_images:
-            raise ValueError(
-                "model_card has a figure, which shows images, but include_images=False. Pass include_images=True, or "
-                "leave the figure out."
-            )
+            raise ValueError("model_card has a figure, which shows images. Pass include_images=True, or leave it out.")
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         if url.repo_id != repo_id:
             # The Hub completes a name without an owner, which does not load.
@@ -148,20 +145,19 @@ def push_folder(folder: str | os.PathLike, repo_id: str, **kwargs: Any) -> Commi
         **kwargs: Passed to `push_to_hub`.
 
     Raises:
-        ValueError: As in `push_to_hub`, or if the folder does not hold a model.
-        OSError: As in `push_to_hub`.
+        ValueError, OSError: As in `push_to_hub`, or if the folder does not hold a model.
     """
     directory = Path(folder).expanduser()
     model = from_pretrained(f"local-dir:{directory}")
     card = directory / CARD_FILE
-    if not card.is_file():
-        return push_to_hub(model, repo_id, **kwargs)
-    try:
-        text = card.read_text(encoding="utf-8")
-    except UnicodeError as error:
-        raise FileError(f"{str(card)!r} is not UTF-8 ({error}). Save it as UTF-8, or delete it.") from error
-    here, there = loading_code(local_source(directory)), loading_code(f"hf-hub:{repo_id}")
-    return push_to_hub(model, repo_id, model_card=text.replace(here, there), **kwargs)
+    if card.is_file():
+        try:
+            text = card.read_text(encoding="utf-8")
+        except UnicodeError as error:
+            raise FileError(f"{str(card)!r} is not UTF-8 ({error}). Save it as UTF-8, or delete it.") from error
+        here, there = loading_code(local_source(directory)), loading_code(f"hf-hub:{repo_id}")
+        kwargs = {"model_card": text.replace(here, there), **kwargs}
+    return push_to_hub(model, repo_id, **kwargs)
 
 
 def _commit(
@@ -207,6 +203,5 @@ def _check_same_weights(model: MemoryWrapModel, path: str, source: str) -> None:
     if different:
         raise ValueError(
             f"The weights in {source!r} are not those that encoded the memory: {len(different)} tensors differ, e.g. "
-            f"{different[0]!r}. Push weights and memory together with timm_memwrap.push_to_hub, or load the model from "
-            f"there and build the memory with it."
+            f"{different[0]!r}. Push both with timm_memwrap.push_to_hub, or build the memory with the model from there."
         )

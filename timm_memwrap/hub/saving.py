@@ -34,7 +34,7 @@ def save_pretrained(
     model_card: CardDetails = None,
     overwrite_card: bool = False,
 ) -> Path:
-    """Writes a model with its memory bank to a folder that stock timm loads.
+    """Writes a model with its memory bank to a folder that stock timm loads, and returns the folder.
 
     The folder gets `model.safetensors`, `config.json` and, if it has none, a `README.md`. The model is whole or as
     before, whenever the process is stopped. `timm.create_model("local-dir:" + folder, pretrained=True)` loads it once
@@ -46,9 +46,6 @@ def save_pretrained(
         allow_empty_memory: Whether to save a model whose bank is empty.
         model_card: What the card is to say beside what the model knows, as in `push_to_hub`.
         overwrite_card: Whether to replace a `README.md` that is there.
-
-    Returns:
-        The folder.
 
     Raises:
         ValueError: If the bank is empty or stale, or the model is not one that could be loaded again.
