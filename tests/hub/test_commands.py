@@ -88,6 +88,15 @@ def test_an_error_is_one_line(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_broken_connection_is_one_line(
+    hub: Hub, token: str, model: MemoryWrapModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = timm_memwrap.save_pretrained(model, tmp_path / "pets")
+    hub.fail("POST", "/commit/", times=100, cut_after=100)
+    assert main(["push", str(folder), "me/pets"]) == 1
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("timm-memwrap: ")
+
+
 def test_a_training_is_pushed_with_its_accuracy(hub: Hub, token: str, tmp_path: Path) -> None:
     args = ["--config", "quickstart", "--out", str(tmp_path / "out"), "--data.img_size", "16", "--training.epochs", "1"]
     assert main(["train", *args, "--push", "me/digits", "--hub.private", "true", "--hub.license", "mit"]) == 0

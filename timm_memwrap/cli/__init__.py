@@ -54,7 +54,10 @@ def main(args: list[str] | None = None) -> int:
         COMMANDS[name](**values)
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError, ImportError) as error:
+    except Exception as error:
+        # A connection that breaks is an error of the HTTP library of the Hub's client, which is not ours to import.
+        if not isinstance(error, ValueError | OSError | ImportError) and not type(error).__module__.startswith("httpx"):
+            raise
         # One line: the errors of the Hub's client have several.
         print(f"timm-memwrap: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
