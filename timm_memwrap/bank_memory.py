@@ -56,10 +56,13 @@ def bank_memory(
     tensors = [tensor for module in (head, *others) for tensor in (*module.parameters(), *module.buffers())]
     tensors += [encodings, labels]
     known, compiling = bank.derived, torch.compiler.is_compiling()
-    if isinstance(known, BankMemory) and known.memory.keys.vectors.dtype == dtype:
+    if (
+        isinstance(known, BankMemory)
+        and known.memory.keys.vectors.dtype == dtype
         # A compiled model cannot watch; training it or changing the bank drops what is known all the same.
-        if compiling or (known.head is head and known.watch is not None and known.watch.unchanged(tensors)):
-            return known
+        and (compiling or (known.head is head and known.watch is not None and known.watch.unchanged(tensors)))
+    ):
+        return known
     # Not in inference mode, whose tensors a later backward could not use.
     with torch.inference_mode(False), torch.no_grad():
         memory = head.prepare(encodings.to(dtype), labels)

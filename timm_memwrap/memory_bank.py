@@ -160,8 +160,8 @@ class MemoryBank(nn.Module):
             ):
                 expected = "none" if old is None else f"[{', '.join(map(str, ['N', *old.shape[1:]]))}]"
                 raise ValueError(
-                    f"{name} has shape {None if new is None else list(new.shape)}; expected {expected}, as in the bank. "
-                    f"Encode the samples with the same model, and give images for all samples or for none."
+                    f"{name} has shape {None if new is None else list(new.shape)}; expected {expected}, as the bank "
+                    f"has. Encode the samples with the same model, and give images for all samples or for none."
                 )
             state[name] = None if new is None or old is None else torch.cat([old, new.detach().to(old)])
         meaning = self._parsed_meaning()

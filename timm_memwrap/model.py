@@ -15,7 +15,7 @@ from timm_memwrap import constants
 from timm_memwrap.attention import wide
 from timm_memwrap.backbone import OwnClassifier, classifies_affinely, encode_features
 from timm_memwrap.bank_memory import BankMemory, bank_memory, empty_memory, warn_of_empty_memory
-from timm_memwrap.checks import misfits
+from timm_memwrap.checks import misfits, split_bank
 from timm_memwrap.encoding_queue import EncodingQueue
 from timm_memwrap.fingerprint import WatchedFingerprint
 from timm_memwrap.heads import Calibration, new_head
@@ -283,11 +283,9 @@ class MemoryWrapModel(TimmInterface):
         Raises:
             RuntimeError: If something does not fit; the model is then as it was.
         """
-        prefix = f"{constants.MEMORY_BANK}."
-        bank = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
-        weights = {name: tensor for name, tensor in state_dict.items() if not name.startswith(prefix)}
-        own = {name: t for name, t in self.state_dict(keep_vars=True).items() if not name.startswith(prefix)}
-        wrong = misfits(own, weights, names=strict)
+        weights, bank = split_bank(state_dict)
+        bank = {name.removeprefix(f"{constants.MEMORY_BANK}."): value for name, value in bank.items()}
+        wrong = misfits(split_bank(self.state_dict(keep_vars=True))[0], weights, names=strict)
         if {"encodings", "labels"} <= bank.keys():
             try:
                 self.check_bank(bank["encodings"], bank["labels"])

@@ -12,8 +12,8 @@ __all__ = ["SELECTIONS", "needs_encodings", "select"]
 def select(selection: str, labels: Tensor, encodings: Tensor | None, size: int | None, seed: int) -> list[int]:
     """Returns the positions of samples to remember, in increasing order.
 
-    They are chosen by one of `SELECTIONS` from labels `[N]` and, where it needs them, encodings `[N, D]`. A `ValueError`
-    is raised if there are fewer than `size`; `None` is for all.
+    They are chosen by one of `SELECTIONS` from labels `[N]` and, where it needs them, encodings `[N, D]`. Raises a
+    `ValueError` if there are fewer than `size`; `None` is for all.
     """
     if size is None:
         return list(range(len(labels)))
