@@ -65,8 +65,7 @@ def run_quickstart(recipe: Recipe, out: str | os.PathLike, progress: bool = True
 @torch.inference_mode()
 def _interesting(model: MemoryWrapModel, loader: DataLoader) -> tuple[Tensor, Tensor]:
     """Returns the images and labels that the model is least sure of, one per class, because they show the most."""
-    images = torch.cat([x for x, _ in loader])
-    labels = torch.cat([y for _, y in loader])
+    images, labels = (torch.cat(part) for part in zip(*loader, strict=True))
     best = torch.cat([model(x) for x, _ in loader]).softmax(dim=-1).amax(dim=-1)
     chosen: list[int] = []
     for i in best.argsort().tolist():

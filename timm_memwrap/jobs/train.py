@@ -56,11 +56,7 @@ class TrainingReport:
 
 
 def train(
-    recipe: Recipe,
-    out: str | os.PathLike,
-    resume: bool = False,
-    overwrite: bool = False,
-    progress: bool = True,
+    recipe: Recipe, out: str | os.PathLike, resume: bool = False, overwrite: bool = False, progress: bool = True
 ) -> TrainingReport:
     """Trains the model of a recipe, builds its memory, evaluates and saves it, and pushes it if the recipe says so.
 
@@ -126,21 +122,18 @@ def _write(fitted: Fitted, report: TrainingReport) -> None:
     recipe, metrics, plain = fitted.recipe, report.metrics, report.plain_accuracy
     data, hub = recipe.data, recipe.hub
     curves = plot_curves(report.history, report.directory / "curves.png", None if plain is None else report.accuracy)
-    common = {"dataset": data.dataset or Path(data.data_dir or "data").name, "split": data.val_split or "held out"}
-    if hub.dataset_id is not None:
-        common["dataset_id"] = hub.dataset_id
+    name, split = data.dataset or Path(data.data_dir or "data").name, data.val_split or "held out"
+    common = {"dataset": name, "dataset_id": hub.dataset_id, "split": split}
     values = {"accuracy": metrics.accuracy}
     if plain is not None:
         values["accuracy of the plain classifier"] = plain
     values |= {"explanation accuracy": metrics.explanation_accuracy, "samples a prediction": metrics.support_size}
-    card: dict[str, Any] = {
-        "results": [{"metric": name, "value": value, **common} for name, value in values.items()],
+    card = {
+        "results": [{"metric": metric, "value": value, **common} for metric, value in values.items()],
         "description": _describe(fitted),
+        "license": hub.license,
+        "datasets": hub.dataset_id,
     }
-    if hub.license is not None:
-        card["license"] = hub.license
-    if hub.dataset_id is not None:
-        card["datasets"] = [hub.dataset_id]
     save_pretrained(report.model, report.directory, model_card=card, overwrite_card=True)
     summary = {
         "model": recipe.model.name,
@@ -159,9 +152,8 @@ def _write(fitted: Fitted, report: TrainingReport) -> None:
     }
     write_text(report.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
     if hub.push is not None:
-        commit = push_to_hub(
-            report.model, hub.push, private=hub.private, include_images=hub.include_images, model_card=card
-        )
+        model, private, images = report.model, hub.private, hub.include_images
+        commit = push_to_hub(model, hub.push, private=private, include_images=images, model_card=card)
         _logger.info("Pushed to %s: %s", hub.push, commit.commit_url)
 
 

@@ -21,8 +21,7 @@ class ModelConfig:
         memory_only: Whether a trained head predicts from the memory alone. Always true with memory.mode none.
         distance: cosine, l2 or dot.
         scale: Factor on the similarities, or learned; null for the read head's default.
-        read_head: probabilities, pre_logits or logits with memory.mode none, else linear or identity; null for the
-            first of these.
+        read_head: probabilities, pre_logits or logits with memory.mode none, else linear or identity; null: the first.
         classifier: own or vote with memory.mode none, else mlp or linear; null for the read head's default.
         temperature: Divisor of the logits; null for 1, or for what memory.calibrate finds.
         kwargs: Further arguments of the timm architecture.

@@ -44,15 +44,9 @@ def check_model_config(config: ModelConfig, memory_mode: str) -> None:
             f"{memory_mode!r} has no head to train. Pass memory.mode=none."
         )
     if wraps and config.scale == "learned":
-        raise ValueError(
-            "model.scale='learned' needs training with a memory, but memory.mode=none trains without. Pass a number, "
-            "or another mode."
-        )
+        raise ValueError("model.scale='learned' needs training with a memory. Pass a number, or another memory.mode.")
     if not wraps and config.classifier == "vote":
-        raise ValueError(
-            f"model.classifier='vote' has no layer to train, so memory.mode={memory_mode!r} cannot train it. Pass "
-            f"memory.mode=none."
-        )
+        raise ValueError("model.classifier='vote' has no layer to train. Pass memory.mode=none, or another classifier.")
     read_head = config.read_head or (DEFAULT_OWN_READ_HEAD if wraps else "linear")
     resolve_memory_args(wraps or config.memory_only, **{**_memory_args(config), "read_head": read_head})
 
@@ -129,14 +123,16 @@ def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
         scale = 0.0 if pretrained and plain and cfg.num_classes != num_classes else 1.0
     if scale != 1.0:
         _scale_classifier(model, scale)
-    _set_temperature(model, config)
+    if not plain and config.temperature is not None:
+        model.temperature = config.temperature  # type: ignore[assignment]
     return model
 
 
 def wrap_trained(model: nn.Module, config: ModelConfig) -> MemoryWrapModel:
     """Wraps a plain model that was trained; its classifier is read through the memory."""
     wrapped = wrap(model, **_memory_args(config))
-    _set_temperature(wrapped, config)
+    if config.temperature is not None:
+        wrapped.temperature = config.temperature
     return wrapped
 
 
@@ -146,11 +142,6 @@ def _given(**options: Any) -> dict[str, Any]:
 
 def _memory_args(config: ModelConfig) -> dict[str, Any]:
     return _given(**{name: getattr(config, name) for name in ("distance", "scale", "read_head", "classifier")})
-
-
-def _set_temperature(model: nn.Module, config: ModelConfig) -> None:
-    if isinstance(model, MemoryWrapModel) and config.temperature is not None:
-        model.temperature = config.temperature
 
 
 @torch.no_grad()

@@ -30,14 +30,13 @@ def sampled_accuracy(
     """Evaluates `draws` times by the paper's protocol (Section 4): each batch reads `size` images drawn at random."""
     if size > len(memory):
         raise ValueError(f"memory.train_size={size}, but there are {len(memory)} training images to draw from.")
-    processes = Processes(next(model.parameters()).device)
+    device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
 
     class Drawing(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
             drawn = torch.randperm(len(memory), generator=generator)[:size].tolist()
-            chosen: Tensor = default_collate([memory[i][0] for i in drawn])
-            return model(images, memory=chosen.to(images.device))
+            return model(images, memory=default_collate([memory[i][0] for i in drawn]).to(device))
 
     with evaluating(model):
-        return [evaluate(Drawing(), loader, processes)["accuracy"] for _ in range(draws)]
+        return [evaluate(Drawing(), loader, Processes(device))["accuracy"] for _ in range(draws)]

@@ -116,8 +116,7 @@ def fit_recipe(
     check_batch_size(len(images), recipe.data, memory)
     if memory.size is not None and memory.size > len(images):
         raise ValueError(
-            f"memory.size={memory.size}, but there are {len(images)} training images. Pass at most that, or null for "
-            f"all."
+            f"memory.size={memory.size} is more than the {len(images)} training images. Pass fewer, or null for all."
         )
     classes = len(images.classes)
     torch.manual_seed(config.seed)

@@ -16,6 +16,10 @@ from timm_memwrap.training.configuration import DataConfig, MemoryConfig
 __all__ = ["augmented", "check_batch_size", "create_mixup", "eval_loader", "train_loader"]
 
 
+# Options that `DataConfig` and `timm.data.create_transform` share.
+_AUGMENTATION = ("scale", "ratio", "hflip", "vflip", "color_jitter", "auto_augment", "re_prob")
+
+
 class _MemoryCollate:
     """Collates a batch and what the memory mode reads beside it, in the process that loads the inputs."""
 
@@ -55,22 +59,9 @@ def train_loader(
 
 def augmented(images: Images, config: DataConfig, model_config: dict[str, Any]) -> Images:
     """Returns the images with timm's augmentation, for a model of a data config."""
-    transform = create_transform(
-        input_size=model_config["input_size"],
-        is_training=True,
-        re_prob=config.re_prob,
-        re_mode="pixel",
-        scale=config.scale,
-        ratio=config.ratio,
-        hflip=config.hflip,
-        vflip=config.vflip,
-        color_jitter=config.color_jitter,
-        auto_augment=config.auto_augment,
-        interpolation=model_config["interpolation"],
-        mean=model_config["mean"],
-        std=model_config["std"],
-    )
-    return images.with_transform(transform)
+    options = {name: getattr(config, name) for name in _AUGMENTATION}
+    options |= {name: model_config[name] for name in ("input_size", "interpolation", "mean", "std")}
+    return images.with_transform(create_transform(is_training=True, re_mode="pixel", **options))
 
 
 def eval_loader(
@@ -85,13 +76,8 @@ def create_mixup(config: DataConfig, smoothing: float, num_classes: int) -> Mixu
     """Creates timm's Mixup and CutMix, which also smooth the labels; `None` if neither is enabled."""
     if not (config.mixup or config.cutmix):
         return None
-    return Mixup(
-        mixup_alpha=config.mixup,
-        cutmix_alpha=config.cutmix,
-        prob=config.mixup_prob,
-        label_smoothing=smoothing,
-        num_classes=num_classes,
-    )
+    options = {"label_smoothing": smoothing, "num_classes": num_classes}
+    return Mixup(config.mixup, config.cutmix, prob=config.mixup_prob, **options)
 
 
 def check_batch_size(count: int, config: DataConfig, memory: MemoryConfig) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import ClassificationTask
 from timm.utils import dispatch_clip_grad, random_seed
 from timm.utils.model import unwrap_model
@@ -29,9 +29,6 @@ __all__ = ["fit"]
 _logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
-
-# Seconds between two updates of the progress bar's metrics, each of which waits for the device.
-_REFRESH = 0.5
 
 
 def fit(
@@ -54,10 +51,8 @@ def fit(
     history: list[Row] = []
     saver = loop.resume(checkpoints, history) if checkpoints is not None else None
     total, done = config.epochs * len(loader), len(history) * len(loader)
-    with (
-        logging_redirect_tqdm(),
-        tqdm(total=total, initial=done, desc="Training", unit="step", disable=not progress) as bar,
-    ):
+    bar = tqdm(total=total, initial=done, desc="Training", unit="step", disable=not progress, mininterval=0.5)
+    with logging_redirect_tqdm(), bar:
         for epoch in range(len(history), config.epochs):
             row = loop.train(epoch, bar)
             if epoch + 1 == config.epochs or (epoch + 1) % config.val_interval == 0:
@@ -90,16 +85,8 @@ class _Loop:
         self.processes, self.mixup = processes, mixup
         device = processes.device
         self.module = unwrap_model(task.get_trainable_module())
-        self.optimizer = create_optimizer_v2(
-            self.module,
-            opt=config.opt,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            layer_decay=config.layer_decay,
-        )
-        # Steps of an epoch.
-        self.steps = math.ceil(len(loader) / config.grad_accum_steps)
+        self.optimizer = create_optimizer_v2(self.module, **optimizer_kwargs(config))
+        self.steps = math.ceil(len(loader) / config.grad_accum_steps)  # of an epoch
         self.scheduler = _scheduler(self.optimizer, config, self.steps)
         # Disabled, it leaves losses and steps as they are.
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp and config.amp_dtype == "float16")
@@ -147,7 +134,7 @@ class _Loop:
         # Sums of losses and of correct predictions; they stay on the device.
         sums = torch.zeros(2, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
         seen = 0
-        start = refreshed = time.perf_counter()
+        start = time.perf_counter()
         if self.scheduler is not None:
             self.scheduler.step_update(epoch * self.steps)
         for i, (inputs, labels, extra) in enumerate(self.loader):
@@ -158,12 +145,10 @@ class _Loop:
             if self.mixup is None:
                 sums[1] += (output.argmax(dim=-1) == labels).sum()
             seen += len(inputs)
-            bar.update()
-            now = time.perf_counter()
-            if not bar.disable and now - refreshed > _REFRESH:
-                refreshed = now
+            # Only as often as the bar is drawn, because metrics wait for the device.
+            if bar.update():
                 shown = self._metrics(sums.tolist(), seen)
-                bar.set_postfix({"epoch": epoch + 1, **{k[6:]: f"{v:.3f}" for k, v in shown.items()}}, refresh=False)
+                bar.set_postfix({"epoch": epoch + 1, **{k[6:]: f"{v:.3f}" for k, v in shown.items()}})
         seconds = time.perf_counter() - start
         totals = torch.cat([sums, sums.new_tensor([seen])])
         if processes.distributed:
@@ -224,19 +209,7 @@ def _scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, steps: 
     try:
         if config.sched == "plateau":
             raise ValueError("it needs a metric in each step. Pass another, e.g. 'cosine'.")
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            sched=config.sched,
-            num_epochs=config.epochs,
-            decay_epochs=config.decay_epochs,
-            decay_milestones=config.decay_milestones,
-            decay_rate=config.decay_rate,
-            warmup_epochs=config.warmup_epochs,
-            warmup_lr=config.warmup_lr,
-            min_lr=config.min_lr,
-            step_on_epochs=False,
-            updates_per_epoch=steps,
-        )
+        options = scheduler_kwargs(config) | {"step_on_epochs": False, "updates_per_epoch": steps}
+        return create_scheduler_v2(optimizer, **options)[0]
     except (AssertionError, ValueError) as error:
         raise ValueError(f"training.sched={config.sched!r} is not valid: {error}") from error
-    return scheduler

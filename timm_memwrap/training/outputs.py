@@ -58,16 +58,14 @@ def plot_curves(rows: list[Row], path: Path, memory_accuracy: float | None = Non
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     losses, accuracies = figure.subplots(1, 2)
     # Colours that colour-blind people tell apart (Okabe and Ito), and different line styles.
-    styles: dict[str, dict[str, Any]] = {
-        "train": {"color": "#0072B2", "linestyle": "-", "label": "training"},
-        "val": {"color": "#D55E00", "linestyle": "--", "label": "validation"},
-    }
+    splits = (("train", "training", "#0072B2", "-"), ("val", "validation", "#D55E00", "--"))
     marker = "o" if len(rows) < 30 else None
     for axes, metric in ((losses, "loss"), (accuracies, "accuracy")):
-        for split, style in styles.items():
+        for split, label, color, line in splits:
             points = [(row["epoch"], row[f"{split}_{metric}"]) for row in rows if f"{split}_{metric}" in row]
             if points:
-                axes.plot(*zip(*points, strict=True), marker=marker, markersize=3, **style)
+                style = {"marker": marker, "markersize": 3, "label": label, "color": color, "linestyle": line}
+                axes.plot(*zip(*points, strict=True), **style)
         axes.set_title(metric.capitalize(), loc="left", fontweight="bold")
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -78,8 +76,8 @@ def plot_curves(rows: list[Row], path: Path, memory_accuracy: float | None = Non
     accuracies.yaxis.set_major_formatter(PercentFormatter(1.0))
     if memory_accuracy is not None and rows:
         label = f"through the memory alone: {memory_accuracy:.1%}"
-        style = {"color": "#009E73", "markersize": 7, "label": label, "clip_on": False}
-        accuracies.plot(rows[-1]["epoch"], memory_accuracy, "D", **style)
+        style = {"marker": "D", "markersize": 7, "label": label, "color": "#009E73", "linestyle": "", "clip_on": False}
+        accuracies.plot(rows[-1]["epoch"], memory_accuracy, **style)
     for axes in (losses, accuracies):
         axes.legend(frameon=False)
     figure.savefig(path, dpi=150)

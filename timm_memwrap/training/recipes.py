@@ -1,5 +1,6 @@
 """Finds, reads and writes recipes: YAML files, each of which may inherit from another by `base: NAME`."""
 
+import json
 import os
 from argparse import ArgumentError
 from collections.abc import Collection, Mapping
@@ -15,6 +16,8 @@ from timm_memwrap._utils import write_text
 from timm_memwrap.training.configuration import Recipe
 
 __all__ = ["find_recipe", "first_difference", "load_recipe", "read_recipe", "recipe_names", "to_dict", "write_recipe"]
+
+_Sections = Mapping[str, Mapping[str, Any]]
 
 
 def recipe_names() -> list[str]:
@@ -54,7 +57,12 @@ def read_recipe(path: Path, kind: type[Recipe] = Recipe, heirs: tuple[Path, ...]
     """
     if path.resolve() in heirs:
         raise ValueError(f"{path} inherits from itself, through {' and '.join(heir.name for heir in heirs)}.")
-    content = _read_yaml(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__}, not sections such as 'model:'.")
     base = content.pop("base", None)
     _refuse_unknown(content, kind, path)
     if base is None:
@@ -68,10 +76,7 @@ def read_recipe(path: Path, kind: type[Recipe] = Recipe, heirs: tuple[Path, ...]
 
 def to_dict(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """Returns all options by section as YAML and JSON give them back, which have no tuples."""
-    return {
-        section: {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-        for section, values in asdict(recipe).items()
-    }
+    return json.loads(json.dumps(asdict(recipe)))
 
 
 def write_recipe(recipe: Recipe, path: str | os.PathLike) -> None:
@@ -80,9 +85,7 @@ def write_recipe(recipe: Recipe, path: str | os.PathLike) -> None:
 
 
 def first_difference(
-    before: Mapping[str, Mapping[str, Any]],
-    now: Mapping[str, Mapping[str, Any]],
-    free: Mapping[str, Collection[str] | None],
+    before: _Sections, now: _Sections, free: Mapping[str, Collection[str] | None]
 ) -> tuple[str, Any, Any] | None:
     """Returns the name, old and new value of the first option that differs between two results of `to_dict`.
 
@@ -115,13 +118,3 @@ def _refuse_unknown(content: dict, config_class: type, path: Path, section: str 
             if value is not None and not isinstance(value, dict):
                 raise ValueError(f"{path}: {section + str(key)!r} is {value!r}. Expected keys and values below it.")
             _refuse_unknown(value or {}, types[key], path, f"{section}{key}.")
-
-
-def _read_yaml(path: Path) -> dict:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__}, not sections such as 'model:'.")
-    return content

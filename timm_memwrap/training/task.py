@@ -63,9 +63,7 @@ class MemoryWrapTask(ClassificationTask):
         """Returns the queue, which belongs to a checkpoint but not to the model."""
         return {} if ema else self.queue.state_dict()
 
-    def load_task_state(
-        self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False
-    ) -> None:
+    def load_task_state(self, state: dict[str, Any] | None, *args: Any, ema: bool = False, **kwargs: Any) -> None:
         """Restores the queue."""
         if not ema and state:
             self.queue.load_state_dict(state)
