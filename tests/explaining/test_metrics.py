@@ -210,3 +210,9 @@ def test_nothing_is_a_value_error(
     model.memory_bank.clear()
     with pytest.raises(ValueError, match="bank is empty"):
         evaluate_explanations(model, TensorDataset(make_images(1), torch.tensor([0])))
+
+
+def test_a_calibration_bin_holds_its_upper_edge() -> None:
+    """As Guo et al. define it: 0.5 is in the first of two bins, and does not even out with 0.75."""
+    probabilities, right = torch.tensor([0.5, 0.75]), torch.tensor([True, False])
+    assert expected_calibration_error(probabilities, right, bins=2) == (0.5 + 0.75) / 2
