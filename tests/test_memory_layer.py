@@ -237,7 +237,7 @@ def test_values_are_the_encodings_and_keys_are_made_of_them_by_the_head() -> Non
     assert isinstance(memory, PreparedMemory)
     assert torch.equal(memory.values, encodings)
     torch.testing.assert_close(memory.keys.vectors, layer.head(encodings))
-    assert memory.size == SIZE
+    assert len(memory.keys.vectors) == SIZE
 
 
 @pytest.mark.parametrize("kind", [MemoryWrapLayer, BaselineMemory])

@@ -36,7 +36,7 @@ class BankMemory:
     def predict(self, positions: Tensor, own_logits: Callable[[Tensor], Tensor]) -> Tensor:
         """Returns predictions for positions of any shape, made once for each from the logits `[P, C]` of `[P]`."""
         if self.predictions is None:
-            self.predictions = torch.full((self.memory.size,), -1, device=positions.device)
+            self.predictions = torch.full((len(self.memory.keys.vectors),), -1, device=positions.device)
         asked = positions.unique()
         new = asked[self.predictions[asked] < 0]
         if len(new):
@@ -68,15 +68,18 @@ def bank_memory(
         memory = head.prepare(encodings.to(dtype), labels)
         if not compiling:
             memory = memory._replace(key_index=_new_index(memory, index_args))
-    bank.derived = BankMemory(head, memory, None if compiling else Watch(tensors))
-    return bank.derived
+    made = BankMemory(head, memory, None if compiling else Watch(tensors))
+    # An exported graph must not change the model that it was made of.
+    if not torch.compiler.is_exporting():
+        bank.derived = made
+    return made
 
 
 def _new_index(memory: PreparedMemory, index_args: dict[str, Any] | None) -> Any:
     if index_args is not None:
         return FaissIndex(memory.keys, **index_args)
     # On a device, a search that depends on what it finds would have to wait for it.
-    searched = memory.size > DENSE_SIZE and memory.keys.vectors.device.type == "cpu"
+    searched = len(memory.keys.vectors) > DENSE_SIZE and memory.keys.vectors.device.type == "cpu"
     return ExactIndex(memory.keys) if searched else None
 
 

@@ -48,11 +48,6 @@ class PreparedMemory(NamedTuple):
     values: Tensor  # what is summed, [M, V]; for a vote the labels [M]
     key_index: Index | None = None  # None to score all keys, which suits a small memory and gradients to it
 
-    @property
-    def size(self) -> int:
-        """Number of samples M."""
-        return self.keys.vectors.shape[0]
-
 
 class Read(NamedTuple):
     """What a query read from a memory.
@@ -175,7 +170,7 @@ class MemoryLayer(nn.Module, ABC):
             ValueError: If `hidden` does not fit.
         """
         if hidden is not None:
-            _check_hidden(hidden, query.shape[0], memory.size)
+            _check_hidden(hidden, query.shape[0], memory.keys.vectors.shape[0])
         with float32_island(query):
             masks = hidden is not None and hidden.dtype == torch.bool
             if memory.key_index is None or masks or torch.compiler.is_compiling():
@@ -233,7 +228,7 @@ class MemoryLayer(nn.Module, ABC):
 
     def _read_all(self, query: Tensor, memory: PreparedMemory, hidden: Tensor | None, ranked: bool) -> Read:
         if hidden is not None and hidden.dtype != torch.bool:
-            mask = torch.zeros(query.shape[0], memory.size, dtype=torch.bool, device=query.device)
+            mask = torch.zeros(query.shape[0], memory.keys.vectors.shape[0], dtype=torch.bool, device=query.device)
             hidden = mask.scatter(1, hidden.to(query.device), True)
         weights, found = self._weigh_all(query, memory, hidden)
         # With nothing to read this is zero, and still has a gradient: the last batch of an epoch may be of one.

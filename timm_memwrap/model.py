@@ -195,7 +195,7 @@ class MemoryWrapModel(TimmInterface):
         memory, (encodings, _) = self._bank_memory().memory, self.memory_bank.filled()
         parts = []
         with torch.no_grad():
-            for part in positions.split(max(1, _MOST_SCORES // memory.size)):
+            for part in positions.split(max(1, _MOST_SCORES // len(memory.keys.vectors))):
                 encoding = encodings[part].to(memory.keys.vectors.dtype)
                 if self.memory_args["classifier"] == "own":
                     parts.append(self.calibration(self.head.classify(encoding, encoding)))
