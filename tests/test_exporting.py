@@ -614,5 +614,5 @@ def test_indices_point_at_the_samples_that_explain_names(tmp_path: Path) -> None
         shown = [metadata["memory"]["ids"][i] for i in indices[row, :used].tolist()]
         assert shown == [sample.id for sample in explanation.samples]
         np.testing.assert_allclose(
-            weights[row, :used].numpy(), [sample.weight for sample in explanation.samples], atol=1e-4
+            weights[row, :used].detach().numpy(), [sample.weight for sample in explanation.samples], atol=1e-4
         )
