@@ -45,7 +45,8 @@ def add(prefix: str, backbone: str, create: Callable[..., nn.Module]) -> str:
     name = prefix + backbone
     # As those of a function of this name: it is what timm registers it by.
     create.__module__, create.__name__, create.__doc__ = __name__, name, f"Memory Wrap around timm's {backbone}."
-    default_cfgs[name] = DefaultCfg(
+    # The two kinds with a head to train have the same cfgs, of which there are thousands.
+    default_cfgs[name] = (prefix == PREFIX and default_cfgs.get(BASELINE_PREFIX + backbone)) or DefaultCfg(
         tags=cfgs.tags,
         cfgs={tag: _memory_cfg(cfg, f"{backbone}.{tag}".rstrip("."), prefix) for tag, cfg in cfgs.cfgs.items()},
         is_pretrained=cfgs.is_pretrained,
