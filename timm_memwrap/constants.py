@@ -6,7 +6,6 @@ EVIDENCE_PREFIX = "memwrap_evidence_"
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-BANK_FILE = "memory_bank.safetensors"
 
 # Names of the submodules of a Memory Wrap model: they are prefixes in its state dict and so part of the file format.
 BACKBONE = "backbone"
