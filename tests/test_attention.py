@@ -5,12 +5,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from scores import SCORES
 from torch import Tensor
 
 from timm_memwrap import attention
 from timm_memwrap.attention import (
     DISTANCES,
-    MASKED,
     content_weights,
     make_keys,
     scores,
@@ -30,19 +30,6 @@ def _simplex_projection(row: np.ndarray) -> np.ndarray:
         middle = (low + high) / 2
         low, high = (middle, high) if np.maximum(row - middle, 0).sum() > 1 else (low, middle)
     return np.maximum(row - high, 0)
-
-
-SCORES = {
-    "random": torch.randn(5, 300, generator=torch.Generator().manual_seed(1)),
-    "close together": torch.randn(5, 300, generator=torch.Generator().manual_seed(2)) * 1e-3,
-    "far apart": torch.randn(5, 300, generator=torch.Generator().manual_seed(3)) * 1e4,
-    "all equal": torch.full((3, 200), 0.3),
-    "ties at the top": torch.cat([torch.ones(3, 70), torch.zeros(3, 70)], dim=1),
-    # The first row needs one sample, the second all of them.
-    "different supports": torch.stack([torch.arange(200.0), torch.zeros(200)]),
-    "one sample": torch.randn(4, 1),
-    "masked": torch.randn(4, 100).index_fill(1, torch.arange(30), MASKED),
-}
 
 
 WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {"entmax": content_weights, "compiled": attention._sparsemax}

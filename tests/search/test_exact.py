@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scores import SCORES
 from torch import Tensor
 
 from timm_memwrap.attention import DISTANCES, MASKED, Keys, content_weights, make_keys, scores, unit
@@ -22,19 +23,6 @@ def _scattered(weights: Tensor, positions: Tensor, size: int) -> Tensor:
 def _search_scores(similarity: Tensor, at_least: int = 64) -> tuple[Tensor, Tensor, Tensor]:
     """Searches among keys whose scores are these."""
     return ExactIndex(Keys(torch.eye(similarity.shape[1])), at_least).search(similarity)
-
-
-SCORES = {
-    "random": torch.randn(5, 300, generator=torch.Generator().manual_seed(1)),
-    "close together": torch.randn(5, 300, generator=torch.Generator().manual_seed(2)) * 1e-3,
-    "far apart": torch.randn(5, 300, generator=torch.Generator().manual_seed(3)) * 1e4,
-    "all equal": torch.full((3, 200), 0.3),
-    "ties at the top": torch.cat([torch.ones(3, 70), torch.zeros(3, 70)], dim=1),
-    # The first row needs one sample, the second all of them.
-    "different supports": torch.stack([torch.arange(200.0), torch.zeros(200)]),
-    "one sample": torch.randn(4, 1),
-    "masked": torch.randn(4, 100).index_fill(1, torch.arange(30), MASKED),
-}
 
 
 @pytest.mark.parametrize("case", SCORES)
