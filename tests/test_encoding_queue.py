@@ -76,15 +76,6 @@ def test_entries_are_float32_whatever_is_appended(dtype: torch.dtype) -> None:
     assert _held(queue) == [1, 2]
 
 
-def test_clear_removes_all_entries() -> None:
-    queue = EncodingQueue(5, 3)
-    queue.append(_rows(0, 3))
-    queue.clear()
-    assert len(queue) == 0
-    queue.append(_rows(9, 1))
-    assert _held(queue) == [9]
-
-
 def test_a_state_dict_brings_the_entries_and_their_order_back() -> None:
     queue, other = EncodingQueue(5, 3), EncodingQueue(5, 3)
     queue.append(_rows(0, 7), torch.arange(7))

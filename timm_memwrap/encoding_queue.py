@@ -47,11 +47,6 @@ class EncodingQueue:
         self._next = self._next.to(device)
         return self
 
-    def clear(self) -> None:
-        """Removes all entries."""
-        self.positions.fill_(-1)
-        self._next.zero_()
-
     def state_dict(self) -> dict[str, Tensor]:
         """Returns what `load_state_dict` takes."""
         return {"encodings": self.encodings, "positions": self.positions, "next": self._next}
