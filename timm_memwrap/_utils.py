@@ -15,6 +15,7 @@ __all__ = [
     "check_choice",
     "check_count",
     "evaluating",
+    "is_exporting",
     "optional_import",
     "printable",
     "replacing",
@@ -47,6 +48,14 @@ def write_text(path: str | os.PathLike, text: str) -> Path:
 def printable(text: str) -> str:
     """Replaces characters that could steer a terminal: names in files from outside may hold anything."""
     return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def is_exporting() -> bool:
+    """Returns whether `torch.export` is tracing.
+
+    Before torch 2.12, `torch.compiler.is_exporting` says so of every compiled model too; the flag behind it is right.
+    """
+    return torch.compiler._is_exporting_flag
 
 
 def check_count(name: str, value: Any, at_least: int = 1, none: bool = False) -> None:

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from entmax import sparsemax
 from torch import Tensor
 
+from timm_memwrap._utils import is_exporting
+
 __all__ = [
     "DISTANCES",
     "MASKED",
@@ -49,7 +51,7 @@ def float32_island(tensor: Tensor) -> AbstractContextManager:
     if device_type == "meta":
         return nullcontext()
     # In an exported graph the context is a node, which torch.export.load cannot always read back.
-    if torch.compiler.is_exporting() and not torch.is_autocast_enabled(device_type):
+    if is_exporting() and not torch.is_autocast_enabled(device_type):
         return nullcontext()
     return torch.autocast(device_type=device_type, enabled=False)
 

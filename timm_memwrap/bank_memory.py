@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from timm_memwrap._utils import is_exporting
 from timm_memwrap.fingerprint import Watch
 from timm_memwrap.memory_bank import MemoryBank
 from timm_memwrap.memory_layer import MemoryLayer, PreparedMemory
@@ -70,7 +71,7 @@ def bank_memory(
             memory = memory._replace(key_index=_new_index(memory, index_args))
     made = BankMemory(head, memory, None if compiling else Watch(tensors))
     # An exported graph must not change the model that it was made of.
-    if not torch.compiler.is_exporting():
+    if not is_exporting():
         bank.derived = made
     return made
 
