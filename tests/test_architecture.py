@@ -21,7 +21,7 @@ ROOMS = (
     ("memory_layer", "read_heads", "memory_bank"),
     ("layers", "backbone"),
     ("heads", "bank_memory"),
-    ("timm_interface",),
+    ("timm_interface", "tracing"),
     ("model",),
     ("memory_checks", "registry", "whole_model"),
     ("factory",),

@@ -14,10 +14,12 @@ import timm
 import timm.optim
 import torch
 from timm.layers import get_channel_dim, get_spatial_dim
-from timm.models import FeatureInfo, group_parameters
+from timm.models import FeatureInfo, get_notrace_functions, get_notrace_modules, group_parameters
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from timm_memwrap import MemoryWrapModel
+from timm_memwrap import MemoryWrapModel, build_memory_bank
 from timm_memwrap.checks import without_values
 from timm_memwrap.constants import BASELINE_PREFIX, EVIDENCE_PREFIX, PREFIX
 
@@ -412,6 +414,50 @@ class TestEveryModuleFile:
         # timm freezes what fuses EfficientViM's own heads while it has none.
         assert without == ({"backbone.weights"} if case.backbone.startswith("efficientvim") else set())
         assert not any(parameter.requires_grad for name, parameter in last.named_parameters() if name in without)
+
+
+def traced(model: Any) -> Any:
+    """Returns a model as a graph of `torch.fx`, as timm traces its own."""
+    tracer_args = {
+        "leaf_modules": get_notrace_modules(),
+        "autowrap_functions": get_notrace_functions(),
+        "param_shapes_constant": True,
+    }
+    names = [nodes[-1] for nodes in get_graph_node_names(model, tracer_kwargs=tracer_args)]
+    return create_feature_extractor(
+        model, train_return_nodes=names[:1], eval_return_nodes=names[1:], tracer_kwargs=tracer_args
+    )
+
+
+@for_each(TEST_CASES)
+class TestFx:
+    @pytest.mark.parametrize("filled", [False, True], ids=["empty", "filled"])
+    @torch.no_grad()
+    def test_graph_computes_the_same(self, case: Case, model: Any, filled: bool) -> None:
+        if filled:
+            data = TensorDataset(images(model, 6), torch.arange(6))
+            build_memory_bank(model, data, size=None, progress=False)
+        x = images(model)
+        expected = model(x)
+        (logits,) = traced(model)(x).values()
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+    def test_graph_trains_the_head(self, case: Case, model: Any) -> None:
+        x = images(model, 3)
+        copied = copy.deepcopy(model).train()
+        torch.manual_seed(2)
+        expected = copied(x)
+        graph = traced(model).train()
+        torch.manual_seed(2)
+        (logits,) = graph(x).values()
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+        logits.mean().backward()
+        graph_gradients = {name: parameter.grad for name, parameter in graph.named_parameters()}
+        assert all(gradient is not None for gradient in graph_gradients.values())
+        missing = dict(model.named_parameters()).keys() - graph_gradients.keys()
+        # The backbone's own classifier is reached from inside the head, which a graph takes whole.
+        own = f"{case.create_plain().pretrained_cfg['classifier']}." if case.prefix == EVIDENCE_PREFIX else " "
+        assert all(name.startswith(f"backbone.{own}") for name in missing)
 
 
 def entries(model: Any) -> list[dict[str, Any]]:

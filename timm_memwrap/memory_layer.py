@@ -182,7 +182,12 @@ class MemoryLayer(nn.Module, ABC):
         """Computes outputs `[B, C]` from input encodings `[B, D]` and memory vectors `[B, V]`."""
 
     def forward(
-        self, input_encoding: Tensor, memory_encoding: Tensor, return_weights: bool = False
+        self,
+        input_encoding: Tensor,
+        memory_encoding: Tensor,
+        return_weights: bool = False,
+        labels: Tensor | None = None,
+        hidden: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Classifies inputs with the help of a memory set, as `memorywrap`'s layers do.
 
@@ -190,6 +195,8 @@ class MemoryLayer(nn.Module, ABC):
             input_encoding: Encodings of the inputs, `[B, D]`.
             memory_encoding: Encodings of the memory set, `[M, D]`. An empty one reads as the zero vector.
             return_weights: Whether to return the content weights too.
+            labels: Labels `[M]` of the memory set; only `LabelVote` needs them.
+            hidden: As in `read`.
 
         Returns:
             Outputs `[B, C]`; with `return_weights`, outputs and content weights `[B, M]`.
@@ -203,10 +210,12 @@ class MemoryLayer(nn.Module, ABC):
                     f"{name} has shape {list(encoding.shape)}; expected [N, {self.encoder_output_dim}]. Encode the "
                     f"images first, and construct the layer with encoder_output_dim=<width of an encoding>."
                 )
-        memory = self.prepare(memory_encoding)
+        memory = self.prepare(memory_encoding, labels)
         query = self.query(input_encoding)
+        if hidden is not None:
+            _check_hidden(hidden, len(input_encoding), len(memory_encoding))
         with float32_island(query):
-            weights, _ = self._weigh_all(query, memory, None)
+            weights, _ = self._weigh_all(query, memory, hidden)
             vector = self._sum_all(weights, memory.values)
         output = self.classify(input_encoding, vector)
         return (output, weights) if return_weights else output
@@ -217,19 +226,18 @@ class MemoryLayer(nn.Module, ABC):
         with float32_island(encoding):
             return wide(self.head(wide(encoding) if parameter is None else encoding.to(parameter.dtype)))
 
-    def _weigh_all(self, query: Tensor, memory: PreparedMemory, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _weigh_all(self, query: Tensor, memory: PreparedMemory, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
         """Returns the weights `[B, M]` of all samples, and their scores before the scale."""
         found = scores(query, memory.keys)
         scaled = self._scaled(found)
-        if mask is None:
+        if hidden is None:
             return content_weights(scaled), found
+        if hidden.dtype != torch.bool:
+            hidden = torch.zeros_like(scaled, dtype=torch.bool).scatter(1, hidden.to(query.device), True)
         # Where all is hidden all scores are alike, and yet nothing must be read.
-        return content_weights(scaled.masked_fill(mask, MASKED)).masked_fill(mask, 0.0), found
+        return content_weights(scaled.masked_fill(hidden, MASKED)).masked_fill(hidden, 0.0), found
 
     def _read_all(self, query: Tensor, memory: PreparedMemory, hidden: Tensor | None, ranked: bool) -> Read:
-        if hidden is not None and hidden.dtype != torch.bool:
-            mask = torch.zeros(query.shape[0], memory.keys.vectors.shape[0], dtype=torch.bool, device=query.device)
-            hidden = mask.scatter(1, hidden.to(query.device), True)
         weights, found = self._weigh_all(query, memory, hidden)
         # With nothing to read this is zero, and still has a gradient: the last batch of an epoch may be of one.
         vector = self._sum_all(weights, memory.values)

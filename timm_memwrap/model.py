@@ -24,6 +24,7 @@ from timm_memwrap.memory_bank import MemoryBank
 from timm_memwrap.memory_layer import MemoryReadout, PreparedMemory, is_factor
 from timm_memwrap.search import check_index
 from timm_memwrap.timm_interface import TimmInterface, add_prefix
+from timm_memwrap.tracing import forward_features, is_traced, trace_read
 
 __all__ = ["MemoryWrapModel"]
 
@@ -142,13 +143,15 @@ class MemoryWrapModel(TimmInterface):
             ValueError: If there is no head to read with, or a vote has no labels to count.
         """
         if self.num_classes == 0:
-            # What is traced by torch.fx is handed over in place of the defaults, and is neither.
+            # torch.fx hands proxies over in place of the defaults.
             if isinstance(memory, Tensor) or return_readout is True:
                 self.check_head()
             return self.backbone(x)
         encoding = self.encode(x)
         if isinstance(memory, Tensor) and memory.ndim == 4:
             memory = self.encode(memory)
+        if is_traced(encoding):
+            return self.calibration(trace_read(self.head, self.memory_bank, encoding, self.training))
         readout = self._read(encoding, memory, hidden, ranked=return_readout)
         return readout if return_readout else readout.logits
 
@@ -177,7 +180,7 @@ class MemoryWrapModel(TimmInterface):
 
     def encode(self, x: Tensor) -> Tensor:
         """Encodes images `[N, in_chans, H, W]` to `[N, E]`."""
-        return self.encode_features(self.backbone.forward_features(x))
+        return self.encode_features(forward_features(self.backbone, x))
 
     def encode_features(self, features: Any) -> Tensor:
         """Encodes images from the backbone's unpooled features, as `forward_features` returns them."""
@@ -330,8 +333,7 @@ class MemoryWrapModel(TimmInterface):
         return new_head(self.memory_args, self.memory_only, *sizes, self.own_classifier)
 
     def _read(self, encoding: Tensor, memory: Any, hidden: Any, ranked: bool) -> MemoryReadout:
-        """Reads the memory set; a tracer hands over something else than a tensor in place of `None`."""
-        memory, hidden = self._memory_set(encoding, memory, hidden if isinstance(hidden, Tensor) else None)
+        memory, hidden = self._memory_set(encoding, memory, hidden)
         vector, weights, positions, similarities = self.head.read(self.head.query(encoding), memory, hidden, ranked)
         logits = self.calibration(self.head.classify(encoding, vector))
         return MemoryReadout(logits, weights, positions, similarities, encoding)
