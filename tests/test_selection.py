@@ -52,14 +52,9 @@ def test_classes_get_even_shares(selection: str) -> None:
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
-def test_no_size_is_all(selection: str) -> None:
-    assert select(selection, LABELS, ENCODINGS, None, seed=0) == list(range(50))
-
-
-@pytest.mark.parametrize("selection", [s for s in SELECTIONS if s != "all"])
-def test_more_than_there_is_is_refused_with_the_number(selection: str) -> None:
-    with pytest.raises(ValueError, match=r"size=51.*has 50.*size=None"):
-        select(selection, LABELS, ENCODINGS, 51, seed=0)
+@pytest.mark.parametrize("size", [None, 50, 51])
+def test_a_size_that_the_data_does_not_exceed_is_all(selection: str, size: int | None) -> None:
+    assert select(selection, LABELS, ENCODINGS, size, seed=0) == list(range(50))
 
 
 def test_kmeans_takes_one_sample_of_each_clump() -> None:

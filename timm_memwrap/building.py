@@ -49,7 +49,7 @@ def build_memory_bank(
     Args:
         model: The model whose bank is to be built, with the weights that it is to be used with.
         data: A data set or loader of `(image, label)`; see `timm_memwrap.data.Samples` for how loaders are read.
-        size: Number M of samples to remember; `None` for all.
+        size: Most samples to remember; `None` for all.
         selection: `"random"`; `"balanced"`, as many of each class as there are; `"kmeans"`, per class the samples
             nearest to k-means centres of the encodings (needs scikit-learn); `"all"`.
         store_images: Whether to keep small uint8 images, at most 64 pixels a side, for people to look at. They stay in
@@ -66,7 +66,7 @@ def build_memory_bank(
         The bank, which is `model.memory_bank`.
 
     Raises:
-        ValueError: If the data is empty or smaller than `size`, a label is outside `num_classes`, an encoding is not
+        ValueError: If the data is empty, a label is outside `num_classes`, an encoding is not
             finite, or an argument does not fit.
 
     Example:

@@ -12,16 +12,11 @@ __all__ = ["SELECTIONS", "needs_encodings", "select"]
 def select(selection: str, labels: Tensor, encodings: Tensor | None, size: int | None, seed: int) -> list[int]:
     """Returns the positions of samples to remember, in increasing order.
 
-    They are chosen by one of `SELECTIONS` from labels `[N]` and, where it needs them, encodings `[N, D]`. Raises a
-    `ValueError` if there are fewer than `size`; `None` is for all.
+    They are chosen by one of `SELECTIONS` from labels `[N]` and, where it needs them, encodings `[N, D]`: at most
+    `size`, or all for `None`.
     """
-    if size is None:
+    if size is None or size >= len(labels):
         return list(range(len(labels)))
-    if size > len(labels):
-        raise ValueError(
-            f"size={size} samples to remember, but the data has {len(labels)}. Pass size={len(labels)} or less, or "
-            f"size=None for all."
-        )
     return sorted(_SELECTORS[selection](labels, encodings, size, random.Random(seed)))
 
 
