@@ -25,6 +25,7 @@ from torch import Tensor
 
 import timm_memwrap
 from timm_memwrap import MemoryWrapModel
+from timm_memwrap.cli import main
 from timm_memwrap.hub import FileError, pull
 from timm_memwrap.tensor_files import read_tensors, write_tensors
 
@@ -155,6 +156,7 @@ def test_a_load_survives_what_passes(hub: Hub, token: str, model: MemoryWrapMode
         ("POST", "/commit/", {"status": 500, "retry_after": 0}),
         ("POST", "/commit/", {"cut_after": 100}),
         ("PUT", "/upload/", {"status": 400}),
+        ("PUT", "/upload/", {"status": 501}),
     ],
 )
 def test_a_push_that_breaks_off_changes_nothing(
@@ -168,6 +170,26 @@ def test_a_push_that_breaks_off_changes_nothing(
         timm_memwrap.push_to_hub(model, "me/pets")
     assert hub.repos["me/pets"].files() == before
     assert len(hub.repos["me/pets"].history()) == 2
+
+
+def test_an_upload_that_fails_says_why(
+    hub: Hub, token: str, model: MemoryWrapModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.fail("PUT", "/upload/", times=2, status=501)
+    why = "Error while uploading 'model.safetensors' to the Hub. Server error '501 Not Implemented'"
+    with pytest.raises(OSError, match=why):
+        timm_memwrap.push_to_hub(model, "me/pets")
+    folder = timm_memwrap.save_pretrained(model, tmp_path / "pets")
+    assert main(["push", str(folder), "me/pets"]) == 1
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"timm-memwrap: {why}")
+
+
+def test_a_server_without_xet_says_what_to_set(
+    hub: Hub, token: str, model: MemoryWrapModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    with pytest.raises(OSError, match=r"404 .*xet-write-token.* set HF_HUB_DISABLE_XET=1"):
+        timm_memwrap.push_to_hub(model, "me/pets")
 
 
 def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub: Hub, token: str, model: MemoryWrapModel) -> None:

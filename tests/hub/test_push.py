@@ -21,6 +21,7 @@ from torch import Tensor
 
 import timm_memwrap
 from timm_memwrap import MemoryWrapModel
+from timm_memwrap.cli import main
 from timm_memwrap.hub import pull, push_folder, pushing, summarize
 
 FILES = {".gitattributes", "README.md", "config.json", "model.safetensors"}
@@ -206,11 +207,40 @@ def test_a_readme_that_is_edited_during_a_push_is_not_lost(
     assert hub.repos["me/pets"].files()["README.md"] == b"Edited"
 
 
-def test_a_name_without_an_owner_is_completed_in_the_card(hub: Hub, token: str, model: MemoryWrapModel) -> None:
-    timm_memwrap.push_to_hub(model, "pets")
-    assert list(hub.repos) == ["me/pets"]
-    card = hub.repos["me/pets"].files()["README.md"].decode()
-    assert 'timm.create_model("hf-hub:me/pets", pretrained=True)' in card
+def test_a_name_without_an_owner_is_completed_everywhere(
+    hub: Hub, token: str, model: MemoryWrapModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = timm_memwrap.save_pretrained(model, tmp_path / "local")
+    loading = 'timm.create_model("hf-hub:me/{}", pretrained=True)'
+    for name, push in {
+        "pets": lambda name: timm_memwrap.push_to_hub(model, name),
+        "folder": lambda name: push_folder(folder, name),
+        "command": lambda name: main(["push", str(folder), name]),
+    }.items():
+        push(name)
+        assert loading.format(name) in hub.repos[f"me/{name}"].files()["README.md"].decode()
+    printed = capsys.readouterr().out
+    assert f"Pushed {folder} to me/command: " in printed
+    assert loading.format("command") in printed
+    model.memory_bank.select([0, 1])
+    timm_memwrap.push_memory_bank(model, "pets")
+    assert len(timm_memwrap.from_pretrained("me/pets").memory_bank) == 2
+
+
+@pytest.mark.parametrize(("options", "revision"), [({"revision": "next"}, "next"), ({"create_pr": True}, "refs/pr/1")])
+def test_the_command_says_how_to_load_what_it_pushed(
+    hub: Hub,
+    token: str,
+    model: MemoryWrapModel,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: dict[str, Any],
+    revision: str,
+) -> None:
+    hub.repo("me/pets")
+    folder = timm_memwrap.save_pretrained(model, tmp_path / "local")
+    main(["push", str(folder), "me/pets", *(f"--{key}={str(value).lower()}" for key, value in options.items())])
+    assert f'timm.create_model("hf-hub:me/pets@{revision}", pretrained=True)' in capsys.readouterr().out
 
 
 def test_an_empty_or_stale_memory_is_not_pushed(hub: Hub, token: str, model: MemoryWrapModel) -> None:

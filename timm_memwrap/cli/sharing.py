@@ -21,7 +21,7 @@ def push(
 
     Args:
         folder: Folder that save_pretrained or pull wrote.
-        repo_id: The repository, owner/name; created if it does not exist.
+        repo_id: The repository, owner/name or the name of your own; created if it does not exist.
         private: Whether a new repository is private.
         revision: Branch to push to; created if it does not exist.
         create_pr: Whether to open a pull request instead.
@@ -30,8 +30,10 @@ def push(
     """
     options = {"private": private, "revision": revision, "create_pr": create_pr, "include_images": include_images}
     commit = hub.push_folder(folder, repo_id, commit_message=message, **options)
-    print(f"Pushed {folder} to {repo_id}: {commit.pr_url or commit.commit_url}")
-    print(f'Load it with timm.create_model("hf-hub:{repo_id}", pretrained=True), after import timm_memwrap.')
+    pushed, branch = commit.repo_url.repo_id, commit.pr_revision or revision
+    name = f"{pushed}@{branch}" if branch else pushed
+    print(f"Pushed {folder} to {pushed}: {commit.pr_url or commit.commit_url}")
+    print(f'Load it with timm.create_model("hf-hub:{name}", pretrained=True), after import timm_memwrap.')
 
 
 def pull(repo_id: str, folder: str, overwrite: bool = False) -> None:

@@ -47,7 +47,7 @@ def push_to_hub(
 
     Args:
         model: The model to push.
-        repo_id: The repository, `"owner/name"`; made if it does not exist.
+        repo_id: The repository, `"owner/name"` or the name of your own; made if it does not exist.
         token: Token of the Hub with the role `write`; `None` for the one of `hf auth login` or `HF_TOKEN`.
         private: Whether a repository that is made is private; `None` for the default of the account.
         revision: Branch to push to; made if it does not exist. `None` for `main`.
@@ -68,8 +68,8 @@ def push_to_hub(
         OSError: `huggingface_hub`'s own, if the Hub refuses or cannot be reached. The repository is then as before.
     """
     check_saveable(model, allow_empty_memory)
-    check_repo_id(repo_id)
     api = hub_api(token)
+    repo_id = _with_owner(repo_id, api)
     bank = public_bank(model.memory_bank, include_images)
     with tempfile.TemporaryDirectory(prefix="timm-memwrap-") as name:
         folder = Path(name)
@@ -78,11 +78,7 @@ def push_to_hub(
         card = write_card(model, folder, bank, f"hf-hub:{repo_id}", model_card)
         if len(card) > 1 and not include_images:
             raise ValueError("model_card has a figure, which shows images. Pass include_images=True, or leave it out.")
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
-        if url.repo_id != repo_id:
-            # The Hub completes a name without an owner, which does not load.
-            repo_id = url.repo_id
-            write_card(model, folder, bank, f"hf-hub:{repo_id}", model_card)
+        api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None and not create_pr and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         info = api.model_info(repo_id, revision=revision)
@@ -121,8 +117,8 @@ def push_memory_bank(
         OSError: `huggingface_hub`'s own, if the Hub refuses, cannot be reached, or has changed in the meantime.
     """
     check_memory(model, stale="refuse")
-    check_repo_id(repo_id)
     api = hub_api(token)
+    repo_id = _with_owner(repo_id, api)
     info = api.model_info(repo_id, revision=revision)
     path = api.hf_hub_download(repo_id, WEIGHTS_FILE, revision=info.sha)
     _check_same_weights(model, path, f"{repo_id}@{info.sha}")
@@ -141,13 +137,14 @@ def push_folder(folder: str | os.PathLike, repo_id: str, **kwargs: Any) -> Commi
 
     Args:
         folder: Folder that `save_pretrained` or `pull` wrote.
-        repo_id: The repository, `"owner/name"`.
+        repo_id: As in `push_to_hub`.
         **kwargs: Passed to `push_to_hub`.
 
     Raises:
         ValueError, OSError: As in `push_to_hub`, or if the folder does not hold a model.
     """
     directory = Path(folder).expanduser()
+    repo_id = _with_owner(repo_id, hub_api(kwargs.get("token")))
     model = from_pretrained(f"local-dir:{directory}")
     card = directory / CARD_FILE
     if card.is_file():
@@ -158,6 +155,12 @@ def push_folder(folder: str | os.PathLike, repo_id: str, **kwargs: Any) -> Commi
         here, there = loading_code(local_source(directory)), loading_code(f"hf-hub:{repo_id}")
         kwargs = {"model_card": text.replace(here, there), **kwargs}
     return push_to_hub(model, repo_id, **kwargs)
+
+
+def _with_owner(repo_id: str, api: HfApi) -> str:
+    """Returns a repo id that loads: the Hub takes a name without an owner for one of the user's when it is pushed."""
+    check_repo_id(repo_id)
+    return repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
 
 
 def _commit(
@@ -178,7 +181,12 @@ def _commit(
     # `upload_folder` promises one commit for small folders only. On top of the commit that was looked at, nothing that
     # was pushed meanwhile is lost.
     operations = [CommitOperationAdd(file.name, file) for file in files + card]
-    return api.create_commit(info.id, operations, parent_commit=info.sha, **options)
+    try:
+        return api.create_commit(info.id, operations, parent_commit=info.sha, **options)
+    except (ConnectionError, RuntimeError) as error:
+        # The client's errors of a transfer, which do not tell what to do or even what was wrong.
+        cure = " If the server has no Xet storage, set HF_HUB_DISABLE_XET=1." if "/xet-" in str(error) else ""
+        raise OSError(f"{error} {error.__cause__ or ''}{cure}") from error
 
 
 def _update_card(card: bytes, folder: Path, bank: MemoryBank) -> list[Path]:
