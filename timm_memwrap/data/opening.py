@@ -121,7 +121,8 @@ def _open_folder(root: str, split: str, mode: str | None) -> Images:
                 f"or pass split='' if they are the classes."
             )
     try:
-        return Images(ImageDataset(str(folder), **options), str(folder), mode)
+        # The name goes into memories and cards, which may be published: the path does not.
+        return Images(ImageDataset(str(folder), **options), Path(root).resolve().name, mode)
     except RuntimeError as error:
         raise ValueError(f"{str(folder)!r} holds no images in class folders: {error}") from error
 
