@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import _TYPES
 from torch import Tensor
 
-from timm_memwrap._utils import replacing
+from timm_memwrap._utils import printable, replacing
 
 __all__ = ["FileError", "TensorFile", "checksum", "raw_bytes", "read_tensors", "write_tensors"]
 
@@ -25,7 +25,10 @@ _DTYPES = {dtype: name for name, dtype in _TYPES.items()}
 
 
 class FileError(ValueError):
-    """A file is damaged, or is not one that this package can load."""
+    """A file is damaged, or is not one that this package can load. What it quotes of the file is made printable."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(" ".join(message.splitlines())))
 
 
 @dataclass

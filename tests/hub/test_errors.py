@@ -15,6 +15,7 @@ from hub_server import Hub
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
@@ -98,24 +99,53 @@ def test_an_invalid_repo_id(hub: Hub, token: str, model: MemoryWrapModel, tmp_pa
     ):
         with pytest.raises(ValueError, match=r"is not a valid repo id\. Pass 'owner/name'"):
             call()
-    with pytest.raises(ValueError, match=r"is not a directory|is not a valid repo id"):
+    with pytest.raises(ValueError, match="is neither a directory nor a repo id"):
         timm_memwrap.from_pretrained(name)
     assert not hub.requests
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "name", ["./pets", "../pets", "/data/pets", "~/pets", "runs/july/pets", r"runs\pets", Path("me/pets")]
-)
+NAMES = ["pets", "pets@main", "My Pets", "./pets", "../pets", "/data/pets", "~/pets", "runs/july/pets", r"runs\pets"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, Path("me/pets"), "local-dir:me/pets"])
 def test_a_mistyped_folder_does_not_ask_the_hub(hub: Hub, token: str, name: str | Path) -> None:
-    with pytest.raises(ValueError, match=r"is not a directory\. Pass one that timm_memwrap\.save_pretrained wrote"):
+    wrong = "is neither a directory nor a repo id" if name in NAMES else "is not a directory"
+    with pytest.raises(ValueError, match=rf"{wrong}\. Pass (a directory|one) that timm_memwrap\.save_pretrained wrote"):
         timm_memwrap.from_pretrained(name)
     assert not hub.requests
 
 
+def test_a_mistyped_folder_that_could_be_a_repository_is_said_to_be_neither(
+    hub: Hub, token: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(RepositoryNotFoundError, match="'runs/pets' is not a directory either"):
+        timm_memwrap.from_pretrained("runs/pets")
+    with pytest.raises(LocalEntryNotFoundError, match="'runs/pets' is not a directory either"):
+        timm_memwrap.from_pretrained("runs/pets", local_files_only=True)
+    assert main(["inspect", "runs/pets"]) == 1
+    assert "'runs/pets' is not a directory either" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bogus": 1}, "unexpected keyword argument 'bogus'"),
+        ({"map_location": "cpu"}, "unexpected keyword argument 'map_location'"),
+        ({"num_classes": "3"}, "'str' and 'int'"),
+        ({"pretrained": False}, "keyword argument 'pretrained'"),
+        ({"pretrained_cfg": "a"}, "pretrained_cfg"),
+    ],
+)
+def test_an_argument_that_no_part_of_the_model_takes(
+    model: MemoryWrapModel, tmp_path: Path, arguments: dict[str, Any], message: str
+) -> None:
+    folder = timm_memwrap.save_pretrained(model, tmp_path / "pets")
+    with pytest.raises(ValueError, match=rf"'{folder}' cannot be loaded with .*{message}.* timm\.create_model"):
+        timm_memwrap.from_pretrained(folder, **arguments)
+
+
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is not a directory. Pass one that timm_memwrap\.save_pretrained wrote"):
-        timm_memwrap.from_pretrained(f"local-dir:{tmp_path / 'nothing'}")
     with pytest.raises(ValueError, match=r"config\.json in .* cannot be read"):
         timm_memwrap.from_pretrained(tmp_path)
 
@@ -418,6 +448,14 @@ def test_a_configuration_that_is_not_ours(hub: Hub, folder: Path, case: str, ins
     else:
         edit_config(folder, inside, **change)
     refused_everywhere(folder, rf"config\.json.*({message})|({message}).*config\.json", hub)
+
+
+@pytest.mark.parametrize("block", ["model_args", "pretrained_cfg"])
+def test_an_error_does_not_steer_the_terminal(folder: Path, block: str) -> None:
+    edit_config(folder, **{block: {"a\x1b[31m\u202e\n": 1}})
+    with pytest.raises(FileError, match=r"unexpected keyword argument 'a\?\[31m\? '") as caught:
+        timm_memwrap.from_pretrained(folder)
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("case", CONFIG)

@@ -8,7 +8,7 @@ from typing import Any
 
 import timm
 from huggingface_hub import HfApi
-from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from timm_memwrap.constants import CARD_FIGURE_FILE, CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
@@ -62,7 +62,11 @@ def from_pretrained(
             local_files_only=local_files_only,
             force_download=force_download,
         )
-        config = Path(download(CONFIG_FILE, revision=revision or named_revision))
+        try:
+            config = Path(download(CONFIG_FILE, revision=revision or named_revision))
+        except (RepositoryNotFoundError, LocalEntryNotFoundError) as error:
+            error.args = (f"{error} {name!r} is not a directory either.",)
+            raise
         read_config(config, f"{CONFIG_FILE} of {name!r}")
         # The cache keeps a folder per commit, and timm takes the files of a commit from it without asking.
         commit = config.parent.name
@@ -71,7 +75,15 @@ def from_pretrained(
         except RemoteEntryNotFoundError as error:
             raise no_weights(name, hub_api(token).list_repo_files(repo_id, revision=commit)) from error
         name = f"{repo_id}@{commit}"
-    model = timm.create_model(f"{source}:{name}", pretrained=True, cache_dir=cache_dir, **kwargs)  # type: ignore[arg-type]
+    try:
+        model = timm.create_model(f"{source}:{name}", pretrained=True, cache_dir=cache_dir, **kwargs)  # type: ignore[arg-type]
+    except (TypeError, AssertionError) as error:
+        if not kwargs:
+            raise
+        # The model in the files was built without them before.
+        raise ValueError(
+            f"{name!r} cannot be loaded with {', '.join(kwargs)}: {error}. Pass arguments of timm.create_model."
+        ) from error
     return model.eval()  # type: ignore[return-value]
 
 
@@ -130,15 +142,20 @@ def _source(model_id: str | os.PathLike) -> tuple[str, str]:
     if prefix in ("hf-hub", "hf_hub"):
         check_repo_id(split_revision(rest)[0])
         return "hf-hub", rest
-    path = Path(rest if prefix == "local-dir" else name).expanduser()
-    # Path("") is the current directory, which nobody means by an empty name.
-    if name and path.is_dir():
-        return "local-dir", str(path)
-    repo_id = split_revision(name)[0]
-    local = prefix == "local-dir" or not isinstance(model_id, str)
-    if local or name.startswith((".", "/", "~")) or "\\" in name or repo_id.count("/") > 1:
-        raise FileError(f"{str(path)!r} is not a directory. Pass one that timm_memwrap.save_pretrained wrote.")
-    check_repo_id(repo_id)
+    path = rest if prefix == "local-dir" else name
+    if os.path.isdir(folder := os.path.expanduser(path)):
+        return "local-dir", folder
+    if prefix == "local-dir" or not isinstance(model_id, str):
+        raise FileError(f"{path!r} is not a directory. Pass one that timm_memwrap.save_pretrained wrote.")
+    repo_id, _ = split_revision(name)
+    try:
+        # Only the Hub's oldest models have no owner.
+        check_repo_id(repo_id if "/" in repo_id else "")
+    except ValueError as error:
+        raise FileError(
+            f"{name!r} is neither a directory nor a repo id. Pass a directory that timm_memwrap.save_pretrained wrote, "
+            f"or 'owner/name'."
+        ) from error
     return "hf-hub", name
 
 
