@@ -64,8 +64,8 @@ class MemoryBank(nn.Module):
         self.register_buffer("_anchor", torch.empty(0), persistent=False)
         for name in BUFFERS:
             self.register_buffer(name, None)
-        # What a model made of these samples, such as keys. It is dropped when they change, and never saved or copied.
-        self.derived: Any = None
+        # Of these samples, for all snapshots of them: in a list, so that they share what one of them makes.
+        self._derived: list[Any] = [None]
         self._parsed: tuple[Watch, Meaning] | None = None
 
     def __len__(self) -> int:
@@ -84,6 +84,15 @@ class MemoryBank(nn.Module):
             f"MemoryBank({len(self)} samples of {len(self.class_counts)} classes, "
             f"encodings {list(self.encodings.shape)}, {images}{source})"
         )
+
+    @property
+    def derived(self) -> Any:
+        """What a model made of these samples, such as keys; dropped when they change, and never saved or copied."""
+        return self._derived[0]
+
+    @derived.setter
+    def derived(self, derived: Any) -> None:
+        self._derived[0] = derived
 
     @property
     def ids(self) -> list[SampleId]:
@@ -214,12 +223,18 @@ class MemoryBank(nn.Module):
     def clear(self) -> None:
         """Forgets everything."""
         self._buffers = {**self._buffers, **dict.fromkeys(BUFFERS)}
-        self.derived = None
+        self._derived = [None]
 
     def without_images(self) -> "MemoryBank":
         """Returns a bank of the same samples that holds no images."""
         bank = MemoryBank()
         bank._buffers = {**self._buffers, "images": None}
+        return bank
+
+    def snapshot(self) -> "MemoryBank":
+        """Returns a bank of the same samples that stays so when this one changes, in this or another thread."""
+        bank = MemoryBank()
+        bank._buffers, bank._derived, bank._parsed = self._buffers, self._derived, self._parsed
         return bank
 
     def set_class_names(self, class_names: Sequence[str]) -> None:
@@ -261,9 +276,12 @@ class MemoryBank(nn.Module):
         Raises:
             ValueError: If the bank is empty.
         """
-        if self.encodings is None or self.labels is None:
+        # From one state, whatever another thread does meanwhile.
+        buffers = self._buffers
+        encodings, labels = buffers["encodings"], buffers["labels"]
+        if encodings is None or labels is None:
             raise ValueError("The memory bank is empty. Call timm_memwrap.build_memory_bank(model, data) first.")
-        return self.encodings, self.labels
+        return encodings, labels
 
     def _state(self) -> dict[str, Tensor | None]:
         """Returns all buffers but the meaning, which `_set` makes."""
@@ -283,7 +301,7 @@ class MemoryBank(nn.Module):
             }
             self._buffers = {**self._buffers, **own, "meaning": text}
             self._parsed = (Watch([text]), meaning)
-            self.derived = None
+            self._derived = [None]
 
     def _parsed_meaning(self) -> Meaning:
         """Parses the buffer when it has changed: a million ids take a while."""
@@ -304,11 +322,11 @@ class MemoryBank(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         self._buffers = {name: move(tensor) for name, tensor in self._buffers.items()}
-        self.derived = None
+        self._derived = [None]
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "derived": None, "_parsed": None}
+        return {**self.__dict__, "_derived": [None], "_parsed": None}
 
     def _load_from_state_dict(
         self,

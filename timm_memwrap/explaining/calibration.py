@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timm_memwrap.explaining.reading import encodings_of
+from timm_memwrap.explaining.reading import encodings_of, snapshot
 from timm_memwrap.model import MemoryWrapModel
 
 __all__ = ["calibrate", "fit_temperature"]
@@ -50,6 +50,7 @@ def calibrate(model: MemoryWrapModel, data: Any, progress: bool = True) -> float
 
         ```
     """
+    model = snapshot(model)
     with encodings_of(model, data, "Temperature", progress) as batches:
         pairs = [(model.read(encoding).logits.float() * model.temperature, targets) for encoding, targets in batches]
     logits, labels = map(torch.cat, zip(*pairs, strict=True))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from timm_memwrap._utils import evaluating
 from timm_memwrap.data import BATCH_SIZE, SampleImages, class_names
-from timm_memwrap.explaining.reading import encodings_of, own_predictions
+from timm_memwrap.explaining.reading import encodings_of, own_predictions, snapshot
 from timm_memwrap.explaining.results import Result
 from timm_memwrap.model import MemoryWrapModel
 
@@ -69,7 +69,7 @@ def evaluate_counterfactuals(
         ValueError: If the bank or the data is empty, a class that occurs has no autoencoder, or a counterfactual is not
             in `memory`.
     """
-    count, found = 0, Counter[tuple[int, int, int]]()
+    model, count, found = snapshot(model), 0, Counter[tuple[int, int, int]]()
     with ExitStack() as stack:
         batches = stack.enter_context(encodings_of(model, data, "Counterfactuals", progress))
         for module in (autoencoder_of_all, *autoencoders.values()):

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from timm_memwrap._utils import check_count, evaluating, printable
 from timm_memwrap.data import batches_of, class_names
-from timm_memwrap.explaining.reading import no_class_leads, own_predictions, read_nothing, read_without
+from timm_memwrap.explaining.reading import no_class_leads, own_predictions, read_nothing, read_without, snapshot
 from timm_memwrap.explaining.results import Result
 from timm_memwrap.memory_bank import SampleId
-from timm_memwrap.memory_checks import check_memory
 from timm_memwrap.model import MemoryReadout, MemoryWrapModel
 
 __all__ = ["Explanation", "MemorySample", "explain", "explain_batch"]
@@ -117,7 +116,7 @@ def explain(model: MemoryWrapModel, images: Any, top_k: int = 5) -> list[Explana
 
         ```
     """
-    check_memory(model)
+    model = snapshot(model)
     check_count("top_k", top_k)
     with evaluating(model):
         return [found for batch in batches_of(model, images) for found in explain_batch(model, batch, top_k)]

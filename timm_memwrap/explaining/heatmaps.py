@@ -15,7 +15,7 @@ from tqdm import tqdm
 from timm_memwrap._utils import check_choice, check_count, evaluating, optional_import
 from timm_memwrap.data import SampleImages, batches_of, class_names, data_config
 from timm_memwrap.explaining.explanation import Explanation, explain_batch
-from timm_memwrap.memory_checks import check_memory
+from timm_memwrap.explaining.reading import snapshot
 from timm_memwrap.model import MemoryWrapModel
 
 __all__ = ["BASELINES", "METHODS", "Attribution", "attribute"]
@@ -119,7 +119,7 @@ def attribute(
         ValueError: If the bank is empty, an argument is not valid, or a memory sample is not in `memory` or is not the
             image that the bank was built from.
     """
-    check_memory(model)
+    model = snapshot(model)
     check_choice("method", method, METHODS)
     check_choice("baseline", baseline, BASELINES)
     check_count("top_k", top_k)

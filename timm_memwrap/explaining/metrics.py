@@ -15,7 +15,14 @@ from torch import Tensor
 from timm_memwrap._utils import check_count, evaluating
 from timm_memwrap.data import BATCH_SIZE, SampleImages
 from timm_memwrap.explaining.explanation import explain
-from timm_memwrap.explaining.reading import encodings_of, no_class_leads, own_predictions, read_nothing, read_without
+from timm_memwrap.explaining.reading import (
+    encodings_of,
+    no_class_leads,
+    own_predictions,
+    read_nothing,
+    read_without,
+    snapshot,
+)
 from timm_memwrap.explaining.results import Result
 from timm_memwrap.model import MemoryReadout, MemoryWrapModel
 
@@ -100,6 +107,7 @@ def evaluate_explanations(
     Raises:
         ValueError: If the bank or the data is empty, or a label is outside `num_classes`.
     """
+    model = snapshot(model)
     meter = ExplanationMeter(model, deleted, seed)
     with encodings_of(model, data, "Explanations", progress) as batches:
         for encoding, labels in batches:

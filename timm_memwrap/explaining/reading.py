@@ -3,6 +3,7 @@
 Shapes: B inputs, E width of an encoding, C classes, K samples read per input, H hidden samples per input.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,14 +14,27 @@ from tqdm import tqdm
 
 from timm_memwrap._utils import evaluating
 from timm_memwrap.bank_memory import empty_memory
+from timm_memwrap.constants import MEMORY_BANK
 from timm_memwrap.data import encoded_batches, size_of
 from timm_memwrap.memory_checks import check_memory
 from timm_memwrap.model import MemoryReadout, MemoryWrapModel
 
-__all__ = ["encodings_of", "no_class_leads", "own_predictions", "read_nothing", "read_without"]
+__all__ = ["encodings_of", "no_class_leads", "own_predictions", "read_nothing", "read_without", "snapshot"]
 
 # Scores computed at a time when samples are left out one by one: 64 MB of float32.
 _MOST_SCORES = 2**24
+
+
+def snapshot(model: MemoryWrapModel) -> MemoryWrapModel:
+    """Returns the model with the memory bank that it has now, whatever another thread does to `model.memory_bank`.
+
+    What is read and what is shown of a sample are then of one bank. The two share weights and mode. Raises a
+    `ValueError` if there is no model with a memory bank.
+    """
+    check_memory(model)
+    same = copy.copy(model)
+    same._modules = {**model._modules, MEMORY_BANK: model.memory_bank.snapshot()}
+    return same
 
 
 @contextmanager
@@ -28,7 +42,6 @@ def encodings_of(
     model: MemoryWrapModel, data: Any, title: str, progress: bool
 ) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
     """Opens a pass over labelled data in evaluation mode: encodings `[B, E]` and labels `[B]`, at least one batch."""
-    check_memory(model)
     with evaluating(model), tqdm(total=size_of(data), desc=title, unit="img", disable=not progress) as bar:
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:

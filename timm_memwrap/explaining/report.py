@@ -7,7 +7,7 @@ import torch
 
 from timm_memwrap._utils import printable
 from timm_memwrap.data import class_names
-from timm_memwrap.explaining.reading import encodings_of
+from timm_memwrap.explaining.reading import encodings_of, snapshot
 from timm_memwrap.explaining.results import Result
 from timm_memwrap.memory_bank import SampleId
 from timm_memwrap.model import MemoryWrapModel
@@ -117,7 +117,7 @@ def memory_report(model: MemoryWrapModel, data: Any, progress: bool = True) -> M
     Raises:
         ValueError: If the bank or the data is empty, or a label is outside `num_classes`.
     """
-    count = wrong = 0
+    model, count, wrong = snapshot(model), 0, 0
     with encodings_of(model, data, "Memory report", progress) as batches:
         names, own, bank = class_names(model), model.own_predictions(), model.memory_bank
         _, bank_labels = bank.filled()
