@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import timm_memwrap
-from timm_memwrap.fingerprint import Watch, fingerprint
+from timm_memwrap.fingerprint import Watch, WatchedFingerprint, fingerprint
 
 
 def _resnet() -> nn.Module:
@@ -30,20 +30,59 @@ def test_every_changed_weight_changes_it() -> None:
     model = _resnet()
     before = fingerprint(model)
     seen = {before}
-    for tensor in model.state_dict().values():
+    weights = {name: value for name, value in model.state_dict().items() if "num_batches_tracked" not in name}
+    for tensor in weights.values():
         with torch.no_grad():
             # The least change that there is, in the last entry too.
             flat = tensor.view(-1)
             flat[-1] = torch.nextafter(flat[-1], flat[-1] + 1) if tensor.is_floating_point() else flat[-1] + 1
         seen.add(fingerprint(model))
-    assert len(seen) == len(model.state_dict()) + 1
+    assert len(seen) == len(weights) + 1
+
+
+def test_what_changes_no_output_does_not_change_it() -> None:
+    model = _resnet()
+    before = fingerprint(model)
+    model.train()(torch.randn(2, 3, 32, 32))
+    trained = fingerprint(model)
+    assert trained != before
+    for name, tensor in model.named_buffers():
+        if "num_batches_tracked" in name:
+            tensor.add_(1)
+    assert fingerprint(model) == fingerprint(timm.utils.freeze(model) or model) == trained
+
+
+def test_compiling_a_part_does_not_change_it() -> None:
+    model = _resnet()
+    before = fingerprint(model)
+    model.layer1 = torch.compile(model.layer1, backend="eager")
+    assert fingerprint(model) == fingerprint(torch.compile(model, backend="eager")) == before
+
+
+class _WithState(nn.Module):
+    def __init__(self, state: object) -> None:
+        super().__init__()
+        self.state = state
+
+    def get_extra_state(self) -> object:
+        return self.state
+
+
+def test_state_that_is_no_tensor_counts() -> None:
+    states = [None, 1, {"a": 1}, (torch.zeros(2), None), (torch.ones(2), None)]
+    assert len({fingerprint(_WithState(state)) for state in states}) == len(states)
+    module = _WithState(1)
+    watched = WatchedFingerprint()
+    before = watched.of(module)
+    module.state = 2
+    assert watched.of(module) != before
 
 
 @pytest.mark.parametrize("change", ["half", "double", "bfloat16"])
-def test_another_precision_changes_it(change: str) -> None:
+def test_another_precision_changes_it_where_it_rounds(change: str) -> None:
     model = _resnet()
     before = fingerprint(model)
-    assert fingerprint(getattr(model, change)()) != before
+    assert (fingerprint(getattr(model, change)()) == before) == (change == "double")
 
 
 def test_names_and_shapes_count() -> None:
@@ -136,9 +175,15 @@ def test_an_address_that_is_used_again_is_not_the_same_tensor() -> None:
         assert not watch.unchanged(tensors)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_model_saved_in_half_precision_comes_back_fitting(dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_saved_in_another_precision_comes_back_fitting(dtype: torch.dtype, tmp_path: Path) -> None:
     model = timm_memwrap.wrap(timm.create_model("test_resnet", num_classes=2))
+    if dtype == torch.float64:
+        # Values that float32 has not, as after training in double precision.
+        model.double()
+        with torch.no_grad():
+            for parameter in model.backbone.parameters():
+                parameter.mul_(1 + 1e-12)
     data = TensorDataset(torch.randn(6, 3, 32, 32), torch.arange(6) % 2)
     timm_memwrap.build_memory_bank(model, data, size=None, progress=False)
     timm_memwrap.save_pretrained(model.to(dtype), tmp_path)

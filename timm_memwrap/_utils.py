@@ -17,6 +17,7 @@ __all__ = [
     "evaluating",
     "is_exporting",
     "optional_import",
+    "plain_state",
     "printable",
     "replacing",
     "write_text",
@@ -56,6 +57,11 @@ def is_exporting() -> bool:
     Before torch 2.12, `torch.compiler.is_exporting` says so of every compiled model too; the flag behind it is right.
     """
     return torch.compiler._is_exporting_flag
+
+
+def plain_state(module: nn.Module) -> dict[str, Any]:
+    """Returns a module's state dict, without copies, under the names that it has if no part of it is compiled."""
+    return {name.replace("_orig_mod.", ""): value for name, value in module.state_dict(keep_vars=True).items()}
 
 
 def check_count(name: str, value: Any, at_least: int = 1, none: bool = False) -> None:

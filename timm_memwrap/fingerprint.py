@@ -8,26 +8,42 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from timm_memwrap._utils import plain_state
+
 __all__ = ["Watch", "WatchedFingerprint", "fingerprint"]
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Hashes the parameters and persistent buffers of `module`, their names and shapes.
+    """Hashes the state of `module` that its outputs depend on: names, shapes, and values as float32.
 
     It tells weights apart, not forgeries: values are hashed with CRC-32, which reads at twice the speed of SHA-256.
-    Neither the device nor the precision that holds the numbers matters: weights saved in half precision come back in
-    float32 with the same values. Rounding to half precision changes the values, and so the fingerprint.
+    Neither the device nor the precision that holds the numbers matters: weights come back from a file in float32. Where
+    a cast rounds them, as that of trained weights to half precision does, it changes the fingerprint.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        if tensor.dtype in (torch.float16, torch.bfloat16):
-            tensor = tensor.float()
-        digest.update(f"{name}:{tensor.dtype}:{list(tensor.shape)};".encode())
-        if tensor.numel():
-            # reshape: a tensor without dimensions has no view as bytes.
-            content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            digest.update(f"{zlib.crc32(content):08x}".encode())
+    for name, value in sorted(plain_state(module).items()):
+        # How often a norm layer was trained changes no output, and a frozen one does not know it.
+        if name.endswith("num_batches_tracked"):
+            continue
+        _update(digest, name, value)
     return digest.hexdigest()
+
+
+def _update(digest: Any, name: str, value: Any) -> None:
+    # Quantised layers keep tuples of tensors.
+    if isinstance(value, tuple | list):
+        for i, part in enumerate(value):
+            _update(digest, f"{name}.{i}", part)
+    elif isinstance(value, Tensor):
+        value = value.detach().dequantize() if value.is_quantized else value.detach()
+        value = value.float() if value.is_floating_point() else value
+        digest.update(f"{name}:{value.dtype}:{list(value.shape)};".encode())
+        if value.numel() and not value.is_meta:
+            # reshape: a tensor without dimensions has no view as bytes.
+            content = value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            digest.update(f"{zlib.crc32(content):08x}".encode())
+    else:
+        digest.update(f"{name}={value!r};".encode())
 
 
 class Watch:
@@ -82,8 +98,10 @@ class WatchedFingerprint:
 
     def of(self, module: nn.Module) -> str:
         """Returns `fingerprint(module)`."""
-        tensors = list(module.state_dict(keep_vars=True).values())
-        if self._known is None or not self._known[0].unchanged(tensors):
+        state = plain_state(module)
+        tensors = [value for value in state.values() if isinstance(value, Tensor)]
+        # What is no tensor cannot be watched.
+        if self._known is None or len(tensors) < len(state) or not self._known[0].unchanged(tensors):
             self._known = (Watch(tensors), fingerprint(module))
         return self._known[1]
 
