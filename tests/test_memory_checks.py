@@ -1,12 +1,17 @@
 """One check and one wording for all that read a memory."""
 
+import copy
 import logging
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import timm
 import torch
-from memory_models import fill, new_model
+from memory_models import CLASSES, fill, new_model
 
+import timm_memwrap
+from timm_memwrap import MemoryWrapModel, wrap
 from timm_memwrap.memory_checks import check_memory, check_model
 
 
@@ -19,6 +24,70 @@ def test_a_model_without_memory_or_classes_is_refused_with_the_fix() -> None:
     check_model(new_model())
     with pytest.raises(ValueError, match=r"bank is empty.*build_memory_bank"):
         check_memory(new_model())
+
+
+def test_a_compiled_model_is_refused_with_the_fix() -> None:
+    with pytest.raises(ValueError, match=r"OptimizedModule is not .*unwrap_model\(model\)"):
+        check_memory(torch.compile(fill(new_model()), backend="eager"))
+
+
+def test_a_write_that_is_not_watched_is_refused() -> None:
+    model = fill(new_model())
+    check_memory(model, stale="refuse")
+    weight = next(model.backbone.parameters())
+    weight.data.copy_(weight + 1)
+    with pytest.raises(ValueError, match="stale"):
+        check_memory(model, stale="refuse")
+    # A new bank is true to the weights as they are.
+    weight.data.copy_(weight + 1)
+    fill(model)
+    check_memory(model, stale="refuse")
+
+
+def _trained(model: MemoryWrapModel) -> MemoryWrapModel:
+    with torch.no_grad():
+        model.get_classifier().weight.mul_(2)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "random"),
+    [
+        (lambda: new_model("probabilities"), True),
+        (lambda: copy.deepcopy(new_model("probabilities")), True),
+        (lambda: _trained(new_model("probabilities")), False),
+        (lambda: wrap(timm.create_model("test_resnet", num_classes=CLASSES)), False),
+        (lambda: _reset(wrap(timm.create_model("test_resnet", num_classes=5))), True),
+        (lambda: _trained(_reset(new_model("probabilities"))), False),
+        (lambda: _reset(new_model("mlp")), False),
+    ],
+    ids=["created", "copied", "trained", "wrapped", "reset", "reset and trained", "no classifier kept"],
+)
+def test_an_untrained_classifier_is_told(
+    make: Callable[[], MemoryWrapModel], random: bool, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    told = "num_classes=4 and not trained"
+    model = make()
+    fill(model)
+    assert (told in caplog.text) == random
+    caplog.clear()
+    model.save_pretrained(tmp_path)
+    assert (told in caplog.text) == random
+    caplog.clear()
+    fill(timm_memwrap.from_pretrained(tmp_path))
+    assert told not in caplog.text
+
+
+def _reset(model: MemoryWrapModel) -> MemoryWrapModel:
+    model.reset_classifier(CLASSES)
+    return model
+
+
+def test_a_classifier_for_other_classes_is_told(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    fill(new_model("probabilities")).save_pretrained(tmp_path)
+    caplog.clear()
+    fill(timm_memwrap.from_pretrained(tmp_path, num_classes=5))
+    assert "num_classes=5 and not trained" in caplog.text
 
 
 def test_a_stale_bank_is_told_or_refused(caplog: pytest.LogCaptureFixture) -> None:

@@ -7,8 +7,9 @@ import timm
 import torch
 from resnet_weights import equal, make_resnet, without_classifier
 from torch import nn
+from torch.utils.data import TensorDataset
 
-from timm_memwrap import MemoryWrapModel, wrap
+from timm_memwrap import MemoryWrapModel, build_memory_bank, wrap
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,7 @@ def test_wrap_keeps_weights_and_classifier(resnet: Any) -> None:
         ({"classifier": "vote"}, "memwrap_evidence_test_resnet", "probabilities", "vote"),
         ({"read_head": "logits"}, "memwrap_evidence_test_resnet", "logits", "own"),
         ({"read_head": "identity"}, "memwrap_test_resnet", "identity", "mlp"),
+        ({"num_classes": 5, "classifier": "vote"}, "memwrap_baseline_test_resnet", "identity", "vote"),
         ({"read_head": "identity", "classifier": "vote"}, "memwrap_baseline_test_resnet", "identity", "vote"),
         ({"num_classes": 5}, "memwrap_test_resnet", "linear", "mlp"),
         ({"num_classes": 5, "memory_only": True}, "memwrap_baseline_test_resnet", "linear", "mlp"),
@@ -123,6 +125,32 @@ def test_wrap_a_model_without_classifier() -> None:
 def test_wrap_refuses_arguments_that_do_not_fit(resnet: Any, kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         wrap(resnet, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(96, 3), nn.Sequential(nn.Dropout(), nn.Linear(96, 8), nn.ReLU(), nn.Linear(8, 3))]
+)
+def test_a_classifier_that_was_replaced_is_counted(layer: nn.Module) -> None:
+    backbone = timm.create_model("test_resnet").eval()
+    backbone.fc = layer.eval()
+    model = wrap(backbone)
+    assert model.num_classes == backbone.num_classes == model.pretrained_cfg["num_classes"] == 3
+    x = torch.randn(6, 3, 32, 32)
+    build_memory_bank(model, TensorDataset(x, torch.arange(6) % 3), size=None, progress=False)
+    assert model(x).shape == (6, 3)
+    torch.testing.assert_close(model.own_logits(torch.arange(6)), backbone(x))
+
+
+def test_a_classifier_in_another_place_is_refused_with_the_line_to_write() -> None:
+    backbone = timm.create_model("test_convnext", num_classes=3)
+    backbone.head = nn.Linear(64, 3)
+    with pytest.raises(ValueError, match=r"'head\.fc'.*Linear has no.*model\.head\.fc = torch\.nn\.Linear\("):
+        wrap(backbone)
+
+
+@pytest.mark.parametrize("around", [lambda m: torch.compile(m, backend="eager"), nn.DataParallel])
+def test_what_stands_around_a_model_is_taken_off(resnet: Any, around: Any) -> None:
+    assert wrap(around(resnet)).backbone is resnet
 
 
 def test_wrap_refuses_what_is_no_timm_classifier(resnet: Any) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from timm_memwrap.attention import wide
 
-__all__ = ["OwnClassifier", "classifies_affinely", "encode_features"]
+__all__ = ["OwnClassifier", "classes_of", "classifiers_of", "classifies_affinely", "encode_features"]
 
 # Modules that are affine functions of their input in evaluation mode.
 _AFFINE = (nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.Identity, nn.Dropout)
@@ -19,18 +19,33 @@ _AFFINE = (nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.Identity, nn.Dropout)
 _MORE_THAN_THEIR_CLASSIFIER = ("EfficientVitMsra", "SHViT", "VOLO")
 
 
+def classifiers_of(backbone: Any) -> nn.ModuleList:
+    """Returns the modules that make logits: one, and two in distilled models."""
+    classifier = backbone.get_classifier()
+    return nn.ModuleList(classifier if isinstance(classifier, tuple | nn.ModuleList) else [classifier])
+
+
+def classes_of(backbone: Any) -> int:
+    """Returns the number of classes that the backbone's classifier tells apart.
+
+    `num_classes` does not know when the last layer was replaced in place, as in many recipes of fine-tuning.
+    """
+    layers = [module for module in classifiers_of(backbone).modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    if backbone.num_classes == 0 or not layers:
+        return backbone.num_classes
+    return layers[-1].out_features if isinstance(layers[-1], nn.Linear) else layers[-1].out_channels
+
+
 def classifies_affinely(backbone: Any) -> bool:
     """Returns whether the logits are an affine function of the pre-logits, computed by one classifier module.
 
     They are for 1,278 of the 1,364 architectures of timm 1.0.31. Not for those with two heads (distilled models,
     CrossViT), an MLP as the classifier, or one that pools or sees other features than the pre-logits.
     """
-    classifier = backbone.get_classifier()
-    if not isinstance(classifier, nn.Module) or isinstance(classifier, nn.ModuleList):
+    classifiers = classifiers_of(backbone)
+    if len(classifiers) > 1 or type(backbone).__name__ in _MORE_THAN_THEIR_CLASSIFIER:
         return False
-    if type(backbone).__name__ in _MORE_THAN_THEIR_CLASSIFIER:
-        return False
-    leaves = [module for module in classifier.modules() if not any(module.children())]
+    leaves = [module for module in classifiers.modules() if not any(module.children())]
     return all(isinstance(module, _AFFINE) for module in leaves)
 
 
@@ -41,7 +56,15 @@ def encode_features(backbone: Any, features: Any, with_logits: bool) -> Tensor:
     pre-logits, the sum over memory samples has to be taken of the logits themselves.
     """
     pre_logits = backbone.forward_head(features, pre_logits=True)
-    return torch.cat([pre_logits, backbone.forward_head(features)], dim=-1) if with_logits else pre_logits
+    if not with_logits:
+        return pre_logits
+    logits = backbone.forward_head(features)
+    if isinstance(logits, tuple):
+        raise ValueError(
+            "The backbone is in distilled training, where it returns the logits of two classifiers. Call "
+            "model.backbone.set_distilled_training(False): a memory is read with their mean."
+        )
+    return torch.cat([pre_logits, logits], dim=-1)
 
 
 class OwnClassifier(nn.Module):

@@ -4,7 +4,7 @@ Shapes: M memory samples, P of them asked for, C classes.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,7 @@ class BankMemory:
 def bank_memory(
     bank: MemoryBank,
     head: MemoryLayer,
-    others: Sequence[nn.Module],
+    others: Iterable[nn.Module],
     dtype: torch.dtype,
     index_args: dict[str, Any] | None,
 ) -> BankMemory:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from timm_memwrap._utils import check_choice, check_count, evaluating
 from timm_memwrap.data import Samples, small_images
 from timm_memwrap.memory_bank import MemoryBank, Provenance, SampleId
-from timm_memwrap.memory_checks import check_model
+from timm_memwrap.memory_checks import check_model, warn_of_new_classifier
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.selection import SELECTIONS, needs_encodings, select
 
@@ -80,6 +80,7 @@ def build_memory_bank(
         ```
     """
     check_model(model)
+    warn_of_new_classifier(model)
     check_choice("selection", selection, SELECTIONS)
     check_count("size", size, none=True)
     if selection == "all":
@@ -100,7 +101,7 @@ def build_memory_bank(
             selection="all" if size is None else selection,
             seed=None if size is None else seed,
             population=population,
-            encoder=model.encoder_fingerprint(),
+            encoder=model.encoder_fingerprint(rehash=True),
         )
         names = class_names if class_names is not None else samples.class_names
         model.memory_bank.replace(

@@ -17,7 +17,16 @@ from torch.overrides import TorchFunctionMode
 from timm_memwrap.constants import CONFIG_FILE, CONFIG_FORMAT_VERSION, MEMORY_BANK, MEMORY_CONFIG_KEY, PREFIX
 from timm_memwrap.tensor_files import FileError
 
-__all__ = ["check_fits", "check_sizes", "misfits", "parse_config", "shapes_only", "split_bank", "without_values"]
+__all__ = [
+    "check_fits",
+    "check_sizes",
+    "misfits",
+    "other_names",
+    "parse_config",
+    "shapes_only",
+    "split_bank",
+    "without_values",
+]
 
 # Elements of tensors that building a model may take beyond twice those in its file.
 _SLACK = 2**20
@@ -176,10 +185,8 @@ def check_fits(model: nn.Module, tensors: Mapping[str, Tensor], name: str) -> No
 
 def misfits(expected: Mapping[str, Tensor], found: Mapping[str, Any], names: bool = True) -> list[str]:
     """Returns in what weights differ from those expected: shapes, kinds, and with `names` which there are."""
-    wrong = []
-    if names and expected.keys() != found.keys():
-        missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-        wrong.append(f"missing {_some(missing)}, unexpected {_some(unexpected)}.")
+    different = other_names(expected, found) if names else None
+    wrong = [different] if different else []
     for key in sorted(expected.keys() & found.keys()):
         own, other = expected[key], found[key]
         if not isinstance(other, Tensor):
@@ -189,6 +196,16 @@ def misfits(expected: Mapping[str, Tensor], found: Mapping[str, Any], names: boo
         elif own.is_floating_point() != other.is_floating_point():
             wrong.append(f"{key} is of {other.dtype}, expected {own.dtype}.")
     return wrong
+
+
+def other_names(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
+    """Returns which names of weights are missing and unexpected, if any.
+
+    Frozen norm layers do not count their batches, and PyTorch does without the count.
+    """
+    missing = sorted(name for name in expected.keys() - found.keys() if not name.endswith("num_batches_tracked"))
+    unexpected = sorted(found.keys() - expected.keys())
+    return f"missing {_some(missing)}, unexpected {_some(unexpected)}." if missing or unexpected else None
 
 
 def split_bank(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

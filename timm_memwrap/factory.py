@@ -22,7 +22,7 @@ from timm_memwrap.tensor_files import FileError
 from timm_memwrap.timm_interface import add_prefix
 from timm_memwrap.whole_model import WholeModel, find_weights
 
-__all__ = ["check_whole", "create", "register_backbones"]
+__all__ = ["build_shell", "create", "register_backbones"]
 
 _logger = logging.getLogger(__name__)
 
@@ -99,15 +99,23 @@ def create(
 def check_whole(whole: WholeModel, source: dict[str, Any]) -> None:
     """Raises a `FileError` if the weights of a whole model from `source` are not those that its config describes.
 
-    The model that the configuration describes is built without storage, and compared with the weights. Every load does
-    so before anything of their size is built, and every save before it replaces anything.
+    Every load does so before anything of their size is built.
+    """
+    checks.check_fits(build_shell(whole, source), whole.tensors, whole.name)
+
+
+def build_shell(whole: WholeModel, source: dict[str, Any]) -> MemoryWrapModel:
+    """Builds the model that the config of a whole model from `source` describes, without storage.
+
+    Raises:
+        FileError: If it cannot be built, or would be out of proportion to the weights.
     """
     architecture, cfg, args = whole.described(source)
     checks.check_sizes(args, cfg, whole.tensors, whole.name)
     prefix, backbone = registry.split_name(architecture)
     try:
         with checks.shapes_only(whole.tensors, whole.name):
-            shell = _build(prefix, backbone, args, {"pretrained_cfg": registry.backbone_cfg(cfg, backbone)}, cfg)
+            return _build(prefix, backbone, args, {"pretrained_cfg": registry.backbone_cfg(cfg, backbone)}, cfg)
     except FileError:
         raise
     except Exception as error:
@@ -116,12 +124,11 @@ def check_whole(whole: WholeModel, source: dict[str, Any]) -> None:
             f"The {CONFIG_FILE} of {whole.name} describes a {architecture} that cannot be built "
             f"({type(error).__name__}: {error}). It is damaged, or of another version of timm."
         ) from error
-    checks.check_fits(shell, whole.tensors, whole.name)
 
 
 def _resolve(prefix: str, memory_args: dict[str, Any]) -> dict[str, Any]:
     """Checks memory arguments against the prefix, which says how the memory is read."""
-    memory_args = {"read_head": DEFAULT_OWN_READ_HEAD if prefix == EVIDENCE_PREFIX else "linear", **memory_args}
+    memory_args = {"read_head": DEFAULT_OWN_READ_HEAD if prefix == EVIDENCE_PREFIX else None, **memory_args}
     resolved = resolve(prefix != PREFIX, **memory_args)
     if (resolved["read_head"] in OWN_READ_HEADS) != (prefix == EVIDENCE_PREFIX):
         raise ValueError(
@@ -199,7 +206,10 @@ def _construct(
         module.reset_classifier(wanted, "")
     elif module.num_classes != wanted:
         module.reset_classifier(wanted)
-    return MemoryWrapModel(module, num_classes, prefix != PREFIX, **memory_args)
+    model = MemoryWrapModel(module, num_classes, prefix != PREFIX, **memory_args)
+    if wanted and not (pretrained and wanted == own):
+        model.new_classifier = model.classifier_fingerprint()
+    return model
 
 
 def _load(build: Callable[[], MemoryWrapModel], whole: WholeModel, kwargs: dict[str, Any]) -> MemoryWrapModel:
@@ -220,7 +230,7 @@ def _load(build: Callable[[], MemoryWrapModel], whole: WholeModel, kwargs: dict[
         raise FileError(f"{whole.name} cannot be loaded: {' '.join(lines)}") from error
     base_model = whole.config.get("base_model")
     model.base_model = base_model if isinstance(base_model, str) else None
-    if not whole.verified and model.memory_is_stale():
+    if (adapts or not whole.verified) and model.memory_is_stale():
         _logger.warning(
             "%s: its memory bank is stale, that is, it was encoded with other weights than these. Call "
             "build_memory_bank to build a new one.",
@@ -248,15 +258,14 @@ def _prepare_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict
     """Drops a bank of other classes, and raises if other names do not fit: timm loads loosely for other classes."""
     assert isinstance(model, MemoryWrapModel)
     weights, bank = checks.split_bank(state_dict)
-    expected = checks.split_bank(model.state_dict())[0].keys()
+    expected = checks.split_bank(model.state_dict())[0]
     if model.num_classes == 0:
         # Neither head nor classifier is wanted.
         weights = {name: tensor for name, tensor in weights.items() if name in expected}
-    if expected != weights.keys():
+    if wrong := checks.other_names(expected, weights):
         raise ValueError(
-            f"The weights do not fit {model.pretrained_cfg['architecture']!r}: missing "
-            f"{sorted(expected - weights.keys())[:5]}, unexpected {sorted(weights.keys() - expected)[:5]}. Load them "
-            f"with the architecture and arguments in their {CONFIG_FILE}."
+            f"The weights do not fit {model.pretrained_cfg['architecture']!r}: {wrong} Load them with the architecture "
+            f"and arguments in their {CONFIG_FILE}."
         )
     if bank and model.num_classes != model.pretrained_cfg["num_classes"]:
         _logger.warning(

@@ -23,7 +23,7 @@ def resolve_memory_args(
     memory_only: bool,
     distance: str = "cosine",
     scale: float | str | None = None,
-    read_head: str = "linear",
+    read_head: str | None = None,
     classifier: str | None = None,
 ) -> dict[str, Any]:
     """Fills in what is `None` of the arguments that shape how a memory is read.
@@ -36,7 +36,8 @@ def resolve_memory_args(
         read_head: What projects query and key: `"linear"`, a layer of its own; `"identity"`, nothing, as in the
             published code. Three read with the backbone's own classifier: `"pre_logits"` compares what goes into it,
             which suits a backbone that was trained for these classes; `"probabilities"` the pre-logits and, to a fifth,
-            the probabilities that it predicts; `"logits"` its centred logits.
+            the probabilities that it predicts; `"logits"` its centred logits. `None` is `"identity"` for a vote, which
+            trains no layer, else `"linear"`.
         classifier: What makes logits of the memory vector: `"mlp"`, as published; `"linear"`, one layer; `"own"`, the
             backbone's; `"vote"`, the weights summed over the samples' labels, with `memory_only`. `None` is `"own"`
             for the read heads that read with it, else `"mlp"`.
@@ -44,6 +45,8 @@ def resolve_memory_args(
     Raises:
         ValueError: If an argument is unknown, or two do not fit each other.
     """
+    if read_head is None:
+        read_head = "identity" if classifier == "vote" else "linear"
     check_choice("distance", distance, DISTANCES)
     check_choice("read_head", read_head, READ_HEADS)
     own = read_head in OWN_READ_HEADS

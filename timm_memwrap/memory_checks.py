@@ -3,9 +3,11 @@
 import logging
 from typing import Any
 
+from timm.utils import unwrap_model
+
 from timm_memwrap.model import MemoryWrapModel
 
-__all__ = ["check_memory", "check_model"]
+__all__ = ["check_memory", "check_model", "warn_of_new_classifier"]
 
 _logger = logging.getLogger(__name__)
 
@@ -13,8 +15,20 @@ _logger = logging.getLogger(__name__)
 def check_model(model: Any) -> None:
     """Raises a `ValueError` if `model` is not a Memory Wrap model that can classify."""
     if not isinstance(model, MemoryWrapModel):
-        raise ValueError(f"{type(model).__name__} is not a Memory Wrap model. Wrap it: timm_memwrap.wrap(model).")
+        inside = isinstance(unwrap_model(model), MemoryWrapModel)
+        cure = "Pass timm.utils.unwrap_model(model)." if inside else "Wrap it: timm_memwrap.wrap(model)."
+        raise ValueError(f"{type(model).__name__} is not a Memory Wrap model. {cure}")
     model.check_head()
+
+
+def warn_of_new_classifier(model: MemoryWrapModel) -> None:
+    """Warns if the memory is read with a classifier of the backbone's that is as random as it was made."""
+    if model.new_classifier is not None and model.new_classifier == model.classifier_fingerprint():
+        _logger.warning(
+            "The memory is read with the backbone's own classifier, which was made for num_classes=%d and not trained "
+            "since: its weights are random. Train it first, or pass read_head='linear' for a new head to train.",
+            model.num_classes,
+        )
 
 
 def check_memory(model: Any, stale: str = "warn") -> None:
@@ -22,11 +36,12 @@ def check_memory(model: Any, stale: str = "warn") -> None:
 
     Args:
         model: The model.
-        stale: What to do if the weights have changed since the bank was built: `"warn"` or `"refuse"`.
+        stale: What to do if the weights have changed since the bank was built: `"warn"`; or `"refuse"`, which hashes
+            them again.
     """
     check_model(model)
     model.memory_bank.filled()
-    if model.memory_is_stale():
+    if model.memory_is_stale(rehash=stale == "refuse"):
         text = (
             "The memory bank is stale: the weights have changed since it was built, so its encodings are not theirs. "
             "Call timm_memwrap.build_memory_bank(model, data) again."

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from timm_memwrap import constants
 from timm_memwrap.attention import wide
-from timm_memwrap.backbone import OwnClassifier, classifies_affinely, encode_features
+from timm_memwrap.backbone import OwnClassifier, classifiers_of, classifies_affinely, encode_features
 from timm_memwrap.bank_memory import BankMemory, bank_memory, empty_memory, warn_of_empty_memory
 from timm_memwrap.checks import misfits, split_bank
 from timm_memwrap.encoding_queue import EncodingQueue
@@ -72,7 +72,7 @@ class MemoryWrapModel(TimmInterface):
         memory_only: bool = False,
         distance: str = "cosine",
         scale: float | str | None = None,
-        read_head: str = "linear",
+        read_head: str | None = None,
         classifier: str | None = None,
     ) -> None:
         super().__init__()
@@ -90,6 +90,8 @@ class MemoryWrapModel(TimmInterface):
         self._warned = False
         self._index_args: dict[str, Any] | None = None
         self._fingerprint = WatchedFingerprint()
+        # Of the backbone's classifier as it was made with random weights; None where it may have been trained.
+        self.new_classifier: str | None = None
 
         traits = dict(getattr(backbone, "_traits", {}))
         self._traits = {**traits, "first_conv": add_prefix(traits.get("first_conv"))}
@@ -217,14 +219,20 @@ class MemoryWrapModel(TimmInterface):
             positions = torch.arange(len(self.memory_bank), device=self.memory_bank.filled()[1].device)
         return self._bank_memory().predict(positions, self.own_logits)
 
-    def encoder_fingerprint(self) -> str:
-        """Returns the fingerprint of the weights that encode images."""
+    def encoder_fingerprint(self, rehash: bool = False) -> str:
+        """Returns the fingerprint of the weights that encode images.
+
+        It is computed again when they may have changed, or always with `rehash`: a write through `tensor.data`, as of
+        a hand-written EMA, is not seen.
+        """
+        if rehash:
+            self._fingerprint.forget()
         return self._fingerprint.of(self.backbone)
 
-    def memory_is_stale(self) -> bool:
-        """Returns whether the encoder has changed since it encoded the memory bank."""
+    def memory_is_stale(self, rehash: bool = False) -> bool:
+        """Returns whether the encoder is another than encoded the memory bank; `rehash` as in `encoder_fingerprint`."""
         encoder = self.memory_bank.provenance.encoder
-        return bool(encoder) and encoder != self.encoder_fingerprint()
+        return bool(encoder) and encoder != self.encoder_fingerprint(rehash)
 
     def use_index(
         self, kind: str | None, effort: int | None = None, path: str | os.PathLike | None = None
@@ -255,13 +263,6 @@ class MemoryWrapModel(TimmInterface):
             self._forget_derived()
             self._training_queue()
         return self
-
-    def check_head(self) -> None:
-        """Raises a `ValueError` if the model has no classes."""
-        if self.num_classes == 0:
-            raise ValueError(
-                "num_classes=0: the model has no head to read a memory with. Call reset_classifier(n) first."
-            )
 
     def check_bank(self, encodings: Tensor, labels: Tensor) -> None:
         """Raises if this model cannot read a bank of these encodings `[M, E]` and labels `[M]`.
@@ -313,6 +314,10 @@ class MemoryWrapModel(TimmInterface):
         keeps = vote and num_classes >= self.num_classes
         self.num_classes = num_classes
         self.head = self._new_head().to(parameter.device, parameter.dtype)
+        if self.keeps_classifier and num_classes:
+            # timm makes it in the default precision.
+            classifiers_of(self.backbone).to(parameter.device, parameter.dtype)
+            self.new_classifier = self.classifier_fingerprint()
         self.queue = None
         self._forget_derived()
         self.train(self.training)
@@ -364,8 +369,7 @@ class MemoryWrapModel(TimmInterface):
         return empty_memory(self.head, encoding), None
 
     def _bank_memory(self, like: Tensor | None = None) -> BankMemory:
-        others = self.backbone.get_classifier() if self.keeps_classifier else ()
-        others = others if isinstance(others, tuple) else (others,)
+        others = classifiers_of(self.backbone) if self.keeps_classifier else ()
         dtype = wide(next(self.backbone.parameters()) if like is None else like).dtype
         return bank_memory(self.memory_bank, self.head, others, dtype, self._index_args)
 

@@ -11,7 +11,9 @@ from typing import Any
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 
+from timm_memwrap.backbone import classifiers_of
 from timm_memwrap.constants import BACKBONE
+from timm_memwrap.fingerprint import fingerprint
 from timm_memwrap.heads import CLASSIFIER_NAMES
 from timm_memwrap.memory_args import OWN_READ_HEADS, check_global_pool
 
@@ -95,6 +97,22 @@ class TimmInterface(nn.Module):
             return self.backbone.get_classifier()
         name = self.classifier_name()
         return self.get_submodule(name) if self.num_classes and isinstance(name, str) else nn.Identity()
+
+    def check_head(self) -> None:
+        """Raises a `ValueError` if the model has no classes, or its backbone's classifier has others."""
+        if self.num_classes == 0:
+            raise ValueError(
+                "num_classes=0: the model has no head to read a memory with. Call reset_classifier(n) first."
+            )
+        if self.keeps_classifier and self.backbone.num_classes != self.num_classes:
+            raise ValueError(
+                f"The backbone's classifier has {self.backbone.num_classes} classes, the model {self.num_classes}. "
+                f"Call model.reset_classifier(n), which changes both, instead of model.backbone.reset_classifier(n)."
+            )
+
+    def classifier_fingerprint(self) -> str:
+        """Returns the fingerprint of the backbone's own classifier."""
+        return fingerprint(classifiers_of(self.backbone))
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replaces the head by a new one, as timm's `reset_classifier` does.

@@ -17,6 +17,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.data import TensorDataset
 
 import timm_memwrap
@@ -159,13 +160,16 @@ def test_features_come_from_the_saved_backbone(variant: str, reloaded: dict[str,
 
 
 @pytest.mark.parametrize("variant", ["mlp", "logits"])
-def test_other_input_channels_adapt_the_first_layer(variant: str, reloaded: dict[str, Any]) -> None:
+def test_other_input_channels_adapt_the_first_layer(
+    variant: str, reloaded: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
     folder, model, _ = reloaded[variant]
     grey = timm.create_model(f"local-dir:{folder}", pretrained=True, in_chans=1).eval()
     with torch.no_grad():
         assert grey(_images(1)).shape == (12, CLASSES)
     assert not torch.equal(next(grey.backbone.parameters()), next(model.backbone.parameters()))
-    assert len(grey.memory_bank) == 0 or grey.memory_is_stale(), "the bank is of another encoder"
+    assert grey.memory_is_stale()
+    assert "its memory bank is stale" in caplog.text
 
 
 def test_only_safetensors_and_text_is_written(tmp_path: Path) -> None:
@@ -190,6 +194,15 @@ def test_a_stale_bank_is_not_saved(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_bank_that_a_hand_written_average_made_stale_is_not_saved(tmp_path: Path) -> None:
+    model = _model()
+    model.memory_is_stale()
+    for parameter in model.backbone.parameters():
+        parameter.data.copy_(0.9 * parameter.data)
+    with pytest.raises(ValueError, match=r"stale.*build_memory_bank"):
+        save_pretrained(model, tmp_path)
+
+
 def test_what_is_no_memory_wrap_model_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"wrap\(model\)"):
         save_pretrained(timm.create_model("test_resnet"), tmp_path)  # type: ignore[arg-type]
@@ -199,7 +212,7 @@ def _visible(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-@pytest.mark.parametrize("where", ["write_tensors", "save_config_for_hf", "check_whole", "os.replace"])
+@pytest.mark.parametrize("where", ["write_tensors", "save_config_for_hf", "build_shell", "os.replace"])
 def test_a_failed_save_leaves_the_old_files(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_pretrained(_model(), tmp_path)
     before = _visible(tmp_path)
@@ -342,36 +355,88 @@ def test_the_model_has_the_methods(tmp_path: Path) -> None:
         assert torch.equal(loaded(_images()), model(_images()))
 
 
-def _replaced_head() -> MemoryWrapModel:
-    backbone = timm.create_model("test_resnet", num_classes=CLASSES)
-    model = timm_memwrap.wrap(backbone).eval()
+class _Adapter(torch.nn.Module):
+    """A low-rank adapter around a layer."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+        self.low_rank = torch.nn.Sequential(torch.nn.Linear(layer.in_features, 2), torch.nn.Linear(2, CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.low_rank(x)
+
+
+def _changed(change: Any) -> MemoryWrapModel:
+    """Returns a model with a bank that is true to its weights after a change of its backbone."""
+    model = timm_memwrap.wrap(timm.create_model("test_resnet", num_classes=CLASSES)).eval()
+    change(model.backbone)
     build_memory_bank(model, TensorDataset(_images(), torch.arange(12) % CLASSES), size=None, progress=False)
-    backbone.fc = torch.nn.Sequential(backbone.fc)
-    model.memory_bank.set_encoder(model.encoder_fingerprint())
     return model
 
 
-def _wrong_labels() -> MemoryWrapModel:
+def _set(name: str, make: Any) -> Any:
+    return lambda backbone: backbone.set_submodule(name, make(backbone.get_submodule(name)))
+
+
+def _wrong_bank(encodings: Any, labels: Any) -> MemoryWrapModel:
     model = _model("wrapped")
     bank = model.memory_bank
-    bank.replace(bank.encodings, bank.labels + CLASSES, bank.ids)
+    bank.replace(encodings(bank.encodings), labels(bank.labels), bank.ids)
     return model
 
 
-def _wrong_width() -> MemoryWrapModel:
-    model = _model("wrapped")
-    bank = model.memory_bank
-    bank.replace(bank.encodings[:, 1:], bank.labels, bank.ids)
-    return model
+class _WithState(torch.nn.Linear):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"calls": 1}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        pass
 
 
-@pytest.mark.parametrize("make", [_replaced_head, _wrong_labels, _wrong_width])
-def test_what_could_not_be_loaded_is_not_saved(make: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: _changed(_set("fc", torch.nn.Sequential)), r"backbone\.fc is a Sequential, timm's a Linear"),
+        (lambda: _changed(_set("fc", _Adapter)), r"backbone\.fc is a _Adapter, timm's a Linear.*merge adapters"),
+        (lambda: _changed(_set("fc", weight_norm)), r"backbone\.fc is a ParametrizedLinear.*remove parametrizations"),
+        (lambda: _changed(_set("fc", lambda _: torch.nn.Linear(96, CLASSES, bias=False))), r"missing.*fc\.bias"),
+        (lambda: _changed(_set("fc", lambda _: _WithState(96, CLASSES))), r"fc\._extra_state is a dict, which safe"),
+        (lambda: timm_memwrap.wrap(timm.create_model("test_byobnet", act_layer=torch.nn.SiLU)), "act_layer='silu'"),
+        (lambda: _wrong_bank(lambda e: e, lambda labels: labels + CLASSES), "outside num_classes"),
+        (lambda: _wrong_bank(lambda e: e[:, 1:], lambda labels: labels), "encodings have shape"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(make: Any, why: str, tmp_path: Path) -> None:
     save_pretrained(_model(), tmp_path)
     before = _visible(tmp_path)
-    with pytest.raises(ValueError, match=r"The model to save|does not fit|memory bank"):
-        save_pretrained(make(), tmp_path)
+    with pytest.raises(ValueError, match=why):
+        save_pretrained(make(), tmp_path, allow_empty_memory=True)
     assert _visible(tmp_path) == before
+
+
+def _freeze(backbone: Any) -> None:
+    timm.utils.freeze(backbone)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _freeze,
+        _set("layer1", lambda layer: torch.compile(layer, backend="eager")),
+        lambda backbone: backbone.compile(backend="eager"),
+        lambda backbone: backbone.double(),
+    ],
+    ids=["frozen norm layers", "compiled part", "compiled", "double"],
+)
+def test_what_timm_loads_is_saved(change: Any, tmp_path: Path) -> None:
+    model = _changed(change)
+    save_pretrained(model, tmp_path)
+    loaded = from_pretrained(tmp_path).eval()
+    assert not loaded.memory_is_stale()
+    dtype = next(model.parameters()).dtype
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(_images()), model(_images().to(dtype)), check_dtype=False)
 
 
 def test_a_folder_with_a_pickle_alone_is_refused(tmp_path: Path) -> None:

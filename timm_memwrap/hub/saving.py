@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from timm.models._hub import save_config_for_hf
+from torch import Tensor
 
-from timm_memwrap.checks import split_bank
+from timm_memwrap._utils import plain_state
+from timm_memwrap.checks import misfits, split_bank
 from timm_memwrap.constants import CARD_FILE, CONFIG_FILE, MEMORY_BANK, MEMORY_CONFIG_KEY, WEIGHTS_FILE
-from timm_memwrap.factory import check_whole
+from timm_memwrap.factory import build_shell
 from timm_memwrap.hub.model_card import CardDetails, describe_memory, write_card
 from timm_memwrap.memory_bank import MemoryBank
-from timm_memwrap.memory_checks import check_memory, check_model
+from timm_memwrap.memory_checks import check_memory, check_model, warn_of_new_classifier
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.tensor_files import write_tensors
 from timm_memwrap.whole_model import CONFIG_KEY, WholeModel
@@ -65,6 +67,7 @@ def save_pretrained(
 def check_saveable(model: MemoryWrapModel, allow_empty_memory: bool = False) -> None:
     """Raises a `ValueError` if a model has no memory that is true to its weights."""
     check_model(model)
+    warn_of_new_classifier(model)
     if len(model.memory_bank):
         check_memory(model, stale="refuse")
         model.check_bank(*model.memory_bank.filled())
@@ -116,9 +119,10 @@ def _locked(directory: Path) -> Iterator[None]:
 
 def write_model(model: MemoryWrapModel, folder: Path, bank: MemoryBank) -> list[Path]:
     """Writes a model with this bank into an empty folder, if it could be loaded, and returns weights and config."""
-    # keep_vars: a state dict otherwise holds copies of a bank, which may be large.
-    tensors, _ = split_bank(model.state_dict(keep_vars=True))
-    tensors |= {f"{MEMORY_BANK}.{name}": value for name, value in bank.state_dict(keep_vars=True).items()}
+    _check_writable(model)
+    # Without copies: a bank may be large.
+    tensors, _ = split_bank(plain_state(model))
+    tensors |= {f"{MEMORY_BANK}.{name}": value for name, value in plain_state(bank).items()}
     extra: dict[str, Any] = {MEMORY_CONFIG_KEY: describe_memory(bank), "label_names": bank.class_names}
     if model.base_model:
         extra["base_model"] = model.base_model
@@ -131,10 +135,49 @@ def write_model(model: MemoryWrapModel, folder: Path, bank: MemoryBank) -> list[
     # In one order, however the model was made: what was loaded is saved as the same bytes.
     config["model_args"] = dict(sorted(config["model_args"].items()))
     path.write_text(text := json.dumps(config, indent=2), encoding="utf-8")
-    check_whole(WholeModel(tensors, config, "The model to save", verified=True), {})
+    _check_loadable(model, WholeModel(tensors, config, "The model to save", verified=True))
     # The configuration lies in the weights too, so that no kill parts what must agree.
     write_tensors(tensors, weights, {CONFIG_KEY: text})
     return [weights, path]
+
+
+def _check_writable(model: MemoryWrapModel) -> None:
+    """Raises a `ValueError` if the state or the arguments of a model are of kinds that our files do not hold."""
+    for name, value in plain_state(model).items():
+        if not isinstance(value, Tensor) or value.is_quantized:
+            kind = "quantised tensor" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"{name} is a {kind}, which safetensors does not hold. Save the model before it is quantised, or make "
+                f"the state a buffer."
+            )
+    for name, value in model._model_args.items():
+        if callable(value):
+            shown = getattr(value, "__name__", type(value).__name__)
+            raise ValueError(
+                f"{name}={shown} cannot be written to {CONFIG_FILE}. Create the model with what timm has a name for, "
+                f"e.g. {name}={shown.lower()!r}, and load the weights into it."
+            )
+
+
+def _check_loadable(model: MemoryWrapModel, whole: WholeModel) -> None:
+    """Raises a `ValueError` if what is to be written is not what its config describes, which loading would refuse."""
+    shell = build_shell(whole, {})
+    wrong = misfits(split_bank(shell.state_dict())[0], split_bank(whole.tensors)[0])
+    if not wrong:
+        return
+    expected = {name: type(module).__name__ for name, module in shell.named_modules()}
+    found = {name.replace("_orig_mod.", ""): type(module).__name__ for name, module in model.named_modules()}
+    replaced = [
+        f"{name} is a {kind}, timm's a {expected[name]}."
+        for name, kind in found.items()
+        if name and kind not in (expected.get(name, kind), "OptimizedModule")
+    ]
+    raise ValueError(
+        f"The model could not be loaded again, since it is not as timm creates "
+        f"{model.pretrained_cfg['architecture']!r} with its arguments: {' '.join((replaced or wrong)[:5])} Put timm's "
+        f"modules back before it is saved: merge adapters into the weights, remove parametrizations, and change the "
+        f"number of classes with model.reset_classifier(n)."
+    )
 
 
 def local_source(directory: Path) -> str:
