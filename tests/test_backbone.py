@@ -104,6 +104,16 @@ def test_where_the_classifier_is_not_affine_logits_are_kept_behind_the_pre_logit
     assert not timm_memwrap.wrap(plain, read_head="linear").encodes_logits
 
 
+def test_distilled_training_is_refused_with_the_fix() -> None:
+    plain = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=CLASSES, img_size=32, depth=1)
+    model = timm_memwrap.wrap(plain).train()
+    plain.set_distilled_training(True)
+    with pytest.raises(ValueError, match=r"distilled training.*set_distilled_training\(False\)"):
+        model(torch.randn(2, 3, 32, 32))
+    plain.set_distilled_training(False)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, CLASSES)
+
+
 class _Backbone(nn.Module):
     """A backbone with a given classifier."""
 

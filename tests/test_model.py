@@ -145,6 +145,21 @@ def test_other_weights_forget_the_queue() -> None:
         assert model(new_images(), return_readout=True).weights.shape[1] == 0
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_reset_classifier_keeps_the_precision(variant: str) -> None:
+    model = new_model(variant).double()
+    model.reset_classifier(CLASSES + 1)
+    assert {tensor.dtype for tensor in model.parameters()} == {torch.float64}
+    assert fill(model)(new_images().double()).shape == (6, CLASSES + 1)
+
+
+def test_a_classifier_that_was_reset_alone_is_refused_with_the_fix() -> None:
+    model = new_model("probabilities")
+    model.backbone.reset_classifier(CLASSES + 1)
+    with pytest.raises(ValueError, match=r"has 5 classes, the model 4.*model\.reset_classifier\(n\)"):
+        fill(model)
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("num_classes", [CLASSES, CLASSES + 1])
 def test_reset_classifier_forgets_the_queue(training: bool, num_classes: int) -> None:
