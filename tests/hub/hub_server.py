@@ -402,7 +402,7 @@ class Hub:
         commit = self._revision(repo, request.match_info.get("revision", "main"))
         blobs = "blobs" in request.query
         card = commit.files.get("README.md")
-        data = read_card(card.content.decode()) if card else None
+        data = read_card(card.content.decode(errors="replace")) if card else None
         return web.json_response(
             {
                 "_id": repo.id,
@@ -521,7 +521,7 @@ class Hub:
         files = dict(parent.files)
         for line in lines[1:]:
             self._apply(files, line["key"], line["value"])
-        if "README.md" in files and (errors := check_card(files["README.md"].content.decode())[0]):
+        if "README.md" in files and (errors := check_card(files["README.md"].content.decode(errors="replace"))[0]):
             raise ApiError(400, "; ".join(errors))
 
         if create_pr:

@@ -96,31 +96,44 @@ def test_the_memory_is_described_as_it_is_pushed(hub: Hub, token: str, model: Me
     assert "small pictures of the samples are inside" in hub.repos["me/with-images"].files()["README.md"].decode()
 
 
+LIVE = [
+    "<img src=x>\n# Heading",
+    "[link](http://x) `code` *bold*",
+    "\ud800 <!-- timm_memwrap: end of memory -->",
+    "www.x.com",
+    "me@x.com",
+    "HTTPS://x.com",
+    "a | b",
+    "\x1b[31m \u202ered",
+    "&lt;b&gt;",
+    "_a_ ~b~ $c$",
+]
+
+
 def test_text_from_outside_is_only_text(model: MemoryWrapModel) -> None:
-    bank = model.memory_bank
-    bank.set_class_names(["a|b <img src=x>\n# Heading", "[link](http://x) `code` *bold*", "\ud800 <!-- --> www.x.com"])
-    bank.replace(
-        bank.encodings,
-        bank.labels,
-        bank.ids,
-        None,
-        bank.class_names,
-        timm_memwrap.memory_bank.Provenance(dataset="pets | <script>", selection="```\n---\nlicense: other"),
-    )
-    card = make_card(model, "hf-hub:me/pets", {"results": [{"dataset": "<b>|x", "value": 0.5}]}, bank)
+    """Whatever is not plain stands between the marks of code, of which no Markdown makes markup or a link."""
+    bank = timm_memwrap.MemoryBank()
+    names = ["golden retriever (dog)", *LIVE]
+    count = torch.arange(len(names))
+    provenance = timm_memwrap.memory_bank.Provenance(dataset="pets | <script>", selection="```\n---\nlicense: other")
+    bank.replace(torch.randn(len(names), 96), count, count.tolist(), None, names, provenance)
+    results = [{"dataset": "<b>|x", "value": 0.5, "metric": "[a](b)", "split": "http://x"}]
+    card = make_card(model, "hf-hub:me/pets", {"results": results}, bank)
     text = ModelCard(card).text
-    assert "<img" not in text
-    assert "<script" not in text
-    assert "<b>" not in text
+    assert "| golden retriever (dog) | 1 |" in text
+    outside = re.sub(r"`[^`\n]*`", "CODE", text.replace("```", ""))
+    for live in ("<img", "<script", "<b>", "x.com", "[link]", "[a]", "http://x", "*bold*", "&lt;", "_a_", "other"):
+        assert live not in outside
+        assert live in text
+    assert outside.count("| CODE | 1 |") == len(LIVE)
+    assert outside.count("<!--") == 2
     assert "\n# Heading" not in text
-    assert r"\[link\](http&#58;//x) \`code\` \*bold\*" in text
-    assert r"a\|b &#60;img src=x&#62; # Heading" in text
-    # Not even an address by itself becomes a link.
-    assert "http&#58;//x" in text
-    assert "www&#46;x.com" in text
-    card.encode()
+    assert all(line.count("|") - line.count("\\|") == 3 for line in text.splitlines() if line.endswith("| 1 |"))
+    assert "".join(text.split("\n")).isprintable()
     # The marks around the part on the memory are still found.
     assert update_memory(card, bank) == card
+    bank.set_class_names([])
+    assert all(live not in update_memory(card, bank) for live in ("<img", "www", "end of memory -->`"))
 
 
 def test_a_card_with_many_classes_stays_readable(model: MemoryWrapModel) -> None:

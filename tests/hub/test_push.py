@@ -22,6 +22,7 @@ from torch import Tensor
 import timm_memwrap
 from timm_memwrap import MemoryWrapModel
 from timm_memwrap.cli import main
+from timm_memwrap.data import SampleImages
 from timm_memwrap.hub import pull, push_folder, pushing, summarize
 
 FILES = {".gitattributes", "README.md", "config.json", "model.safetensors"}
@@ -150,6 +151,31 @@ def test_the_folder_of_an_id_stays_where_it_is_the_class(hub: Hub, token: str, m
     assert names == ["cat/1.png", "dog/1.png", "cat/2.png", "cat/1.png (3)", "cat/1.png (2)", "dog"]
 
 
+def test_pictures_of_a_pushed_memory_are_found_again(hub: Hub, token: str, model: MemoryWrapModel) -> None:
+    """By class and name; where that is not in the id, by its position, which is the same in the own bank."""
+
+    class Pictures(list[tuple[Tensor, int]]):
+        def __init__(self, paths: list[str]) -> None:
+            super().__init__((torch.full((3, 4, 4), number, dtype=torch.uint8), 0) for number in range(len(paths)))
+            self.filename = paths.__getitem__
+
+    bank = model.memory_bank
+    names = ["cat", "dog", "eel"]
+    paths = [f"/data/{names[label]}/{i // 3:04}.png" for i, label in enumerate(bank.labels)]
+    bank.replace(bank.encodings, bank.labels, paths, None, names, bank.provenance)
+    timm_memwrap.push_to_hub(model, "me/pets")
+    ids = timm_memwrap.from_pretrained("me/pets").memory_bank.ids
+    stored = SampleImages(model, Pictures(paths[::-1]))
+    assert [int(stored.picture(i).max()) for i in ids] == list(range(11, -1, -1))
+
+    bank.set_class_names([])
+    timm_memwrap.push_to_hub(model, "me/pets")
+    renamed = timm_memwrap.from_pretrained("me/pets").memory_bank.ids
+    assert renamed[:4] == ["0000.png", "0000.png (2)", "0000.png (3)", "0001.png"]
+    before = dict(zip(renamed, bank.ids, strict=True))
+    assert [int(stored.picture(before[i]).max()) for i in renamed] == list(range(11, -1, -1))
+
+
 def test_no_pushed_file_holds_a_path_of_this_machine(
     hub: Hub, token: str, model: MemoryWrapModel, tmp_path: Path
 ) -> None:
@@ -188,6 +214,20 @@ def test_a_readme_on_the_hub_is_kept(hub: Hub, token: str, model: MemoryWrapMode
     assert hub.repos["me/other"].files()["README.md"] == card.replace(b"12 of 3 classes", b"6 of 3 classes").replace(
         b"| 4 |", b"| 2 |"
     )
+
+
+def test_a_readme_that_is_not_utf_8(hub: Hub, token: str, model: MemoryWrapModel, tmp_path: Path) -> None:
+    own = b"# Caf\xe9\n"
+    hub.repo("me/pets", **{"README.md": own})
+    timm_memwrap.push_to_hub(model, "me/pets")
+    model.memory_bank.select([0, 1])
+    timm_memwrap.push_memory_bank(model, "me/pets")
+    assert hub.repos["me/pets"].files()["README.md"] == own
+    folder = pull("me/pets", tmp_path / "pulled")
+    assert (folder / "README.md").read_bytes() == own
+    with pytest.raises(ValueError, match=r"README\.md' is not UTF-8 .*\. Save it as UTF-8, or delete it"):
+        push_folder(folder, "me/other")
+    assert list(hub.repos) == ["me/pets"]
 
 
 def test_a_readme_that_is_edited_during_a_push_is_not_lost(
@@ -340,6 +380,8 @@ def test_pull_needs_nothing_beside_its_folder(
 ) -> None:
     """Its temporary folder is inside the target, which may be a mount point in a folder that cannot be written."""
     timm_memwrap.push_to_hub(model, "me/pets")
+    # The client tries its cache with a temporary folder once.
+    timm_memwrap.from_pretrained("me/pets")
     target = tmp_path / "parent" / "pets"
     target.mkdir(parents=True)
     created = []

@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from timm_memwrap._utils import printable
 from timm_memwrap.constants import CARD_FIGURE_FILE, CARD_FILE, CONFIG_FORMAT_VERSION
 from timm_memwrap.hub.privacy import file_name
 from timm_memwrap.memory_bank import MemoryBank
@@ -29,9 +30,8 @@ TAGS = ("timm", "memory-wrap", "arxiv:2106.01440")
 # What stands between the marks is replaced when the memory changes, and nothing else in a card is.
 _BEGIN, _END = "<!-- timm_memwrap: memory -->", "<!-- timm_memwrap: end of memory -->"
 
-_MARKDOWN = re.compile(r"[\\`*_{}\[\]|~$]")
-# GitHub's Markdown makes links of bare addresses too.
-_HTML = re.compile(r"[<>&]|:(?=//)|\.(?=[^.\s])(?<=www\.)", re.IGNORECASE)
+# What no Markdown makes anything of: neither markup nor, by itself, a link.
+_PLAIN = re.compile(r"([^\W_]|[ ,()/'-])*")
 
 
 def loading_code(source: str) -> str:
@@ -93,9 +93,10 @@ def write_card(model: MemoryWrapModel, folder: Path, bank: MemoryBank, source: s
 
 def update_memory(card: str, bank: MemoryBank) -> str:
     """Returns a card with its part about the memory updated; as it is, if it has no such part."""
-    before, _, rest = card.partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    return before + _memory(bank) + after if end else card
+    # A line each: the name of a class may say the same.
+    before, _, rest = card.partition(f"\n{_BEGIN}")
+    _, end, after = rest.partition(f"\n{_END}")
+    return f"{before}\n{_memory(bank)}{after}" if end else card
 
 
 def describe_memory(bank: MemoryBank) -> dict[str, Any]:
@@ -121,21 +122,22 @@ def _memory(bank: MemoryBank) -> str:
 def _render(template: str, **values: Any) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    # Markdown, not HTML: the filters `text` and `code` escape what comes from outside.
+    # Markdown, not HTML: the filters `text` and `code` show what comes from outside as it is.
     folder = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(loader=folder, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"text": _escape, "code": _escape_code}
+    environment.filters |= {"text": _as_text, "code": _as_code}
     return environment.get_template(template).render(values)
 
 
-def _escape(text: str) -> str:
-    """Makes any text plain: no Markdown, no HTML, no links, one line."""
-    one_line = " ".join(str(text).encode(errors="replace").decode().split())
-    return _MARKDOWN.sub(r"\\\g<0>", _HTML.sub(lambda match: f"&#{ord(match[0])};", one_line))
+def _as_text(text: str) -> str:
+    """Shows any text as it is, in one line: as code unless it is plain, since some make links of escaped text too."""
+    one_line = printable(" ".join(str(text).split()))
+    return one_line if _PLAIN.fullmatch(one_line) else f"`{_as_code(one_line)}`"
 
 
-def _escape_code(text: str) -> str:
-    return " ".join(str(text).split()).replace("`", "'").replace("|", "\\|")
+def _as_code(text: str) -> str:
+    """Makes any text fit between the marks of code in a table."""
+    return printable(" ".join(str(text).split())).replace("`", "'").replace("|", "\\|")
 
 
 def _texts(details: dict[str, Any], key: str) -> list[str]:

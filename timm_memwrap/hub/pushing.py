@@ -43,7 +43,7 @@ def push_to_hub(
     What `save_pretrained` writes is sent. A `README.md` that the repository has is kept, except for the part about the
     memory that this package wrote into it. Two things about the memory are not sent: its images, except with
     `include_images`, and the folders in sample ids that look like paths, except the one that is the sample's class
-    name. The model in hand keeps both.
+    name. The model in hand keeps both, and the order is the same: by its position, a sample's whole id is found.
 
     Args:
         model: The model to push.
