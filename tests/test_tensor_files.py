@@ -87,3 +87,19 @@ def test_what_the_format_cannot_hold_is_refused(path: Path) -> None:
         write_tensors({}, path, {"config": "\ud800"})
     assert path.read_bytes() == before
     assert os.listdir(path.parent) == [path.name]
+
+
+ROOT = pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read everything")
+
+
+@pytest.mark.parametrize("error", [IsADirectoryError, FileNotFoundError, pytest.param(PermissionError, marks=ROOT)])
+def test_the_systems_own_error_names_the_file(path: Path, error: type[OSError]) -> None:
+    if error is PermissionError:
+        path.chmod(0)
+    else:
+        path.unlink()
+    if error is IsADirectoryError:
+        path.mkdir()
+    with pytest.raises(error) as caught:
+        read_tensors(path, "x")
+    assert caught.value.filename == str(path)

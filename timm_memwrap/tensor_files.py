@@ -86,6 +86,9 @@ def write_tensors(
 
 def read_tensors(path: str | os.PathLike, name: str, cure: str = "Copy or save it again.") -> TensorFile:
     """Maps a safetensors file into memory and compares it with its checksum; `name` and `cure` are for its errors."""
+    # For the system's own error: the library takes a file that may not be read for one that is not there.
+    with open(path, "rb"):
+        pass
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

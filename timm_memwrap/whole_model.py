@@ -127,7 +127,7 @@ def split_revision(model_id: str) -> tuple[str, str | None]:
 def read_config(source: Path | str, name: str) -> dict[str, Any]:
     """Reads a `config.json` from a file or text, or raises a `FileError` if it is not of a model of ours."""
     try:
-        config = json.loads(source.read_bytes() if isinstance(source, Path) else source)
+        config = json.loads(source.read_text(encoding="utf-8") if isinstance(source, Path) else source)
     except (OSError, ValueError, RecursionError) as error:
         wrong = "cannot be read" if isinstance(error, OSError) else "is not JSON"
         raise FileError(f"{name} {wrong} ({error}). Load the model from another copy, or save it again.") from error

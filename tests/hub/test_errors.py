@@ -450,6 +450,18 @@ def test_a_configuration_that_is_not_ours(hub: Hub, folder: Path, case: str, ins
     refused_everywhere(folder, rf"config\.json.*({message})|({message}).*config\.json", hub)
 
 
+def test_a_configuration_that_is_not_utf_8(folder: Path, model: MemoryWrapModel, images: Tensor) -> None:
+    """timm reads it as UTF-8, so another encoding is a fault, and mended where there is a copy."""
+    path = folder / "config.json"
+    before = path.read_text()
+    path.write_text(before, encoding="utf-16")
+    assert torch.equal(timm_memwrap.from_pretrained(folder)(images), model(images))
+    assert json.loads(path.read_text()) == json.loads(before)
+    path.write_text(before, encoding="utf-16")
+    rewrite(folder, {})
+    refused_everywhere(folder, r"config\.json.* is not JSON")
+
+
 @pytest.mark.parametrize("block", ["model_args", "pretrained_cfg"])
 def test_an_error_does_not_steer_the_terminal(folder: Path, block: str) -> None:
     edit_config(folder, **{block: {"a\x1b[31m\u202e\n": 1}})
