@@ -20,30 +20,26 @@ def fingerprint(module: nn.Module) -> str:
     Neither the device nor the precision that holds the numbers matters: weights come back from a file in float32. Where
     a cast rounds them, as that of trained weights to half precision does, it changes the fingerprint.
     """
-    digest = hashlib.sha256()
-    for name, value in sorted(plain_state(module).items()):
-        # How often a norm layer was trained changes no output, and a frozen one does not know it.
-        if name.endswith("num_batches_tracked"):
-            continue
-        _update(digest, name, value)
-    return digest.hexdigest()
+    # How often a norm layer was trained changes no output, and a frozen one does not know it.
+    state = {name: value for name, value in plain_state(module).items() if not name.endswith("num_batches_tracked")}
+    text = "".join(_describe(name, state[name]) for name in sorted(state))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _update(digest: Any, name: str, value: Any) -> None:
+def _describe(name: str, value: Any) -> str:
     # Quantised layers keep tuples of tensors.
     if isinstance(value, tuple | list):
-        for i, part in enumerate(value):
-            _update(digest, f"{name}.{i}", part)
-    elif isinstance(value, Tensor):
-        value = value.detach().dequantize() if value.is_quantized else value.detach()
-        value = value.float() if value.is_floating_point() else value
-        digest.update(f"{name}:{value.dtype}:{list(value.shape)};".encode())
-        if value.numel() and not value.is_meta:
-            # reshape: a tensor without dimensions has no view as bytes.
-            content = value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            digest.update(f"{zlib.crc32(content):08x}".encode())
-    else:
-        digest.update(f"{name}={value!r};".encode())
+        return "".join(_describe(f"{name}.{i}", part) for i, part in enumerate(value))
+    if not isinstance(value, Tensor):
+        return f"{name}={value!r};"
+    value = value.detach().dequantize() if value.is_quantized else value.detach()
+    value = value.float() if value.is_floating_point() else value
+    line = f"{name}:{value.dtype}:{list(value.shape)};"
+    if not value.numel() or value.is_meta:
+        return line
+    # reshape: a tensor without dimensions has no view as bytes.
+    content = value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"{line}{zlib.crc32(content):08x}"
 
 
 class Watch:
