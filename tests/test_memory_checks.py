@@ -33,15 +33,15 @@ def test_a_compiled_model_is_refused_with_the_fix() -> None:
 
 def test_a_write_that_is_not_watched_is_refused() -> None:
     model = fill(new_model())
-    check_memory(model, stale="refuse")
+    check_memory(model, stale="refuse", rehash=True)
     weight = next(model.backbone.parameters())
     weight.data.copy_(weight + 1)
     with pytest.raises(ValueError, match="stale"):
-        check_memory(model, stale="refuse")
+        check_memory(model, stale="refuse", rehash=True)
     # A new bank is true to the weights as they are.
     weight.data.copy_(weight + 1)
     fill(model)
-    check_memory(model, stale="refuse")
+    check_memory(model, stale="refuse", rehash=True)
 
 
 def _trained(model: MemoryWrapModel) -> MemoryWrapModel:

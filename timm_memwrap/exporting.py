@@ -127,7 +127,7 @@ def export_model(
     elif opset is not None:
         raise ValueError(f"opset={opset!r} is a version of ONNX, but format={format!r}. Leave it out.")
     model = model_or_dir if isinstance(model_or_dir, nn.Module) else from_pretrained(model_or_dir)
-    check_memory(model, stale="refuse")
+    check_memory(model, stale="refuse", rehash=True)
     size = tuple(data_config(model)["input_size"] if input_size is None else input_size)
     # A copy: mode, device and gradients of the model given are left alone.
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False).use_index(None)

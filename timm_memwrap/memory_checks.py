@@ -31,17 +31,17 @@ def warn_of_new_classifier(model: MemoryWrapModel) -> None:
         )
 
 
-def check_memory(model: Any, stale: str = "warn") -> None:
+def check_memory(model: Any, stale: str = "warn", rehash: bool = False) -> None:
     """Raises a `ValueError` if `model` is not a Memory Wrap model with a memory bank.
 
     Args:
         model: The model.
-        stale: What to do if the weights have changed since the bank was built: `"warn"`; or `"refuse"`, which hashes
-            them again.
+        stale: What to do if the weights have changed since the bank was built: `"warn"` or `"refuse"`.
+        rehash: As in `encoder_fingerprint`; for what leaves the process.
     """
     check_model(model)
     model.memory_bank.filled()
-    if model.memory_is_stale(rehash=stale == "refuse"):
+    if model.memory_is_stale(rehash):
         text = (
             "The memory bank is stale: the weights have changed since it was built, so its encodings are not theirs. "
             "Call timm_memwrap.build_memory_bank(model, data) again."

@@ -116,7 +116,7 @@ def push_memory_bank(
         ValueError: If the bank is empty or stale, or the weights in the repository are not the model's.
         OSError: `huggingface_hub`'s own, if the Hub refuses, cannot be reached, or has changed in the meantime.
     """
-    check_memory(model, stale="refuse")
+    check_memory(model, stale="refuse", rehash=True)
     api = hub_api(token)
     repo_id = _with_owner(repo_id, api)
     info = api.model_info(repo_id, revision=revision)

@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -136,8 +137,13 @@ def write_model(model: MemoryWrapModel, folder: Path, bank: MemoryBank) -> list[
     config["model_args"] = dict(sorted(config["model_args"].items()))
     path.write_text(text := json.dumps(config, indent=2), encoding="utf-8")
     _check_loadable(model, WholeModel(tensors, config, "The model to save", verified=True))
-    # The configuration lies in the weights too, so that no kill parts what must agree.
-    write_tensors(tensors, weights, {CONFIG_KEY: text})
+    with ThreadPoolExecutor(1) as thread:
+        # For what was not watched, in the time that the disk takes.
+        thread.submit(model.encoder_fingerprint, rehash=True)
+        # The configuration lies in the weights too, so that no kill parts what must agree.
+        write_tensors(tensors, weights, {CONFIG_KEY: text})
+    if len(bank):
+        check_memory(model, stale="refuse")
     return [weights, path]
 
 
