@@ -159,6 +159,7 @@ def test_accuracy_in_short(model: MemoryWrapModel) -> None:
         ({"accuracy": "high"}, "'high'. Pass a number"),
         ({"results": [{"accuracy": 1}]}, r"model_card\['results'\] has \['accuracy'\]"),
         ({"license": 5}, r"model_card\['license'\] is 5. Pass text"),
+        ({"license": "m\x85it"}, r"m\\x85it.* has characters that YAML changes"),
         ({"tags": [1]}, r"model_card\['tags'\] is \[1\]. Pass a list of texts"),
     ],
 )

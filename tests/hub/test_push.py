@@ -216,10 +216,13 @@ def test_a_readme_on_the_hub_is_kept(hub: Hub, token: str, model: MemoryWrapMode
     )
 
 
-def test_a_readme_that_is_not_utf_8(hub: Hub, token: str, model: MemoryWrapModel, tmp_path: Path) -> None:
+def test_a_readme_that_is_not_utf_8(
+    hub: Hub, token: str, model: MemoryWrapModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     own = b"# Caf\xe9\n"
     hub.repo("me/pets", **{"README.md": own})
     timm_memwrap.push_to_hub(model, "me/pets")
+    assert "The README.md on the Hub is not UTF-8" in caplog.text
     model.memory_bank.select([0, 1])
     timm_memwrap.push_memory_bank(model, "me/pets")
     assert hub.repos["me/pets"].files()["README.md"] == own

@@ -74,7 +74,10 @@ def make_card(model: MemoryWrapModel, source: str, details: Mapping[str, Any] | 
     )
     text = f"---\n{data.to_yaml()}\n---\n\n{body}\n"
     # The Hub's own class reads it back: what it cannot read, the Hub would not.
-    assert ModelCard(text).data.to_dict() == data.to_dict(), "The metadata of the model card does not come back."
+    if ModelCard(text).data.to_dict() != data.to_dict():
+        raise ValueError(
+            f"The metadata {data.to_dict()} has characters that YAML changes. Remove them from model_card."
+        )
     return text
 
 

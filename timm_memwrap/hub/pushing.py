@@ -195,6 +195,7 @@ def _update_card(card: bytes, folder: Path, bank: MemoryBank) -> list[Path]:
     try:
         updated = update_memory(card.decode(), bank).encode()
     except UnicodeError:
+        _logger.warning("The %s on the Hub is not UTF-8: what it says about the memory stays as it is.", CARD_FILE)
         return []
     path.write_bytes(updated)
     return [path] if updated != card else []
