@@ -147,7 +147,7 @@ def test_names_do_not_steer_the_terminal(place: Path, tmp_path: Path, capsys: py
     [
         (["explain", "{0}/model", "{0}/nothing.png"], "There is no '{0}/nothing.png'"),
         (["explain", "{0}/model", "{0}/model"], "holds no images. Expected files ending in .bmp"),
-        (["explain", "{0}/nothing", "{0}/data"], "is not a directory"),
+        (["explain", "{0}/nothing", "{0}/data"], "is neither a directory nor a repo id"),
         (["explain", "{0}/model", "{0}/data/test", "--top_k", "0"], "top_k=0"),
         (["explain", "{0}/model", "{0}/model/config.json"], "config.json' cannot be read"),
         (["evaluate", "{0}/model"], "No data"),

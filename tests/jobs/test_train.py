@@ -195,8 +195,6 @@ def test_an_image_folder_trains_and_a_share_can_be_held_out(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"memory": {"size": 201}}, r"memory\.size=201.*200 training images"),
-        ({"data": {"batch_size": 300}}, r"batch_size=300"),
         ({"memory": {"mode": "sample", "train_size": 180}}, r"train_size=180"),
         ({"training": {"device": "warp"}}, r"training\.device='warp'"),
         ({"training": {"lr": 1e30, "opt": "sgd"}}, r"loss is .* in epoch"),
@@ -210,6 +208,16 @@ def test_what_does_not_fit_the_data_is_one_clear_line(
     with pytest.raises(ValueError, match=message) as caught:
         train(digits(**sections), tmp_path / "out", progress=False)
     assert "\n" not in str(caught.value)
+
+
+def test_sizes_are_the_most_that_there_are(tmp_path: Path) -> None:
+    """The defaults, 1,000 samples in the memory and 128 images in a batch, do for a handful of images."""
+    write_images(tmp_path / "train", 4)
+    write_images(tmp_path / "validation", 2)
+    recipe = Recipe(ModelConfig("test_resnet"), DataConfig(data_dir=str(tmp_path), img_size=32, workers=0))
+    recipe.training.epochs = 1
+    report = train(recipe, tmp_path / "out", progress=False)
+    assert len(report.model.memory_bank) == report.model.memory_bank.provenance.population == 12
 
 
 @pytest.mark.parametrize("unreadable", ["fail", "skip"])

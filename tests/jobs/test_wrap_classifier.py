@@ -63,7 +63,7 @@ def test_a_model_that_has_a_memory_gets_a_new_one(tmp_path: Path, folder: Path, 
         ({"checkpoint": "absent.safetensors"}, r"absent\.safetensors"),
         ({"data": ""}, r"No data"),
         ({"data": "digits"}, r"3 classes.*digits has 10"),
-        ({"size": 1000}, r"size=1000.*36"),
+        ({"size": 0}, r"size=0"),
         ({"val_split": "nope"}, r"'nope'"),
     ],
 )
@@ -78,10 +78,11 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, folder: Path, plain: Path,
 def test_the_command_says_what_it_measured(
     tmp_path: Path, folder: Path, plain: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    args = ["--data", str(folder), "--out", str(tmp_path / "out"), "--val-split", "validation", "--size", "9"]
+    args = ["--data", str(folder), "--out", str(tmp_path / "out"), "--val-split", "validation"]
     assert main(["wrap", str(plain), *args, "--store-images"]) == 0
     text = capsys.readouterr().out
     assert "accuracy of the classifier as it was" in text
+    assert "with the memory of 36 samples" in text  # all, since the size means up to
     assert timm_memwrap.from_pretrained(tmp_path / "out").memory_bank.images is not None
 
 

@@ -66,21 +66,33 @@ def test_evaluation_has_no_randomness(images) -> None:
 @pytest.mark.parametrize(
     ("mode", "options", "message"),
     [
-        ("none", {"batch_size": 61}, r"batch_size=61.*60 training images"),
         ("none", {"batch_size": 0}, r"batch_size=0"),
         ("batch", {"batch_size": 1}, r"rest of the batch"),
-        ("sample", {"batch_size": 30}, r"train_size=40.*batch_size=30.*60 training images"),
+        ("sample", {"batch_size": 30}, r"train_size=40.*batches of 30.*60 training images"),
         ("none", {"batch_size": 15, "mixup": 0.2}, r"batch_size=15 is odd"),
     ],
 )
 def test_batches_that_cannot_be_are_refused(images, mode: str, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_batch_size(len(images), _config(**options), MemoryConfig(mode, 40))
+        check_batch_size(_config(**options), MemoryConfig(mode, 40), len(images))
+
+
+@pytest.mark.parametrize(("options", "expected"), [({}, 59), ({"mixup": 0.2}, 58)], ids=["plain", "mixup"])
+def test_fewer_images_than_a_batch_are_one_batch(images, options: dict, expected: int) -> None:
+    few, config = images.at(range(59)), _config(batch_size=128, **options)
+    check_batch_size(config, MemoryConfig("none"), len(few))
+    loader = train_loader(augmented(few, config, CONFIG), config, MemoryConfig("none"))
+    assert [len(labels) for _, labels, _ in loader] == [expected]
+
+
+def test_more_processes_than_images_are_refused(images) -> None:
+    with pytest.raises(ValueError, match="60 training images are too few for 61 processes"):
+        check_batch_size(_config(batch_size=4), MemoryConfig("none"), len(images), 61)
 
 
 def test_a_batch_of_one_is_enough_without_memory(images) -> None:
     config = _config(batch_size=1)
-    check_batch_size(len(images), config, MemoryConfig("none"))
+    check_batch_size(config, MemoryConfig("none"), len(images))
     batch, _, extra = next(iter(train_loader(augmented(images, config, CONFIG), config, MemoryConfig("none"))))
     assert batch.shape == (1, 1, 8, 8)
     assert extra == {}

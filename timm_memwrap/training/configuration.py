@@ -59,7 +59,7 @@ class DataConfig:
         download: Whether a torch/ data set may be downloaded.
         unreadable: What to do with images that cannot be read: fail, or skip them and log how many.
         img_size: Image size in pixels; null for the model's default.
-        batch_size: Images per batch on each process.
+        batch_size: Images per batch on each process; fewer images make one batch.
         workers: Processes that load images.
         mean: Mean of each channel; null for the model's default.
         std: Standard deviation of each channel; null for the model's default.
@@ -181,7 +181,7 @@ class MemoryConfig:
         mode: What training reads. none: nothing, and the plain classifier is wrapped at the end; batch: the rest of the
             batch; sample: images drawn for each step, as in the paper; queue: recent encodings, without gradient.
         train_size: Number of samples that a step reads in the modes sample and queue.
-        size: Number of samples in the memory bank; null for all.
+        size: Most samples in the memory bank; null for all.
         selection: How they are chosen: balanced, random, kmeans or all.
         store_images: Whether to store small images of them for people to look at.
         calibrate: Whether to fit the temperature to the validation images; null for only with mode none, unless

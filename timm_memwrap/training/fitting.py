@@ -113,11 +113,7 @@ def fit_recipe(
     if processes.first:
         write_recipe(recipe, out / "recipe.yaml")
     images, held_out = open_data(recipe, progress)
-    check_batch_size(len(images), recipe.data, memory)
-    if memory.size is not None and memory.size > len(images):
-        raise ValueError(
-            f"memory.size={memory.size} is more than the {len(images)} training images. Pass fewer, or null for all."
-        )
+    check_batch_size(recipe.data, memory, len(images), processes.world_size)
     classes = len(images.classes)
     torch.manual_seed(config.seed)
     model = create_model(recipe, classes)

@@ -10,6 +10,7 @@ from timm.data import Mixup, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, StackDataset, default_collate
 
+from timm_memwrap._utils import check_count
 from timm_memwrap.data import Images
 from timm_memwrap.training.configuration import DataConfig, MemoryConfig
 
@@ -48,7 +49,8 @@ def train_loader(
     sampler: Any = DistributedSampler(numbered, drop_last=True) if distributed else None
     return DataLoader(
         numbered,
-        config.batch_size,
+        # Fewer samples than a batch make one batch: incomplete ones are dropped.
+        _batch_size(config, len(sampler or numbered)),
         shuffle=sampler is None,
         sampler=sampler,
         drop_last=True,
@@ -80,22 +82,33 @@ def create_mixup(config: DataConfig, smoothing: float, num_classes: int) -> Mixu
     return Mixup(config.mixup, config.cutmix, prob=config.mixup_prob, **options)
 
 
-def check_batch_size(count: int, config: DataConfig, memory: MemoryConfig) -> None:
-    """Raises if batches of `count` images cannot be filled, or do not suit the memory mode."""
-    size = config.batch_size
-    if size < 1 or size > count:
+def check_batch_size(config: DataConfig, memory: MemoryConfig, count: int, world_size: int = 1) -> None:
+    """Raises if `count` images cannot be divided into batches on each process that suit the memory mode."""
+    check_count("data.batch_size", config.batch_size)
+    mixes = bool(config.mixup or config.cutmix)
+    if mixes and config.batch_size % 2:
         raise ValueError(
-            f"data.batch_size={size}, but there are {count} training images. Pass a batch size of 1 to {count}."
+            f"data.batch_size={config.batch_size} is odd, but Mixup pairs the images of a batch. Pass an even one."
+        )
+    size = _batch_size(config, count // world_size)
+    if size < 1:
+        raise ValueError(
+            f"{count} training images are too few for {world_size} processes{' with Mixup' if mixes else ''}. Pass "
+            f"more images, or start fewer processes."
         )
     if memory.mode == "batch" and size == 1:
         raise ValueError(
-            "data.batch_size=1 with memory.mode=batch leaves nothing to read: the memory is the rest of the batch. "
-            "Pass a larger batch, or another mode."
+            "Batches of one image with memory.mode=batch leave nothing to read: the memory is the rest of the batch. "
+            "Pass a larger data.batch_size, or another mode."
         )
     if memory.mode == "sample" and memory.train_size + size > count:
         raise ValueError(
-            f"memory.train_size={memory.train_size} and data.batch_size={size} are more than the {count} training "
-            f"images, but the memory must not hold the images of the batch. Lower one of them."
+            f"memory.train_size={memory.train_size} and batches of {size} are more than the {count} training images, "
+            f"but the memory must not hold the images of the batch. Lower memory.train_size or data.batch_size."
         )
-    if (config.mixup or config.cutmix) and size % 2:
-        raise ValueError(f"data.batch_size={size} is odd, but Mixup pairs the images of a batch. Pass an even one.")
+
+
+def _batch_size(config: DataConfig, count: int) -> int:
+    """Returns the number of images of a batch where a process has `count` images."""
+    size = min(config.batch_size, count)
+    return size - size % 2 if config.mixup or config.cutmix else size
