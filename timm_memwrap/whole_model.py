@@ -50,7 +50,8 @@ class WholeModel:
         """
         architecture, own_cfg, own_args = self.described(cfg)
         read = dict(kwargs.get("pretrained_model_args") or {})
-        given = {key: value for key, value in kwargs.items() if key not in read or read[key] != value}
+        # By identity: NaN, which JSON may hold, is never equal to itself.
+        given = {key: value for key, value in kwargs.items() if key not in read or read[key] is not value}
         return architecture, own_cfg, {**own_args, **given, "pretrained_model_args": own_args}
 
 

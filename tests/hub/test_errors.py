@@ -462,6 +462,16 @@ def test_a_configuration_that_is_not_utf_8(folder: Path, model: MemoryWrapModel,
     refused_everywhere(folder, r"config\.json.* is not JSON")
 
 
+def test_an_argument_of_a_damaged_configuration_is_not_the_users(
+    folder: Path, model: MemoryWrapModel, images: Tensor
+) -> None:
+    for create in (timm_memwrap.from_pretrained, lambda f: timm.create_model(f"local-dir:{f}", pretrained=True).eval()):
+        config = json.loads((folder / "config.json").read_text())
+        config["model_args"]["bogus"] = float("nan")
+        (folder / "config.json").write_text(json.dumps(config))
+        assert torch.equal(create(folder)(images), model(images))
+
+
 @pytest.mark.parametrize("block", ["model_args", "pretrained_cfg"])
 def test_an_error_does_not_steer_the_terminal(folder: Path, block: str) -> None:
     edit_config(folder, **{block: {"a\x1b[31m\u202e\n": 1}})
