@@ -2,7 +2,10 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 
+import timm_memwrap
 from timm_memwrap.cli import COMMANDS, main
 from timm_memwrap.cli.arguments import expand, make_parser
 
@@ -117,6 +120,12 @@ def test_the_overview_lists_every_command(args: list[str], capsys: pytest.Captur
     text = capsys.readouterr().out
     for command in COMMANDS:
         assert f"\n  {command} " in text
+
+
+def test_the_version_is_printed_with_those_of_what_it_builds_on(capsys: pytest.CaptureFixture) -> None:
+    assert main(["--version"]) == 0
+    printed = capsys.readouterr().out
+    assert printed == f"timm-memwrap {timm_memwrap.__version__} (timm {timm.__version__}, torch {torch.__version__})\n"
 
 
 def test_an_unknown_command_is_one_line_with_the_nearest(capsys: pytest.CaptureFixture) -> None:

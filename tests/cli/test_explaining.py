@@ -126,6 +126,24 @@ def test_report_prints_and_draws(
         assert picture.format == "PNG"
 
 
+@pytest.mark.parametrize("command", ["explain", "evaluate", "report"])
+def test_device_batch_size_and_workers_change_no_result(
+    place: Path, command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = [str(place / "data/test")] if command == "explain" else ["--data", str(place / "data")]
+    args = [command, str(place / "model"), *data, "--progress", "false"]
+    assert main(args) == 0
+    expected = capsys.readouterr().out
+    sizes = []
+    encode = timm_memwrap.MemoryWrapModel.encode
+    monkeypatch.setattr(
+        timm_memwrap.MemoryWrapModel, "encode", lambda self, x: (sizes.append(len(x)), encode(self, x))[1]
+    )
+    assert main([*args, "--device", "cpu", "--batch-size", "4", "--workers", "1"]) == 0
+    assert capsys.readouterr().out == expected
+    assert sizes[:2] == [4, 2]
+
+
 def test_names_do_not_steer_the_terminal(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = timm_memwrap.from_pretrained(place / "model").eval()
     model.memory_bank.set_class_names(["\x1b[31mred", "\x9b2J", "\u202eback"])
@@ -151,6 +169,9 @@ def test_names_do_not_steer_the_terminal(place: Path, tmp_path: Path, capsys: py
         (["explain", "{0}/model", "{0}/data/test", "--top_k", "0"], "top_k=0"),
         (["explain", "{0}/model", "{0}/model/config.json"], "config.json' cannot be read"),
         (["evaluate", "{0}/model"], "No data"),
+        (["evaluate", "{0}/model", "--data", "{0}/data", "--device", "warp"], "device='warp' cannot be used"),
+        (["explain", "{0}/model", "{0}/data", "--batch_size", "0"], "batch_size=0"),
+        (["report", "{0}/model", "--data", "{0}/data", "--workers", "-1"], "workers=-1"),
         (["evaluate", "{0}/model", "--data", "{0}/data", "--split", "nope"], "There is no folder 'nope'"),
         (["report", "{0}/model", "--data", "{0}/others", "--split", ""], "does not know: 'elk'"),
     ],

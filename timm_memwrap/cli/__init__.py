@@ -5,6 +5,10 @@ import sys
 from collections.abc import Callable
 from difflib import get_close_matches
 
+import timm
+import torch
+
+from timm_memwrap import __version__
 from timm_memwrap.cli import measuring, sharing, training
 from timm_memwrap.cli.arguments import expand, make_parser
 
@@ -32,9 +36,13 @@ def main(args: list[str] | None = None) -> int:
     """Runs a command, and returns its exit status."""
     name, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
     if name in ("-h", "--help"):
-        print("usage: timm-memwrap COMMAND [--help] ...\n")
+        print("usage: timm-memwrap [--version] COMMAND [--help] ...\n")
         for each, function in COMMANDS.items():
             print(f"  {each:10}  {(function.__doc__ or '').splitlines()[0]}")
+        return 0
+    if name == "--version":
+        # What a report of a bug needs.
+        print(f"timm-memwrap {__version__} (timm {timm.__version__}, torch {torch.__version__})")
         return 0
     if name not in COMMANDS:
         near = get_close_matches(name, COMMANDS, n=1)

@@ -4,6 +4,8 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from torch.utils.data import DataLoader
+
 from timm_memwrap._utils import write_text
 from timm_memwrap.cli.arguments import IN_TERMINAL
 from timm_memwrap.data import match_labels, open_remembered, open_source
@@ -13,6 +15,8 @@ from timm_memwrap.experiments.timing import table
 from timm_memwrap.explaining import evaluate_explanations, memory_report, plot_memory_report
 from timm_memwrap.hub import from_pretrained
 from timm_memwrap.jobs.explain import describe, explain_files, find_images
+from timm_memwrap.jobs.inference import Inference
+from timm_memwrap.model import MemoryWrapModel
 
 __all__ = ["benchmark", "compare", "evaluate", "explain", "report"]
 
@@ -26,6 +30,7 @@ def explain(
     heatmaps: str | None = None,
     json: str | None = None,
     progress: bool = IN_TERMINAL,
+    **options: Any,
 ) -> None:
     """Explains images by the remembered images that their predictions used.
 
@@ -39,11 +44,13 @@ def explain(
         heatmaps: Heatmaps in the report: integrated_gradients, input_x_gradient or saliency; needs memory_data and out.
         json: File to write the explanations to as JSON, or - to print that instead of tables.
         progress: Whether to show progress bars; by default in a terminal.
+        **options: As of Inference.
     """
+    inference = Inference(**options)
     found = find_images(images)
-    model = from_pretrained(source)
+    model = from_pretrained(source).to(inference.find_device())
     memory = None if memory_data is None else open_remembered(memory_data)
-    explanations = explain_files(model, found, top_k, memory, heatmaps, out, progress)
+    explanations = explain_files(model, found, top_k, memory, heatmaps, out, progress, inference)
     named = [(name, each) for (_, name), each in zip(found, explanations, strict=True)]
     texts = [describe(model, name, each) for name, each in named]
     if out is not None:
@@ -52,7 +59,12 @@ def explain(
 
 
 def evaluate(
-    source: str, data: str = "", split: str = "test", json: str | None = None, progress: bool = IN_TERMINAL
+    source: str,
+    data: str = "",
+    split: str = "test",
+    json: str | None = None,
+    progress: bool = IN_TERMINAL,
+    **options: Any,
 ) -> None:
     """Evaluates a model and its explanations over labelled images.
 
@@ -64,9 +76,10 @@ def evaluate(
         split: The split; of an image folder the folder in it, or '' if the classes are in the folder itself.
         json: File to write the metrics to as JSON, or - to print that instead of a table.
         progress: Whether to show progress bars; by default in a terminal.
+        **options: As of Inference.
     """
-    images, model = open_source(data, split), from_pretrained(source)
-    metrics = evaluate_explanations(model, match_labels(model, images), progress=progress)
+    model, batches = _open(source, data, split, Inference(**options))
+    metrics = evaluate_explanations(model, batches, progress=progress)
     _print_result(metrics, {"source": source, "data": data, "split": split, **metrics.to_dict()}, json)
 
 
@@ -78,6 +91,7 @@ def report(
     memory_data: str | None = None,
     json: str | None = None,
     progress: bool = IN_TERMINAL,
+    **options: Any,
 ) -> None:
     """Finds remembered images that mislead, that are never read, or whose label the model disputes.
 
@@ -89,11 +103,11 @@ def report(
         memory_data: As in explain.
         json: File to write the counts to as JSON, or - to print that instead of a table.
         progress: Whether to show progress bars; by default in a terminal.
+        **options: As of Inference.
     """
-    images = open_source(data, split)
     memory = None if memory_data is None else open_remembered(memory_data)
-    model = from_pretrained(source)
-    found = memory_report(model, match_labels(model, images), progress=progress)
+    model, batches = _open(source, data, split, Inference(**options))
+    found = memory_report(model, batches, progress=progress)
     if out is not None:
         plot_memory_report(model, found, path=out, dataset=memory)
     _print_result(found, found.to_dict(), json)
@@ -129,6 +143,13 @@ def benchmark(json: str | None = None, plot: str | None = None, **options: Any) 
     _print_result(table(rows), [asdict(row) for row in rows], json)
     if plot is not None:
         plot_rows(rows, plot)
+
+
+def _open(source: str, data: str, split: str, inference: Inference) -> tuple[MemoryWrapModel, DataLoader]:
+    """Opens a model, and batches of labelled images with its labels."""
+    images, device = open_source(data, split), inference.find_device()
+    model = from_pretrained(source).to(device)
+    return model, inference.batches(match_labels(model, images))
 
 
 def _print_result(text: object, values: Any, target: str | None) -> None:

@@ -2,14 +2,19 @@
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from timm_memwrap._utils import printable
-from timm_memwrap.data import class_names
+from timm_memwrap.data import class_names, data_config
+from timm_memwrap.data.transforms import as_batch
 from timm_memwrap.explaining.explanation import Explanation, MemorySample, explain
 from timm_memwrap.explaining.figures.html import write_html
 from timm_memwrap.explaining.heatmaps import attribute
+from timm_memwrap.jobs.inference import Inference
 from timm_memwrap.model import MemoryWrapModel
 
 __all__ = ["describe", "explain_files", "find_images"]
@@ -43,6 +48,7 @@ def explain_files(
     heatmaps: str | None = None,
     out: str | os.PathLike | None = None,
     progress: bool = True,
+    inference: Inference = Inference(),  # noqa: B008  (frozen)
 ) -> list[Explanation]:
     """Explains what `find_images` found, and writes an HTML report to `out`, with heatmaps of a method of `attribute`.
 
@@ -50,14 +56,18 @@ def explain_files(
     """
     paths, names = [path for path, _ in images], [name for _, name in images]
     if heatmaps is None:
-        explanations, attributions = explain(model, paths, top_k), None
+        batches = inference.batches(paths, partial(as_batch, data_config(model)))
+        shown = tqdm(batches, desc="Explaining", unit="batch", disable=not progress)
+        explanations, attributions = [each for batch in shown for each in explain(model, batch, top_k)], None
     elif memory is None or out is None:
         raise ValueError(
             f"heatmaps={heatmaps!r} needs the images that the memory was built from, and a report to show them in: "
             f"pass --memory_data and --out too."
         )
     else:
-        attributions = attribute(model, paths, memory, heatmaps, top_k, progress=progress)
+        attributions = attribute(
+            model, paths, memory, heatmaps, top_k, batch_size=inference.batch_size, progress=progress
+        )
         explanations = [attribution.explanation for attribution in attributions]
     if out is not None:
         write_html(model, paths, explanations, out, names=names, attributions=attributions, dataset=memory)

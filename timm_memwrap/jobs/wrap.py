@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from timm.data import create_transform
 from torch.utils.data import DataLoader
 
 from timm_memwrap.building import build_memory_bank
-from timm_memwrap.data import BATCH_SIZE, Images, data_config, image_mode, open_source
+from timm_memwrap.data import Images, data_config, image_mode, open_source
 from timm_memwrap.explaining import ExplanationMetrics, evaluate_explanations
 from timm_memwrap.explaining import calibrate as calibrate_model
 from timm_memwrap.hub import FileError, save_pretrained
+from timm_memwrap.jobs.inference import Inference
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.training.creation import check_safetensors
 from timm_memwrap.training.evaluation import evaluate
@@ -46,9 +46,8 @@ def wrap_classifier(
     selection: str = "balanced",
     store_images: bool = False,
     seed: int = 0,
-    device: str = "cpu",
-    workers: int = 0,
     progress: bool = True,
+    **options: Any,
 ) -> WrapReport:
     """Gives a trained classifier a memory of training samples, through which it predicts from then on.
 
@@ -68,14 +67,15 @@ def wrap_classifier(
         selection: As in `build_memory_bank`.
         store_images: As in `build_memory_bank`.
         seed: As in `build_memory_bank`.
-        device: Where to compute.
-        workers: Processes that load images.
         progress: Whether to show progress bars.
+        **options: As of Inference.
 
     Raises:
         ValueError: If there is no such model or data, or their classes differ.
         OSError: If the model cannot be downloaded.
     """
+    inference = Inference(**options)
+    device = inference.find_device()
     model = _load(model_id, checkpoint, data, split)
     mode = image_mode(getattr(model, "in_chans", 3))
     has_memory = isinstance(model, MemoryWrapModel)
@@ -91,13 +91,13 @@ def wrap_classifier(
     transform = create_transform(**data_config(model))
 
     def batches(part: Images) -> DataLoader:
-        return DataLoader(part.with_transform(transform), BATCH_SIZE, num_workers=workers)
+        return inference.batches(part.with_transform(transform))
 
     unseen = batches(held_out) if held_out is not None else None
     plain_accuracy = None
     if not has_memory:
         if unseen:
-            plain_accuracy = evaluate(model, unseen, Processes(torch.device(device)))["accuracy"]
+            plain_accuracy = evaluate(model, unseen, Processes(device))["accuracy"]
         model = wrap(model)
     build_memory_bank(
         model,

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from timm.utils.distributed import init_distributed_device_so, is_distributed_env
 
-__all__ = ["Processes", "processes"]
+__all__ = ["Processes", "find_device", "processes"]
 
 _logger = logging.getLogger(__name__)
 
@@ -38,23 +38,28 @@ class Processes:
             dist.barrier()
 
 
+def find_device(device: str | None, option: str = "device") -> torch.device:
+    """Returns the device that `option` names, or CUDA if available, else the CPU, and raises if it cannot be used."""
+    wanted = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=wanted).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"{option}={wanted!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
 @contextmanager
 def processes(device: str | None) -> Iterator[Processes]:
     """Joins the process group that `torchrun` (or Slurm) describes, through timm, and leaves it at the end.
 
     Until then, a SIGTERM interrupts as Ctrl-C does.
     """
-    wanted = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=wanted)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"training.device={wanted!r} cannot be used: {error}") from error
+    wanted = find_device(device, "training.device")
     with _terminated_as_interrupted():
         if not is_distributed_env():
-            yield Processes(torch.device(wanted))
+            yield Processes(wanted)
             return
         started = not dist.is_initialized()
-        found = init_distributed_device_so(device=wanted)
+        found = init_distributed_device_so(device=str(wanted))
         joined = Processes(torch.device(found["device"]), found["global_rank"], found["world_size"], True)
         if not joined.first:
             logging.getLogger("timm_memwrap").setLevel(logging.ERROR)
