@@ -566,7 +566,8 @@ def test_stale_memory_of_a_stock_push_is_said(
     timm.models.push_to_hf_hub(model, "me/stale", safe_serialization=True)
     timm_memwrap.from_pretrained("me/stale")
     assert "its memory bank is stale" in caplog.text
+    fresh = make_model()
     caplog.clear()
-    timm_memwrap.push_to_hub(make_model(), "me/fresh")
+    timm_memwrap.push_to_hub(fresh, "me/fresh")
     timm_memwrap.from_pretrained("me/fresh")
     assert not caplog.text
