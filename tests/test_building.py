@@ -152,6 +152,51 @@ def test_an_exception_midway_leaves_the_old_bank(where: str, monkeypatch: pytest
     assert torch.equal(model.own_predictions(), predictions)
 
 
+class _Named(TensorDataset):
+    """Images with class names, as torchvision's folders have."""
+
+    def __init__(self, images: Tensor, labels: Tensor, classes: list[str]) -> None:
+        super().__init__(images, labels)
+        self.classes = classes
+
+
+def test_the_models_names_win_and_labels_follow(caplog: pytest.LogCaptureFixture) -> None:
+    """A classifier that is right of all its images, and data that numbers the classes otherwise."""
+    images = torch.randn(9, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    plain = timm.create_model("test_resnet", num_classes=3).eval()
+    with torch.no_grad():
+        plain.fc.weight *= 30
+        plain.fc.bias -= plain(images).mean(dim=0)
+        own = plain(images).argmax(dim=1)
+    assert len(own.unique()) == 3
+    data = _Named(images, (own + 2) % 3, ["ten", "two", "one"])
+    build_memory_bank(wrap(plain), data, size=None, progress=False)
+    assert "classifier puts 0 % of the memory samples into the class of their label" in caplog.text
+    caplog.clear()
+    model = wrap(plain)
+    model.pretrained_cfg["label_names"] = ["one", "ten", "two"]
+    for class_names in (None, data.classes):
+        bank = build_memory_bank(model, data, size=None, progress=False, class_names=class_names)
+        assert torch.equal(bank.labels, own)
+        assert bank.class_names == ["one", "ten", "two"]
+    assert not caplog.records
+    with pytest.raises(ValueError, match=r"does not know: 'three'.*'one', 'ten', 'two'"):
+        build_memory_bank(model, _Named(images, own, ["one", "two", "three"]), progress=False)
+
+
+def test_one_class_is_refused() -> None:
+    model = wrap(timm.create_model("test_resnet", num_classes=1))
+    with pytest.raises(ValueError, match=r"num_classes=1: .*num_classes=2"):
+        build_memory_bank(model, TensorDataset(torch.zeros(2, 3, 32, 32), torch.zeros(2).long()), progress=False)
+
+
+@pytest.mark.parametrize("labels", [torch.full((2,), 0.9), torch.tensor([[0, 1], [1, 1]])], ids=["float", "multi-hot"])
+def test_labels_that_are_no_classes_are_refused(labels: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"expected .* one class index per image"):
+        build_memory_bank(_model(), TensorDataset(torch.zeros(2, 3, 32, 32), labels), progress=False)
+
+
 @pytest.mark.parametrize(
     ("data", "arguments", "quoted"),
     [

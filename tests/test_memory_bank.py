@@ -1,8 +1,10 @@
 """The bank: what goes in comes back, whole or not at all, and nothing mixes two samples."""
 
 import copy
+import dataclasses
 import errno
 import json
+import logging
 import pickle
 from pathlib import Path
 from typing import Any
@@ -184,9 +186,30 @@ def test_append_joins_and_remove_undoes_it(images: bool) -> None:
     assert len(bank) == 9
     assert torch.equal(bank.encodings[6:], more.encodings)
     assert bank.ids[6:] == more.ids
-    assert bank.provenance == PROVENANCE
+    assert bank.provenance == dataclasses.replace(PROVENANCE, appended=3)
     assert bank.remove(more.ids) is bank
+    assert bank.provenance == dataclasses.replace(PROVENANCE, appended=3, removed=3)
+    bank._set(bank._state(), dataclasses.replace(bank._parsed_meaning(), provenance=PROVENANCE))
     _assert_same(bank, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+def test_labels_are_whole_numbers(dtype: torch.dtype) -> None:
+    bank = _bank()
+    for remember in (bank.replace, bank.append):
+        with pytest.raises(ValueError, match=rf"labels are {dtype}; expected integers"):
+            remember(torch.zeros(1, 4), torch.full((1,), 0.9, dtype=dtype), ["new"])
+
+
+def test_what_is_forgotten_is_recorded(caplog: pytest.LogCaptureFixture) -> None:
+    bank = _bank()
+    with caplog.at_level(logging.WARNING):
+        bank.select([5, 4, 3, 2, 1, 0]).remove(["0.png", "1.png"])
+        assert not caplog.records
+        # Of what is left, 5, 4, 3 and 2, only a dog.
+        bank.select([1])
+    assert bank.provenance == dataclasses.replace(PROVENANCE, removed=5)
+    assert "no sample of cat, newt any more" in caplog.text
 
 
 def test_append_to_an_empty_bank_starts_it() -> None:

@@ -41,6 +41,8 @@ class Provenance:
         seed: Seed of the choice.
         population: Number of samples that they were chosen from.
         encoder: Fingerprint of the encoder's weights; empty if unknown.
+        appended: Number of samples that were remembered since.
+        removed: Number of samples that were forgotten since.
     """
 
     dataset: str = ""
@@ -48,6 +50,8 @@ class Provenance:
     seed: int | None = None
     population: int | None = None
     encoder: str = ""
+    appended: int = 0
+    removed: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def _is_valid(provenance: dict[str, Any], key: str) -> bool:
     value, kind = provenance.get(key, Provenance.__dataclass_fields__[key].default), _PROVENANCE[key]
     if kind is str:
         return isinstance(value, str)
-    return value is None or (isinstance(value, int) and not isinstance(value, bool))
+    return (value is None and kind is not int) or (isinstance(value, int) and not isinstance(value, bool))
 
 
 def plain_ids(ids: Iterable[Any]) -> list[SampleId]:

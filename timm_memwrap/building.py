@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from timm_memwrap._utils import check_choice, check_count, evaluating
-from timm_memwrap.data import Samples, small_images
+from timm_memwrap.data import BATCH_SIZE, Samples, known_class_names, small_images
 from timm_memwrap.memory_bank import MemoryBank, Provenance, SampleId
 from timm_memwrap.memory_checks import check_model, warn_of_new_classifier
 from timm_memwrap.model import MemoryWrapModel
@@ -56,7 +56,8 @@ def build_memory_bank(
             the bank when it is saved.
         seed: Seed of the choice.
         progress: Whether to show a progress bar.
-        class_names: Names of the classes by label; `None` for those of the data set, else of the model.
+        class_names: Names of the classes by label; `None` for those of the data set. If the model knows the same names
+            in another order, its order stays and the labels follow; other names take the place of the model's.
         dataset_name: Name of the data set, for the bank's provenance; `None` for the name of its class.
         distributed: Whether all processes of `torch.distributed`'s default group make this call together. Each then
             encodes its share of the samples, and all get the same bank.
@@ -66,8 +67,8 @@ def build_memory_bank(
         The bank, which is `model.memory_bank`.
 
     Raises:
-        ValueError: If the data is empty, a label is outside `num_classes`, an encoding is not
-            finite, or an argument does not fit.
+        ValueError: If the data is empty, a label is not a class index below `num_classes`, a class of the data set is
+            not among the model's class names, an encoding is not finite, or an argument does not fit.
 
     Example:
         ```python
@@ -85,7 +86,7 @@ def build_memory_bank(
     check_count("size", size, none=True)
     if selection == "all":
         size = None
-    samples = Samples(data, model)
+    samples, named = Samples(data, model, class_names), bool(known_class_names(model))
     if distributed:
         _check_distributed(samples)
     chosen: list[int] | None = None
@@ -103,13 +104,30 @@ def build_memory_bank(
             population=population,
             encoder=model.encoder_fingerprint(rehash=True),
         )
-        names = class_names if class_names is not None else samples.class_names
         model.memory_bank.replace(
-            encoded.encodings, encoded.labels, encoded.ids, encoded.images, names, provenance, dtype
+            encoded.encodings, encoded.labels, encoded.ids, encoded.images, samples.class_names, provenance, dtype
         )
+        if not named:
+            _warn_of_other_labels(model, encoded)
     if len(model.memory_bank) == 1:
         _logger.warning("The memory bank has one sample: each prediction reads it alone, and its own reads nothing.")
     return model.memory_bank
+
+
+def _warn_of_other_labels(model: MemoryWrapModel, encoded: "_Encoded") -> None:
+    """Warns if the backbone's own classifier disagrees with most labels: they may be numbered otherwise than its."""
+    if model.memory_args["classifier"] != "own":
+        return
+    device = next(model.backbone.parameters()).device
+    parts = (model.own_classifier(part.to(device)).argmax(dim=1).cpu() for part in encoded.encodings.split(BATCH_SIZE))
+    agree = (torch.cat(list(parts)) == encoded.labels).float().mean().item()
+    if agree < 0.5:
+        _logger.warning(
+            "The model's own classifier puts %.0f %% of the memory samples into the class of their label. If it is "
+            "trained, the data numbers the classes otherwise than the model: give the model its class names, "
+            "model.pretrained_cfg['label_names'] = [...], and labels are matched by name.",
+            100 * agree,
+        )
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Shapes: M memory samples, D width of an encoding.
 """
 
 import dataclasses
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from timm_memwrap._utils import check_choice
+from timm_memwrap._utils import check_choice, printable
 from timm_memwrap.bank_format import (
     BUFFERS,
     DTYPES,
@@ -30,6 +31,8 @@ from timm_memwrap.fingerprint import Watch
 from timm_memwrap.tensor_files import read_tensors, write_tensors
 
 __all__ = ["MemoryBank", "Provenance", "SampleId"]
+
+_logger = logging.getLogger(__name__)
 
 
 class MemoryBank(nn.Module):
@@ -139,8 +142,7 @@ class MemoryBank(nn.Module):
             ValueError: If lengths, shapes, types or values do not fit. The bank is then unchanged.
         """
         check_choice("dtype", dtype, DTYPES)
-        if labels.is_floating_point():
-            raise ValueError(f"labels are {labels.dtype}; expected integers, one class index per sample.")
+        _check_integers(labels)
         meaning = Meaning(plain_ids(ids), plain_names(class_names), provenance or Provenance())
         self._set(
             {
@@ -160,6 +162,7 @@ class MemoryBank(nn.Module):
         """
         if not len(self):
             return self.replace(encodings, labels, ids, images)
+        _check_integers(labels)
         given = {"encodings": encodings, "labels": labels, "images": images}
         state: dict[str, Tensor | None] = {}
         for name, new in given.items():
@@ -174,7 +177,8 @@ class MemoryBank(nn.Module):
                 )
             state[name] = None if new is None or old is None else torch.cat([old, new.detach().to(old)])
         meaning = self._parsed_meaning()
-        self._set(state, dataclasses.replace(meaning, ids=[*meaning.ids, *plain_ids(ids)]))
+        provenance = dataclasses.replace(meaning.provenance, appended=meaning.provenance.appended + len(labels))
+        self._set(state, dataclasses.replace(meaning, ids=[*meaning.ids, *plain_ids(ids)], provenance=provenance))
 
     def remove(self, ids: Iterable[SampleId]) -> "MemoryBank":
         """Forgets the samples with these ids, and returns itself.
@@ -196,11 +200,22 @@ class MemoryBank(nn.Module):
         return self.select(i for i in range(len(self)) if i not in gone)
 
     def select(self, positions: Iterable[int]) -> "MemoryBank":
-        """Keeps only the samples at these positions, in this order, and returns itself."""
+        """Keeps only the samples at these positions, in this order, and returns itself.
+
+        Warns if a class has no sample any more.
+        """
         device, meaning, kept = self.filled()[1].device, self._parsed_meaning(), list(positions)
         index = torch.tensor(kept, dtype=torch.long, device=device)
         state = {name: None if tensor is None else tensor[index] for name, tensor in self._state().items()}
-        self._set(state, dataclasses.replace(meaning, ids=[meaning.ids[i] for i in kept]))
+        before, provenance = self.class_counts, meaning.provenance
+        provenance = dataclasses.replace(provenance, removed=provenance.removed + len(self) - len(kept))
+        self._set(state, dataclasses.replace(meaning, ids=[meaning.ids[i] for i in kept], provenance=provenance))
+        if gone := [label for label in before if label not in self.class_counts]:
+            names = dict(enumerate(meaning.class_names))
+            _logger.warning(
+                "The memory has no sample of %s any more, so that no prediction can show one.",
+                ", ".join(printable(names.get(label, f"class {label}")) for label in gone),
+            )
         return self
 
     def store_as(self, dtype: torch.dtype) -> "MemoryBank":
@@ -354,3 +369,8 @@ class MemoryBank(nn.Module):
             self._set(*parse_state(copies, "the state dict"))
         except ValueError as error:
             error_msgs.append(str(error))
+
+
+def _check_integers(labels: Tensor) -> None:
+    if labels.is_floating_point() or labels.is_complex():
+        raise ValueError(f"labels are {labels.dtype}; expected integers, one class index per sample.")

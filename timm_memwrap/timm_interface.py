@@ -99,10 +99,15 @@ class TimmInterface(nn.Module):
         return self.get_submodule(name) if self.num_classes and isinstance(name, str) else nn.Identity()
 
     def check_head(self) -> None:
-        """Raises a `ValueError` if the model has no classes, or its backbone's classifier has others."""
+        """Raises a `ValueError` if the model has no classes to tell apart, or its backbone's classifier has others."""
         if self.num_classes == 0:
             raise ValueError(
                 "num_classes=0: the model has no head to read a memory with. Call reset_classifier(n) first."
+            )
+        if self.num_classes == 1:
+            raise ValueError(
+                "num_classes=1: with one class, each prediction is that class. Create the model with num_classes=2 and "
+                "label samples 0 and 1."
             )
         if self.keeps_classifier and self.backbone.num_classes != self.num_classes:
             raise ValueError(

@@ -1,7 +1,7 @@
 """Samples are those that their positions, ids and labels name, whatever the data comes in."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -386,13 +386,40 @@ def test_known_labels_outside_the_models_classes_are_refused_before_reading(make
         _ = Samples(_NoImages(targets=[0, 5, 7, 5]), make_model()).labels
 
 
-def test_class_names_are_the_datas_else_the_models_else_none(make_model: MakeModel) -> None:
+def test_class_names_are_the_models_else_the_datas_else_none(make_model: MakeModel) -> None:
     model = make_model()
     assert Samples(_data(), model).class_names == []
-    model.pretrained_cfg["label_names"] = ["a", "b", "c"]
-    assert Samples(_data(), model).class_names == ["a", "b", "c"]
     assert Samples(_NoImages(classes=("cat", "dog", "newt")), model).class_names == ["cat", "dog", "newt"]
     assert Samples(_NoImages(classes=("cat", "dog")), model).class_names == []
+    model.pretrained_cfg["label_names"] = ["newt", "cat", "dog"]
+    for classes in ((), ("0", "1", "2"), ("cat", "dog", "newt"), ("dog",)):
+        assert Samples(_NoImages(classes=classes), model).class_names == ["newt", "cat", "dog"]
+
+
+def test_labels_are_the_models_for_the_names_of_the_data(make_model: MakeModel) -> None:
+    model = make_model()
+    model.pretrained_cfg["label_names"] = ["newt", "cat", "dog"]
+
+    def read(data: Any, names: Sequence[str] | None = None) -> list[int]:
+        samples = Samples(data, model, names)
+        labels = [label for _, labels in samples.batches() for label in labels.tolist()]
+        assert samples.labels is None or samples.labels.tolist() == labels
+        return labels
+
+    data: Any = _data()
+    own = read(data)
+    assert set(own) == {0, 1, 2}
+    data.classes = ["cat", "dog", "newt"]
+    moved = [[1, 2, 0][label] for label in own]
+    assert read(data) == read(DataLoader(data, 5)) == read(Subset(data, range(N))) == moved
+    # Names that are given are of the data's labels.
+    assert read(data, ["newt", "dog", "cat"]) == [[0, 2, 1][label] for label in own]
+    # Other names take the place of the model's.
+    assert read(data, ["chat", "chien", "triton"]) == own
+    assert Samples(data, model, ["chat", "chien", "triton"]).class_names == ["chat", "chien", "triton"]
+    data.classes = ["cat", "dog", "bat"]
+    with pytest.raises(ValueError, match=r"does not know: 'bat'\. It knows 'newt', 'cat', 'dog'.*class_names"):
+        read(data)
 
 
 def test_the_size_is_known_where_it_can_be(make_model: MakeModel) -> None:

@@ -227,6 +227,7 @@ def test_a_stale_memory_is_said_once_a_call(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model = make_model("wrapped")
+    caplog.clear()
     with caplog.at_level(logging.WARNING):
         explain(model, make_images(2))
         assert not caplog.records

@@ -312,7 +312,9 @@ def test_attributions_that_miss_their_sum_are_said(
     n_steps: int,
     said: bool,
 ) -> None:
-    found = attribute(make_model("logits"), make_images(2), _memory(make_images), n_steps=n_steps, progress=False)
+    model = make_model("logits")
+    caplog.clear()
+    found = attribute(model, make_images(2), _memory(make_images), n_steps=n_steps, progress=False)
     wide = [abs(a.completeness_gap) > 0.2 * abs(a.score - a.baseline_score) for a in found]
     assert any(wide) == said
     assert [record.levelname for record in caplog.records] == ["WARNING"] * said

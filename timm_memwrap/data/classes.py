@@ -22,9 +22,10 @@ def class_names(model: MemoryWrapModel) -> list[str]:
     return [*names, *(f"class {i}" for i in range(len(names), model.num_classes))]
 
 
-def known_class_names(model: MemoryWrapModel) -> list[str]:
-    """Returns the class names of the memory bank, else of the pretrained cfg; empty if neither has any."""
-    known = model.memory_bank.class_names or model.pretrained_cfg.get("label_names") or []
+def known_class_names(model: Any) -> list[str]:
+    """Returns the class names of the memory bank, else of a timm model's pretrained cfg; empty if neither has any."""
+    bank = model.memory_bank.class_names if isinstance(model, MemoryWrapModel) else []
+    known = bank or model.pretrained_cfg.get("label_names") or []
     return [str(name) for name in (known.values() if isinstance(known, dict) else known)]
 
 
@@ -118,10 +119,10 @@ def match_labels(model: MemoryWrapModel, dataset: Any) -> Any:
         ValueError: If the classes cannot be matched.
     """
     theirs, ours = dataset_classes(dataset), known_class_names(model)
-    if theirs == ours or not theirs:
-        return dataset
-    # Numbers are not names.
-    if not ours or theirs == [str(i) for i in range(len(theirs))]:
+    labels = model_labels(theirs, ours)
+    if labels is not None:
+        return _Relabelled(dataset, labels, ours)
+    if theirs and theirs != ours:
         if len(theirs) != model.num_classes:
             raise ValueError(
                 f"The data has {len(theirs)} classes and the model {model.num_classes}, and only one of them has class "
@@ -129,8 +130,18 @@ def match_labels(model: MemoryWrapModel, dataset: Any) -> Any:
             )
         if ours:
             _logger.warning("The data has numbers for class names, so labels are taken by number: 0 is %r.", ours[0])
-        return dataset
-    return _Relabelled(dataset, labels_by_name(theirs, ours), ours)
+    return dataset
+
+
+def model_labels(theirs: Sequence[str], ours: Sequence[str]) -> list[int] | None:
+    """Returns the model's label of each class of a data set by name, or `None` where labels can stay as they are.
+
+    Raises a `ValueError` if a class is not the model's.
+    """
+    # Numbers are not names.
+    if not theirs or not ours or theirs == ours or theirs == [str(i) for i in range(len(theirs))]:
+        return None
+    return labels_by_name(theirs, ours)
 
 
 def labels_by_name(theirs: Sequence[str], ours: Sequence[str]) -> list[int]:
@@ -138,7 +149,8 @@ def labels_by_name(theirs: Sequence[str], ours: Sequence[str]) -> list[int]:
     if unknown := sorted(set(theirs) - set(ours)):
         raise ValueError(
             f"The data has classes that the model does not know: {_some(unknown, 5)}. It knows {_some(ours, 10)}. "
-            f"Rename or remove them in the data."
+            f"Rename or remove them in the data; or if the model's names are to be others, pass class_names to "
+            f"build_memory_bank."
         )
     if twice := [name for name in theirs if ours.count(name) > 1]:
         raise ValueError(

@@ -14,7 +14,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler, SubsetRandomSampler
 from torch.utils.data.dataloader import default_collate
 
-from timm_memwrap.data.classes import dataset_classes, file_name, innermost, known_class_names, known_labels
+from timm_memwrap.data.classes import (
+    dataset_classes,
+    file_name,
+    innermost,
+    known_class_names,
+    known_labels,
+    model_labels,
+)
 from timm_memwrap.data.transforms import BATCH_SIZE, as_batch, data_config, to_batch
 from timm_memwrap.memory_bank import SampleId
 from timm_memwrap.model import MemoryWrapModel
@@ -25,7 +32,10 @@ _logger = logging.getLogger(__name__)
 
 
 class Samples:
-    """The samples of a data set or loader of `(image, label)`.
+    """The samples of a data set or loader of `(image, label)`, with the labels that the model has for their classes.
+
+    The numbers that a data set gives to classes may be others than the model's, which are found by name where both have
+    class names.
 
     A data set is read in order. So is that of a `DataLoader`, or of a loader that wraps one as its `loader` (timm's
     `PrefetchLoader`), with whatever the loader does to a batch: shuffling and dropping the last batch are undone, and a
@@ -36,12 +46,15 @@ class Samples:
         data: The data set or loader. Images are tensors, which are taken for model inputs, or PIL images, which get
             the model's own transform unless the loader has a collate function for them.
         model: The model whose inputs and labels they are.
+        class_names: Names of the classes by the data's label; `None` for those of the data set. If they are not the
+            model's names in some order, they take their place.
 
     Raises:
-        ValueError: If `data` is something else, or a loader that does not let its samples be told apart.
+        ValueError: If `data` is something else, a loader that does not let its samples be told apart, or its classes
+            are not the model's.
     """
 
-    def __init__(self, data: Any, model: MemoryWrapModel) -> None:
+    def __init__(self, data: Any, model: MemoryWrapModel, class_names: Sequence[str] | None = None) -> None:
         self._model, self._config = model, data_config(model)
         if _is_indexed(data) or isinstance(data, IterableDataset):
             data = DataLoader(data, BATCH_SIZE)
@@ -49,6 +62,10 @@ class Samples:
             raise ValueError(f"{type(data).__name__} is neither a dataset nor a loader of (image, label).")
         self._loader, self._inner = data, _data_loader(data)
         self._dataset = getattr(data if self._inner is None else self._inner, "dataset", None)
+        ours, theirs = known_class_names(model), list(class_names or dataset_classes(self._dataset))
+        renames = bool(class_names) and sorted(theirs) != sorted(ours)
+        self._labels = None if renames else model_labels(theirs, ours)
+        self._names = theirs if renames or not ours else ours
         self.length: int | None = None  # None for a stream, whose samples can only be read in its own order
         self._indices: Sequence[int] = ()
         if not _is_indexed(self._dataset):
@@ -83,9 +100,8 @@ class Samples:
 
     @property
     def class_names(self) -> list[str]:
-        """Class names of the data set, else of the model; empty if there is not one for each of the model's classes."""
-        names = dataset_classes(self._dataset) or known_class_names(self._model)
-        return names if len(names) == self._model.num_classes else []
+        """Class names by the model's labels; empty if there is not one for each of the model's classes."""
+        return self._names if len(self._names) == self._model.num_classes else []
 
     def ids(self, positions: Iterable[int]) -> list[SampleId]:
         """Returns file names where the data set knows them and they tell samples apart, else positions in it."""
@@ -127,16 +143,16 @@ class Samples:
         return images, self._known(labels.long())
 
     def _known(self, labels: Tensor) -> Tensor:
-        """Returns labels `[N]`, or raises a `ValueError` if the model does not have such classes."""
-        num_classes = self._model.num_classes
+        """Returns the model's labels for the data's `[N]`, or raises a `ValueError` if there are no such classes."""
+        num_classes = self._model.num_classes if self._labels is None else len(self._labels)
         outside = labels[(labels < 0) | (labels >= num_classes)].unique().tolist()
         if outside:
             raise ValueError(
                 f"Labels of the data are {', '.join(map(str, outside[:5]))}, outside num_classes={num_classes}: "
                 f"expected class indices, 0 to {num_classes - 1}. Create the model with num_classes="
-                f"{int(labels.max()) + 1} or more, or match class names: timm_memwrap.data.match_labels(model, data)."
+                f"{int(labels.max()) + 1} or more."
             )
-        return labels
+        return labels if self._labels is None else torch.tensor(self._labels)[labels]
 
     def _unknown_order(self) -> ValueError:
         return ValueError(

@@ -44,9 +44,11 @@ class Summary:
         source = f"{memory['dataset'] or 'unknown data'}: {memory['selection'] or 'unknown'}"
         population = f" of {memory['population']:,}" if memory["population"] else ""
         seed = f", seed {memory['seed']}" if memory["seed"] is not None else ""
+        since = [(what, memory[what]) for what in ("appended", "removed")]
+        changes = "".join(f", {count:,} {what} since" for what, count in since if count)
         lines += [
             f"  memory        {memory['size']:,} samples, {self.memory_bytes / 1e6:,.2f} MB",
-            f"  from          {printable(source)}{population}{seed}",
+            f"  from          {printable(source)}{population}{seed}{changes}",
             f"  images        {f'{self.image_bytes / 1e6:,.2f} MB' if memory['images'] else 'not inside'}",
             f"  fingerprint   {fits[self.stale]}",
             "  by class",
