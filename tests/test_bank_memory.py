@@ -23,7 +23,7 @@ from memory_models import (
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from timm_memwrap import MemoryWrapModel
+from timm_memwrap import MemoryWrapModel, bank_memory
 from timm_memwrap.search import ExactIndex
 
 
@@ -392,6 +392,33 @@ def test_own_predictions_are_dropped_with_the_weights_and_samples_that_they_were
     # Not left from before, and not those of weights before the last change.
     assert torch.equal(model.own_predictions(), copy.deepcopy(model).own_predictions())
     assert torch.equal(model.own_predictions(), model.own_logits(torch.arange(len(model.memory_bank))).argmax(dim=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_sample_is_not_asked_about_by_its_copies(variant: str, dtype: torch.dtype) -> None:
+    model = fill(new_model(variant), 7)
+    images = torch.cat([new_images(7, 2), new_images(7, 2)[[4, 1, 4]]])
+    # Each in a batch of another size, which gives other digits.
+    encodings = torch.cat([model.encode(part) for part in images.split([3, 4, 1, 2])]).detach()
+    model.memory_bank.replace(encodings, torch.arange(10) % CLASSES, range(10), dtype=dtype)
+    groups = {0: [0], 1: [1, 8], 2: [2], 3: [3], 4: [4, 7, 9], 5: [5], 6: [6], 7: [4, 7, 9], 8: [1, 8], 9: [4, 7, 9]}
+    own = model.own_logits(torch.arange(10))
+    for position, group in groups.items():
+        alone = copy.deepcopy(model)
+        if model.memory_args["classifier"] != "own":
+            alone.memory_bank.select([i for i in range(10) if i not in group])
+            expected = alone.read(model.memory_bank.encodings[[position]].float()).logits[0]
+            torch.testing.assert_close(own[position], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_groups_of_many_samples_are_found_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bank_memory, "_ROWS", 7)
+    generator = torch.Generator().manual_seed(0)
+    encodings = torch.randn(40, 16, generator=generator)
+    source = torch.randint(40, (200,), generator=generator)
+    groups = bank_memory.groups_of(encodings[source])
+    assert torch.equal(groups.unsqueeze(0) == groups.unsqueeze(1), source.unsqueeze(0) == source.unsqueeze(1))
 
 
 def test_own_predictions_of_an_empty_bank_are_refused_with_what_to_call() -> None:

@@ -17,12 +17,17 @@ from timm_memwrap.memory_bank import MemoryBank
 from timm_memwrap.memory_layer import MemoryLayer, PreparedMemory
 from timm_memwrap.search import ExactIndex, FaissIndex
 
-__all__ = ["BankMemory", "bank_memory", "empty_memory", "warn_of_empty_memory"]
+__all__ = ["BankMemory", "are_same", "bank_memory", "empty_memory", "warn_of_empty_memory"]
 
 _logger = logging.getLogger(__name__)
 
 # Up to so many samples, scoring and weighing all of them is as quick as a search, and never waits for the device.
 DENSE_SIZE = 4096
+
+# Encodings compared at a time.
+_ROWS = 2**14
+# Relative distance of two encodings of one picture, which a batch of another size changes.
+_SAME = 1e-5
 
 
 @dataclass
@@ -33,6 +38,7 @@ class BankMemory:
     memory: PreparedMemory
     watch: Watch | None  # None under torch.compile, which cannot watch
     predictions: Tensor | None = None  # [M], -1 where nobody has asked
+    groups: Tensor | None = None  # [M], the same number for samples that are identical; None where nobody has asked
 
     def predict(self, positions: Tensor, own_logits: Callable[[Tensor], Tensor]) -> Tensor:
         """Returns predictions for positions of any shape, made once for each from the logits `[P, C]` of `[P]`."""
@@ -43,6 +49,36 @@ class BankMemory:
         if len(new):
             self.predictions[new] = own_logits(new).argmax(dim=-1)
         return self.predictions[positions]
+
+    def alike(self, positions: Tensor, encodings: Tensor) -> Tensor:
+        """Returns which samples are identical to those at positions `[P]`: positions `[P, 1]`, or a mask `[P, M]`."""
+        if self.groups is None:
+            self.groups = groups_of(encodings)
+        if int(self.groups.max()) == len(self.groups) - 1:
+            return positions.unsqueeze(1)
+        return self.groups[positions].unsqueeze(1) == self.groups
+
+
+def groups_of(encodings: Tensor) -> Tensor:
+    """Returns a number `[M]` for each encoding `[M, E]`, which those of one picture share.
+
+    A picture is not encoded to the same digits in each batch.
+    """
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(encodings.shape[1], generator=generator).to(encodings.device)
+    # Where one sample is another's copy, nothing lies between the two on a random line.
+    order = torch.cat([part.float() @ direction for part in encodings.split(_ROWS)]).argsort()
+    new = torch.ones(len(order), dtype=torch.bool, device=order.device)
+    for start in range(1, len(order), _ROWS):
+        rows = order[start : start + _ROWS]
+        new[start : start + _ROWS] = ~are_same(encodings[rows], encodings[order[start - 1 : start - 1 + len(rows)]])
+    return torch.empty_like(order).scatter(0, order, new.cumsum(0) - 1)
+
+
+def are_same(encodings: Tensor, others: Tensor) -> Tensor:
+    """Returns for which rows `[N]` two encodings `[N, E]` are of one picture, up to their precision."""
+    tolerance = max(_SAME, *(2 * torch.finfo(part.dtype).eps for part in (encodings, others)))
+    return (encodings.float() - others.float()).norm(dim=1) <= tolerance * others.float().norm(dim=1)
 
 
 def bank_memory(

@@ -192,20 +192,20 @@ class MemoryWrapModel(TimmInterface):
         """Computes what the model itself says of samples of its memory, `[P, C]`.
 
         With the backbone's own classifier C that is `C(f_i)`, as of the plain model. A vote and the trained heads read
-        the bank with the sample itself hidden.
+        the bank with the sample itself hidden, and all that are identical to it.
 
         Args:
             positions: Positions `[P]` in the bank.
         """
-        memory, (encodings, _) = self._bank_memory().memory, self.memory_bank.filled()
-        parts = []
+        known, (encodings, _) = self._bank_memory(), self.memory_bank.filled()
+        memory, parts = known.memory, []
         with torch.no_grad():
             for part in positions.split(max(1, _MOST_SCORES // len(memory.keys.vectors))):
                 encoding = encodings[part].to(memory.keys.vectors.dtype)
                 if self.memory_args["classifier"] == "own":
                     parts.append(self.calibration(self.head.classify(encoding, encoding)))
                 else:
-                    parts.append(self._read(encoding, memory, part.unsqueeze(1), ranked=False).logits)
+                    parts.append(self._read(encoding, memory, known.alike(part, encodings), ranked=False).logits)
         return torch.cat(parts)
 
     def own_predictions(self, positions: Tensor | None = None) -> Tensor:

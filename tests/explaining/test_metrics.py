@@ -67,6 +67,8 @@ def naive(model: MemoryWrapModel, images: torch.Tensor, labels: torch.Tensor, de
         note("support_size", len(weights))
         note("weight_on_prediction", sum(w for w, _ in examples))
         note("identical_class_rate", own_labels[weights[0][1]] == prediction)
+        if not right:
+            note("identical_class_rate_wrong", own_labels[weights[0][1]] == prediction)
         if examples:
             position = examples[0][1]
             if model.memory_args["classifier"] == "own":
@@ -104,8 +106,40 @@ def test_it_agrees_with_a_naive_implementation(
     assert metrics.count == COUNT
     expected = naive(model, images, labels, deleted, seed=0)
     for name in metrics.to_dict():
-        if name not in ("count", "deleted", "random_flip_rate", "random_drop"):
+        if name not in ("count", "deleted", "random_flip_rate", "random_drop", "in_memory", "by_class"):
             assert metrics.to_dict()[name] == pytest.approx(expected.get(name), abs=2e-5), name
+
+
+def test_each_class_is_counted(
+    make_model: Callable[..., MemoryWrapModel], make_images: Callable[..., torch.Tensor]
+) -> None:
+    model, images, labels = make_model("wrapped", size=9), make_images(6, seed=5), torch.tensor([0, 0, 0, 1, 3, 3])
+    model.memory_bank.set_class_names(["ant", "bee", "cow", "\x1b[31mdoe"])
+    with torch.no_grad():
+        right = model(images).argmax(dim=1) == labels
+    metrics = evaluate_explanations(model, TensorDataset(images, labels), progress=False)
+    found = [(each.class_name, each.count, each.accuracy, each.memory_count) for each in metrics.by_class]
+    rates = [pytest.approx(float(right[labels == label].float().mean())) for label in (0, 1, 3)]
+    names = metrics.by_class[3].class_name
+    assert found == [("ant", 3, rates[0], 3), ("bee", 1, rates[1], 2), ("cow", 0, None, 2), (names, 2, rates[2], 2)]
+    assert json.loads(metrics.to_json())["by_class"][0]["memory_count"] == 3
+    assert "ant " in str(metrics)
+    assert "\x1b" not in str(metrics)
+
+
+def test_inputs_that_are_in_the_memory_are_counted_and_said(
+    model: MemoryWrapModel, make_images: Callable[..., torch.Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.clear()
+    # The memory has twelve images of seed 1; in other batches they are encoded to other digits.
+    others, inside = make_images(4, seed=5), make_images(12, seed=1)[[7, 2, 9]]
+    data = DataLoader(TensorDataset(torch.cat([others, inside]), torch.zeros(7, dtype=torch.long)), batch_size=2)
+    assert evaluate_explanations(model, data, progress=False).in_memory == 3
+    assert "3 of 7 inputs are in the memory" in caplog.text
+    caplog.clear()
+    data = DataLoader(TensorDataset(others, torch.zeros(4, dtype=torch.long)))
+    assert evaluate_explanations(model, data, progress=False).in_memory == 0
+    assert not caplog.text
 
 
 def test_random_deletion_leaves_out_as_many_samples_by_the_seed(
@@ -152,7 +186,8 @@ def test_results_are_json_and_a_table(
     data = TensorDataset(make_images(4), torch.zeros(4, dtype=torch.long))
     metrics = evaluate_explanations(make_model("wrapped"), data, progress=False)
     assert json.loads(metrics.to_json()) == metrics.to_dict()
-    assert len(str(metrics).splitlines()) == len(metrics.to_dict())
+    # And the classes under a header, instead of in a row.
+    assert len(str(metrics).splitlines()) == len(metrics.to_dict()) - 1 + 2 + len(metrics.by_class)
     assert f"{metrics.support_size:.4g}" in str(metrics)
 
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from timm_memwrap._utils import printable
 from timm_memwrap.cli.arguments import IN_TERMINAL
 from timm_memwrap.training.configuration import Recipe
 from timm_memwrap.training.recipes import find_recipe, load_recipe
@@ -102,9 +103,13 @@ def _print_report(report: Any, plain: str, *more: tuple[float, str]) -> None:
         for accuracy, what in ((report.plain_accuracy, plain), through_memory, *more):
             if accuracy is not None:
                 print(f"  {accuracy:7.2%}  {what}")
+        metrics, wrong = report.metrics, report.metrics.identical_class_rate_wrong
+        errors = "" if wrong is None else f", and in {wrong:.1%} of the wrong ones"
         print(
-            f"Evidence: the strongest sample is of the predicted class in {report.metrics.identical_class_rate:.1%} of "
-            f"predictions, which use {report.metrics.support_size:.1f} samples on average."
+            f"A prediction uses {metrics.support_size:.1f} samples on average. The strongest is of the predicted class "
+            f"in {metrics.identical_class_rate:.1%} of predictions{errors}."
         )
+        low = sorted([each for each in metrics.by_class if each.count], key=lambda each: each.accuracy)[:3]
+        print(printable(f"Least accurate: {', '.join(f'{each.class_name} ({each.accuracy:.1%})' for each in low)}."))
     source = f"local-dir:{report.directory}"
     print(f'Saved in {report.directory}: timm.create_model("{source}", pretrained=True), after import timm_memwrap.')

@@ -4,6 +4,7 @@ Shapes: N inputs, B inputs of a batch, E width of an encoding, C classes, K samp
 """
 
 import copy
+import logging
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_memwrap._utils import check_count, evaluating
-from timm_memwrap.data import BATCH_SIZE, SampleImages
+from timm_memwrap._utils import check_count, evaluating, printable
+from timm_memwrap.bank_memory import are_same
+from timm_memwrap.data import BATCH_SIZE, SampleImages, class_names
 from timm_memwrap.explaining.explanation import explain
 from timm_memwrap.explaining.reading import (
     encodings_of,
@@ -33,6 +35,29 @@ __all__ = [
     "expected_calibration_error",
     "randomisation_check",
 ]
+
+
+_logger = logging.getLogger(__name__)
+
+# Classes in a printed table.
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class ClassMetrics(Result):
+    """How a class fares.
+
+    Args:
+        class_name: Its name.
+        count: Number of inputs with this label.
+        accuracy: Share of them that are predicted right; `None` if there are none.
+        memory_count: Number of memory samples with this label.
+    """
+
+    class_name: str
+    count: int
+    accuracy: float | None
+    memory_count: int
 
 
 @dataclass(frozen=True)
@@ -58,6 +83,7 @@ class ExplanationMetrics(Result):
         weight_on_prediction: Mean weight of all examples of an input together.
         identical_class_rate: Share of inputs whose strongest sample has the predicted class as its *label* (the
             identical class test of Hanawa et al. 2021, https://arxiv.org/abs/2006.04528).
+        identical_class_rate_wrong: The same among wrong predictions: evidence that agrees with an error cannot show it.
         deletion_flip_rate: Share of inputs whose prediction changes without its `deleted` strongest samples, or all if
             they are fewer (after Petsiuk et al. 2018, https://arxiv.org/abs/1806.07421). Faithful explanations are
             above `random_flip_rate`.
@@ -66,8 +92,11 @@ class ExplanationMetrics(Result):
             DeYoung et al. 2020, https://arxiv.org/abs/1911.03429).
         random_drop: The same without as many samples drawn at random.
         deleted: How many samples were left out.
+        in_memory: Number of inputs that are in the memory themselves, and find themselves there: they flatter all other
+            figures.
         calibration_error: Expected calibration error over 15 bins of equal width (Guo et al. 2017,
             https://arxiv.org/abs/1706.04599).
+        by_class: Each class: its inputs, and its share in the memory.
     """
 
     count: int
@@ -81,12 +110,27 @@ class ExplanationMetrics(Result):
     support_size: float
     weight_on_prediction: float
     identical_class_rate: float
+    identical_class_rate_wrong: float | None
     deletion_flip_rate: float
     random_flip_rate: float
     deletion_drop: float
     random_drop: float
     deleted: int
+    in_memory: int
     calibration_error: float
+    by_class: tuple[ClassMetrics, ...]
+
+    def __str__(self) -> str:
+        """Returns a table of the values, and one of the classes, the least accurate first."""
+        values = Result.table({name: value for name, value in self.to_dict().items() if name != "by_class"})
+        classes = sorted(self.by_class, key=lambda each: 1.0 if each.accuracy is None else each.accuracy)
+        rows = [
+            f"{printable(each.class_name)[:24]:24}  {'' if each.accuracy is None else f'{each.accuracy:.4g}':>8}  "
+            f"{each.count:6,}  {each.memory_count:6,}"
+            for each in classes[:_SHOWN]
+        ]
+        more = [f"and {len(classes) - _SHOWN} more classes"] if len(classes) > _SHOWN else []
+        return "\n".join([values, "", f"{'class':24}  {'accuracy':>8}  {'inputs':>6}  {'memory':>6}", *rows, *more])
 
 
 def evaluate_explanations(
@@ -112,7 +156,15 @@ def evaluate_explanations(
     with encodings_of(model, data, "Explanations", progress) as batches:
         for encoding, labels in batches:
             meter.update(encoding, labels)
-    return meter.compute()
+    metrics = meter.compute()
+    if metrics.in_memory:
+        _logger.warning(
+            "%d of %d inputs are in the memory, and find themselves there, which flatters all figures. Evaluate with "
+            "images that are not in it.",
+            metrics.in_memory,
+            metrics.count,
+        )
+    return metrics
 
 
 class ExplanationMeter:
@@ -135,11 +187,22 @@ class ExplanationMeter:
         """Returns the metrics of all batches, at least one."""
         values = {name: torch.cat([batch[name] for batch in self._batches]) for name in self._batches[0]}
         right, example, probability = values["accuracy"], values["explanation_accuracy"], values.pop("probability")
+        labels, in_memory, identical = values.pop("labels"), values.pop("in_memory"), values["identical_class_rate"]
+        counts = self.model.memory_bank.class_counts
         return ExplanationMetrics(
             count=len(right),
             accuracy_example=_mean(right[example]),
             accuracy_counterfactual=_mean(right[~example]),
             deleted=self.deleted,
+            in_memory=int(in_memory.sum()),
+            identical_class_rate_wrong=_mean(identical[~right]),
+            by_class=tuple(
+                [
+                    ClassMetrics(name, int(of_class.sum()), _mean(right[of_class]), counts.get(label, 0))
+                    for label, name in enumerate(class_names(self.model))
+                    for of_class in [labels == label]
+                ]
+            ),
             calibration_error=expected_calibration_error(probability, right),
             **{name: _mean(column) for name, column in values.items()},
         )
@@ -189,7 +252,7 @@ def _measure(
     model: MemoryWrapModel, readout: MemoryReadout, labels: Tensor, deleted: int, rng: random.Random
 ) -> dict[str, Tensor]:
     """Computes the probability of the predictions, and by name the columns of which the metrics are the means."""
-    bank, (_, bank_labels) = model.memory_bank, model.memory_bank.filled()
+    bank, (encodings, bank_labels) = model.memory_bank, model.memory_bank.filled()
     weights, positions, logits = readout.weights.float(), readout.positions, readout.logits.float()
     probability, prediction = logits.softmax(dim=-1).max(dim=-1)
     used = weights > 0
@@ -199,13 +262,15 @@ def _measure(
     strongest = positions.gather(1, same.long().argmax(dim=1, keepdim=True)).squeeze(1)[has_example]
     own = model.own_logits(strongest).float()
     nothing = read_nothing(model, readout.encoding)
-    support = used.sum(dim=1)
+    support, nearest = used.sum(dim=1), positions.gather(1, readout.similarities.argmax(dim=1, keepdim=True)).squeeze(1)
     result = {
         "accuracy": prediction == labels,
         "accuracy_without_memory": (nothing.argmax(dim=-1) == labels) & ~no_class_leads(nothing),
         "probability": probability,
         "explanation_accuracy": same[:, 0],
         "identical_class_rate": bank_labels[positions[:, 0]] == prediction,
+        "labels": labels,
+        "in_memory": are_same(readout.encoding, encodings[nearest]),
         "support_size": support,
         "weight_on_prediction": (weights * same).sum(dim=1),
         "input_nonrepresentativeness": (own - logits[has_example]).abs().mean(dim=1),

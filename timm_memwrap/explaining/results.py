@@ -13,7 +13,11 @@ class Result:
 
     def __str__(self) -> str:
         """Returns a table with one row per value."""
-        values = self.to_dict()
+        return self.table(self.to_dict())
+
+    @staticmethod
+    def table(values: dict[str, Any]) -> str:
+        """Returns a table with one row per value."""
         width = max(map(len, values))
         return "\n".join(
             f"{name.replace('_', ' '):{width}}  {f'{value:.4g}' if isinstance(value, float) else value}"
