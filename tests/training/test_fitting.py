@@ -19,7 +19,10 @@ Make = Callable[..., Recipe]
     [
         ({"model": {"name": "resnet19"}}, r"resnet19"),
         ({"model": {"name": "memwrap_resnet18"}}, r"Pass the backbone, 'resnet18'"),
+        ({"model": {"name": ""}}, r"Unknown model\.name=''"),
         ({"model": {"pretrained_path": "w.pth"}}, r"w\.pth.*safetensors"),
+        ({"model": {"pretrained_path": "a/b.pth.tar"}}, r"clean_checkpoint\.py --checkpoint b\.pth\.tar --safetensors"),
+        ({"model": {"name": "hf-hub:me/m", "pretrained_path": "w.safetensors"}}, r"Pass one of them"),
         ({"model": {"in_chans": 5}}, r"in_chans=5"),
         ({"model": {"read_head": "linear"}}, r"read_head='linear' needs training"),
         ({"model": {"classifier": "vote"}, "memory": {"mode": "batch"}}, r"'vote' has no layer to train"),

@@ -17,7 +17,7 @@ from timm_memwrap.explaining import ExplanationMetrics, calibrate, evaluate_expl
 from timm_memwrap.hub import check_repo_id, push_to_hub, save_pretrained
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.training.configuration import Recipe
-from timm_memwrap.training.creation import wrap_trained
+from timm_memwrap.training.creation import source_of, wrap_trained
 from timm_memwrap.training.evaluation import evaluate, sampled_accuracy
 from timm_memwrap.training.fitting import Fitted, fit_recipe
 from timm_memwrap.training.outputs import plot_curves
@@ -159,7 +159,9 @@ def _write(fitted: Fitted, report: TrainingReport) -> None:
 
 def _describe(fitted: Fitted) -> str:
     recipe, config = fitted.recipe, fitted.recipe.training
-    start = "from pretrained weights" if recipe.model.pretrained or recipe.model.pretrained_path else "from scratch"
+    model = recipe.model
+    pretrained = model.pretrained or model.pretrained_path or source_of(model.name)
+    start = "from pretrained weights" if pretrained else "from scratch"
     part = "the head alone, on a frozen backbone" if config.freeze_backbone else "all weights"
     how = {
         "none": "The plain classifier was trained, and is read through the memory.",

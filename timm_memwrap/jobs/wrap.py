@@ -10,13 +10,13 @@ from timm.data import create_transform
 from torch.utils.data import DataLoader
 
 from timm_memwrap.building import build_memory_bank
-from timm_memwrap.data import Images, data_config, image_mode, open_source
+from timm_memwrap.data import Images, data_config, image_mode, known_class_names, open_source
 from timm_memwrap.explaining import ExplanationMetrics, evaluate_explanations
 from timm_memwrap.explaining import calibrate as calibrate_model
 from timm_memwrap.hub import FileError, save_pretrained
 from timm_memwrap.jobs.inference import Inference
 from timm_memwrap.model import MemoryWrapModel
-from timm_memwrap.training.creation import check_safetensors
+from timm_memwrap.training.creation import check_safetensors, source_of
 from timm_memwrap.training.evaluation import evaluate
 from timm_memwrap.training.processes import Processes
 from timm_memwrap.wrapping import wrap
@@ -79,7 +79,7 @@ def wrap_classifier(
     model = _load(model_id, checkpoint, data, split)
     mode = image_mode(getattr(model, "in_chans", 3))
     has_memory = isinstance(model, MemoryWrapModel)
-    images = open_source(data, split, model.memory_bank.class_names or None if has_memory else None, mode)
+    images = open_source(data, split, known_class_names(model) or None, mode)
     if model.num_classes != len(images.classes):
         raise ValueError(
             f"{model_id} has {model.num_classes} classes, {images.name} has {len(images.classes)}. Pass the data that "
@@ -107,7 +107,6 @@ def wrap_classifier(
         store_images=store_images,
         seed=seed,
         progress=progress,
-        class_names=images.classes,
         dataset_name=images.name,
     )
     if unseen and calibrate:
@@ -121,10 +120,8 @@ def wrap_classifier(
 
 
 def _load(model_id: str, checkpoint: str | None, data: Any, split: str) -> Any:
-    if Path(model_id).is_dir():
-        model_id = f"local-dir:{model_id}"
     if checkpoint is None:
-        return timm.create_model(model_id, pretrained=True)
+        return timm.create_model(source_of(model_id) or model_id, pretrained=True)
     check_safetensors("checkpoint", checkpoint)
     model = timm.create_model(model_id, num_classes=len(open_source(data, split).classes))
     try:

@@ -11,8 +11,9 @@ class ModelConfig:
     """The backbone, and how it reads a memory.
 
     Args:
-        name: A timm architecture, with or without a tag, e.g. resnet18.a1_in1k.
-        pretrained: Whether to start from its pretrained weights.
+        name: A timm architecture, with or without a tag, e.g. resnet18.a1_in1k; or a model to train further, on the Hub
+            (hf-hub:owner/name) or in a folder, whose weights are loaded and whose head is kept where it fits.
+        pretrained: Whether to start from the architecture's pretrained weights.
         pretrained_path: A safetensors file to load these weights from, instead of the Hub.
         in_chans: Number of input channels; null for 3, or 1 with the embedded digits.
         head_init_scale: Factor on the initial weights of a new classifier; null for 0 on a pretrained backbone, else 1.

@@ -19,7 +19,14 @@ from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.selection import select
 from timm_memwrap.training.checkpoint import Checkpoints
 from timm_memwrap.training.configuration import Recipe
-from timm_memwrap.training.creation import check_model_config, create_model, in_chans_of
+from timm_memwrap.training.creation import (
+    adapt_source,
+    check_model_config,
+    create_model,
+    in_chans_of,
+    load_source,
+    source_classes,
+)
 from timm_memwrap.training.evaluation import evaluate
 from timm_memwrap.training.heads import FrozenMemory, WithoutMemory, encode_images, freeze
 from timm_memwrap.training.loaders import augmented, check_batch_size, create_mixup, eval_loader, train_loader
@@ -53,11 +60,15 @@ def check_recipe(recipe: Recipe) -> None:
         )
 
 
-def open_data(recipe: Recipe, progress: bool) -> tuple[Images, Images]:
-    """Opens the training and validation images of a recipe."""
-    data, mode = recipe.data, image_mode(in_chans_of(recipe))
+def open_data(recipe: Recipe, progress: bool, source: nn.Module | None = None) -> tuple[Images, Images]:
+    """Opens the training and validation images of a recipe, which continues to train the model `source`, if any."""
+    data = recipe.data
+    mode = image_mode(in_chans_of(recipe) if source is None else source.in_chans)  # type: ignore[arg-type]
     open_split = partial(open_dataset, data.dataset, data.data_dir, mode=mode, download=data.download)
     images = open_split(data.train_split)
+    if source is not None and set(names := source_classes(source)) == set(images.classes):
+        # Labels follow the model, which keeps its classifier.
+        images = open_split(data.train_split, names)
     if len(set(images.targets)) < 2:
         raise ValueError(
             f"{images.name} has images of one class only, {images.classes[images.targets[0]]!r}. Pass a folder with a "
@@ -112,11 +123,12 @@ def fit_recipe(
     checkpoints = checkpoints or Checkpoints(out / "checkpoints", recipe, resume)
     if processes.first:
         write_recipe(recipe, out / "recipe.yaml")
-    images, held_out = open_data(recipe, progress)
+    source = load_source(recipe)
+    images, held_out = open_data(recipe, progress, source)
     check_batch_size(recipe.data, memory, len(images), processes.world_size)
     classes = len(images.classes)
     torch.manual_seed(config.seed)
-    model = create_model(recipe, classes)
+    model = create_model(recipe, classes) if source is None else adapt_source(source, recipe, images.classes)
     layout = torch.channels_last if config.channels_last else torch.preserve_format
     model.to(processes.device, memory_format=layout)  # type: ignore[call-overload]
     what = f"{recipe.model.name} on {len(images)} images of {classes} classes ({images.name})"
