@@ -163,10 +163,22 @@ def test_a_training_is_not_overwritten_unasked(tmp_path: Path, digits: Make) -> 
     train(digits(training={"epochs": 1}), tmp_path / "out", progress=False)
     with pytest.raises(ValueError, match="already holds a training"):
         train(digits(training={"epochs": 1}), tmp_path / "out", progress=False)
-    with pytest.raises(ValueError, match=r"training\.epochs=1, now it is 2"):
-        train(digits(training={"epochs": 2}), tmp_path / "out", resume=True, progress=False)
+    with pytest.raises(ValueError, match=r"training\.opt='adamw', now it is 'sgd'"):
+        train(digits(training={"epochs": 1, "opt": "sgd"}), tmp_path / "out", resume=True, progress=False)
     report = train(digits(training={"epochs": 2}), tmp_path / "out", overwrite=True, progress=False)
     assert len(report.history) == 2
+
+
+def test_a_finished_training_goes_on_with_more_epochs(tmp_path: Path, digits: Make) -> None:
+    first = train(digits(training={"epochs": 2}), tmp_path / "out", progress=False)
+    longer = train(digits(training={"epochs": 4}), tmp_path / "out", resume=True, progress=False)
+    assert longer.history[:2] == first.history
+    assert [row["epoch"] for row in longer.history] == [1, 2, 3, 4]
+    # The schedule is that of four epochs from there on, which ends at 0 once more.
+    assert longer.history[2]["lr"] > longer.history[3]["lr"] == 0.0
+    assert load_recipe(tmp_path / "out" / "recipe.yaml").training.epochs == 4
+    with pytest.raises(ValueError, match=r"has 4 epochs already, more than training\.epochs=3"):
+        train(digits(training={"epochs": 3}), tmp_path / "out", resume=True, progress=False)
 
 
 def test_what_does_not_change_the_result_may_change_on_resumption(tmp_path: Path, digits: Make) -> None:

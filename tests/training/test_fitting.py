@@ -9,7 +9,8 @@ from training_images import write_images
 
 from timm_memwrap.training.configuration import DataConfig, ModelConfig, Recipe
 from timm_memwrap.training.creation import create_model
-from timm_memwrap.training.fitting import check_recipe, open_data
+from timm_memwrap.training.fitting import Fitted, check_recipe, fit_recipe, open_data
+from timm_memwrap.training.processes import Processes
 
 Make = Callable[..., Recipe]
 
@@ -69,3 +70,25 @@ def test_one_class_is_nothing_to_tell_apart(tmp_path: Path) -> None:
     recipe = Recipe(ModelConfig("test_resnet"), DataConfig(data_dir=str(tmp_path), val_split=None, workers=0))
     with pytest.raises(ValueError, match="one class only, 'cat'"):
         open_data(recipe, progress=False)
+
+
+def test_balanced_classes_weigh_the_same(digits: Make) -> None:
+    recipe = digits(training={"class_weight": "balanced", "smoothing": 0.1}, data={"val_samples": None})
+    images, held_out = open_data(recipe, progress=False)
+    few = images.at([i for i, label in enumerate(images.targets) if label or i % 4 == 0])
+    fitted = Fitted(recipe, Processes(torch.device("cpu")), create_model(recipe, 10), few, held_out, False, True)
+    task, _, _ = fitted.whole()
+    labels = torch.tensor(few.targets)
+    sums = [float(task.criterion.weight[labels[labels == label]].sum()) for label in range(10)]
+    assert sums == pytest.approx([len(few) / 10] * 10)
+    assert task.criterion.label_smoothing == 0.1
+
+
+@pytest.mark.parametrize(
+    "sections", [{"data": {"mixup": 0.2}}, {"training": {"freeze_backbone": True}}, {"memory": {"mode": "queue"}}]
+)
+def test_class_weights_go_with_all_that_trains(tmp_path: Path, digits: Make, sections: dict) -> None:
+    training = {**sections.get("training", {}), "class_weight": "balanced", "epochs": 1}
+    recipe = digits(**{**sections, "training": training})
+    fitted = fit_recipe(recipe, tmp_path, Processes(torch.device("cpu")), progress=False)
+    assert fitted.history[0]["train_loss"] > 0

@@ -49,7 +49,7 @@ def train(
 
     Args:
         out: Folder for all of it.
-        resume: Whether to resume an interrupted training in this folder.
+        resume: Whether to resume the training in this folder; with more epochs, a finished one goes on.
         overwrite: Whether to start over in a folder that holds a training.
         progress: Whether to show progress bars; by default in a terminal.
         **sections: As of Recipe.

@@ -69,7 +69,7 @@ def train(
         out: The folder; created if it does not exist.
         resume: Whether to resume an interrupted training in the folder. The result is that of one without interruption,
             bit for bit with one process on a CPU in full precision (PyTorch's own bfloat16 gradients differ from run to
-            run).
+            run). With more `training.epochs`, a training goes on at the learning rate that the longer schedule has.
         overwrite: Whether to start over in a folder that holds a training.
         progress: Whether to show progress bars.
 

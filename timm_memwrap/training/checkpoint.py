@@ -19,8 +19,8 @@ EXTENSION = ".safetensors"
 _STATE = "state"
 _TENSOR = "__tensor__"
 _PAIRS = "__pairs__"
-# Options that may change when a training is resumed, because they do not change the result.
-_FREE = {"data": ("workers", "data_dir"), "training": ("device", "tensorboard"), "hub": None}
+# Options that may change when a training is resumed: those that do not change the result, and its length.
+_FREE = {"data": ("workers", "data_dir"), "training": ("device", "tensorboard", "epochs"), "hub": None}
 
 
 class Checkpoints:
@@ -45,6 +45,11 @@ class Checkpoints:
             raise ValueError(
                 f"The training in {str(folder.parent)!r} has {name}={old!r}, now it is {value!r}. Resume with the same "
                 f"recipe, or pass another --out."
+            )
+        if self.state is not None and len(self.state["history"]) > recipe.training.epochs:
+            raise ValueError(
+                f"The training in {str(folder.parent)!r} has {len(self.state['history'])} epochs already, more than "
+                f"training.epochs={recipe.training.epochs}. Pass as many or more, or another --out."
             )
         folder.mkdir(parents=True, exist_ok=True)
 

@@ -128,6 +128,7 @@ class TrainingConfig:
         clip_grad: Largest norm of the gradient; null to disable.
         grad_accum_steps: Batches whose gradients are accumulated for one step.
         smoothing: Label smoothing.
+        class_weight: balanced to weigh an image in the loss by how rare its class is; null to weigh all the same.
         amp: Whether to train in mixed precision.
         amp_dtype: bfloat16 or float16.
         model_ema: Whether to keep, evaluate and save an average of the weights.
@@ -159,6 +160,7 @@ class TrainingConfig:
     clip_grad: float | None = None
     grad_accum_steps: int = 1
     smoothing: float = 0.0
+    class_weight: Literal["balanced"] | None = None
     amp: bool = False
     amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
     model_ema: bool = False

@@ -86,6 +86,12 @@ def open_data(recipe: Recipe, progress: bool, source: nn.Module | None = None) -
     return images.subset(data.train_samples, data.subset_seed), held_out.subset(data.val_samples, data.subset_seed)
 
 
+def balanced_weight(images: Images) -> torch.Tensor:
+    """Returns a weight for each class, with which all classes weigh the same: N images / (C classes * its images)."""
+    counts = torch.bincount(torch.tensor(images.targets), minlength=len(images.classes))
+    return len(images) / (len(counts) * counts.clamp(min=1).float())
+
+
 def fit_recipe(
     recipe: Recipe,
     out: str | os.PathLike,
@@ -220,8 +226,14 @@ class Fitted:
 
     def _task(self, module: Any) -> ClassificationTask:
         data, memory = self.recipe.data, self.recipe.memory
-        soft = {"soft_targets": True} if data.mixup or data.cutmix else {"smoothing": self.recipe.training.smoothing}
-        common: dict[str, Any] = {"criterion_kwargs": soft, "device": self.processes.device, "verbose": False}
+        mixes, smoothing = bool(data.mixup or data.cutmix), self.recipe.training.smoothing
+        common: dict[str, Any] = {"device": self.processes.device, "verbose": False}
+        if self.recipe.training.class_weight == "balanced":
+            # timm's own has no weights for classes that exclude each other. Mixup has smoothed the labels already.
+            weight = balanced_weight(self.images)
+            common["criterion"] = nn.CrossEntropyLoss(weight, label_smoothing=0.0 if mixes else smoothing)
+        else:
+            common["criterion_kwargs"] = {"soft_targets": True} if mixes else {"smoothing": smoothing}
         if not self.reads_memory:
             return ClassificationTask(WithoutMemory(module), **common)
         if memory.mode == "none":
