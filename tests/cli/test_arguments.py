@@ -90,6 +90,23 @@ def test_a_wrong_key_in_a_recipe_is_one_line_with_the_nearest(tmp_path: Path, ca
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "text", ['model: {name: "\\e[31m"}', 'training: {opt: "\\e[31m"}', 'memory: {mode: "\\e[31m"}', '"\\e[31m": 1']
+)
+def test_what_a_recipe_says_does_not_steer_the_terminal(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    args = ["--data.dataset", "digits", "--data.workers", "0", "--out", str(tmp_path / "out"), "--progress", "false"]
+    try:
+        assert main(["train", "--config", str(tmp_path / "r.yaml"), *args]) == 1
+    except SystemExit as error:
+        assert error.code == 2
+    shown = "".join(capsys.readouterr())
+    assert "[31m" in shown
+    assert all(character.isprintable() for character in shown.replace("\n", ""))
+
+
 def test_help_lists_every_option_once(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["train", "--help"])

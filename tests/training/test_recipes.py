@@ -96,6 +96,13 @@ def test_a_written_recipe_is_read_back(tmp_path: Path) -> None:
         ("model: resnet18\n", "'model' is 'resnet18'"),
         ("- 1\n", "list"),
         ("a: [\n", "not YAML"),
+        ("model:\n  name:\n", "'model.name' is empty"),
+        ("training: {lr: null}\n", "'training.lr' is empty"),
+        ("model: &m\n  kwargs: *m\n", "aliases"),
+        ("model:\n  kwargs: {a: &a [x, x], b: &b [*a, *a], c: [*b, *b]}\n", "aliases"),
+        (f"model: {{kwargs: {{a: {'[' * 5000}{']' * 5000}}}}}\n", "not YAML"),
+        ("training: {epochs: !!int ''}\n", "not YAML"),
+        ("model: {kwargs: {a: 2020-01-01}}\n", "date"),
         ("base: nope\n", "No recipe 'nope'"),
     ],
 )

@@ -9,6 +9,7 @@ import timm
 import torch
 
 from timm_memwrap import __version__
+from timm_memwrap._utils import printable
 from timm_memwrap.cli import measuring, sharing, training
 from timm_memwrap.cli.arguments import expand, make_parser
 
@@ -67,6 +68,6 @@ def main(args: list[str] | None = None) -> int:
         if not isinstance(error, ValueError | OSError | ImportError) and not type(error).__module__.startswith("httpx"):
             raise
         # One line: the errors of the Hub's client have several.
-        print(f"timm-memwrap: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"timm-memwrap: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 1
     return 0

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+from timm_memwrap._utils import printable
 from timm_memwrap.experiments.configuration import Comparison
 from timm_memwrap.training.recipes import find_recipe, read_recipe
 
@@ -36,7 +37,7 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints what is wrong, and exits with status 2."""
-        sys.stderr.write(f"{self.prog}: {' '.join(str(message).split())}\n")
+        sys.stderr.write(f"{self.prog}: {printable(' '.join(str(message).split()))}\n")
         sys.exit(2)
 
 

@@ -47,7 +47,7 @@ def explain(
         **options: As of Inference.
     """
     inference = Inference(**options)
-    found = find_images(images)
+    found = find_images(images, inference.unreadable)
     model = from_pretrained(source).to(inference.find_device())
     memory = None if memory_data is None else open_remembered(memory_data)
     explanations = explain_files(model, found, top_k, memory, heatmaps, out, progress, inference)
@@ -78,7 +78,7 @@ def evaluate(
         progress: Whether to show progress bars; by default in a terminal.
         **options: As of Inference.
     """
-    model, batches = _open(source, data, split, Inference(**options))
+    model, batches = _open(source, data, split, Inference(**options), progress)
     metrics = evaluate_explanations(model, batches, progress=progress)
     _print_result(metrics, {"source": source, "data": data, "split": split, **metrics.to_dict()}, json)
 
@@ -106,7 +106,7 @@ def report(
         **options: As of Inference.
     """
     memory = None if memory_data is None else open_remembered(memory_data)
-    model, batches = _open(source, data, split, Inference(**options))
+    model, batches = _open(source, data, split, Inference(**options), progress)
     found = memory_report(model, batches, progress=progress)
     if out is not None:
         plot_memory_report(model, found, path=out, dataset=memory)
@@ -145,9 +145,11 @@ def benchmark(json: str | None = None, plot: str | None = None, **options: Any) 
         plot_rows(rows, plot)
 
 
-def _open(source: str, data: str, split: str, inference: Inference) -> tuple[MemoryWrapModel, DataLoader]:
+def _open(
+    source: str, data: str, split: str, inference: Inference, progress: bool
+) -> tuple[MemoryWrapModel, DataLoader]:
     """Opens a model, and batches of labelled images with its labels."""
-    images, device = open_source(data, split), inference.find_device()
+    images, device = inference.readable(open_source(data, split), progress), inference.find_device()
     model = from_pretrained(source).to(device)
     return model, inference.batches(match_labels(model, images))
 

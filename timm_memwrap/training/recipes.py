@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -58,9 +58,18 @@ def read_recipe(path: Path, kind: type[Recipe] = Recipe, heirs: tuple[Path, ...]
     if path.resolve() in heirs:
         raise ValueError(f"{path} inherits from itself, through {' and '.join(heir.name for heir in heirs)}.")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+        text = path.read_text(encoding="utf-8")
+        events = yaml.parse(text, yaml.SafeLoader)
+        # Aliases of aliases make of a few lines more values than can be read.
+        if any(isinstance(event, yaml.AliasEvent) for event in events):
+            raise ValueError("it has aliases (*name). Write the values out, or inherit them by 'base: NAME'.")
+        content = yaml.safe_load(text)
+        json.dumps(content)  # a date or a set is no value of an option
+    except OSError:
+        raise
+    except Exception as error:
+        # PyYAML fails in any way at a value that is not of the type that it looks like or names.
+        raise ValueError(f"{path} is not YAML of a recipe: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}, not sections such as 'model:'.")
     base = content.pop("base", None)
@@ -114,6 +123,8 @@ def _refuse_unknown(content: dict, config_class: type, path: Path, section: str 
             near = get_close_matches(str(key), types, n=1)
             hint = f"Did you mean {section + near[0]!r}?" if near else f"Known are {', '.join(types)}."
             raise ValueError(f"{path}: unknown key {section + str(key)!r}. {hint}")
+        if value is None and not is_dataclass(types[key]) and type(None) not in get_args(types[key]):
+            raise ValueError(f"{path}: {section + key!r} is empty. Give it a value, or leave it out.")
         if is_dataclass(types[key]):
             if value is not None and not isinstance(value, dict):
                 raise ValueError(f"{path}: {section + str(key)!r} is {value!r}. Expected keys and values below it.")
