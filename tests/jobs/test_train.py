@@ -199,6 +199,8 @@ def test_an_image_folder_trains_and_a_share_can_be_held_out(tmp_path: Path) -> N
         ({"training": {"device": "warp"}}, r"training\.device='warp'"),
         ({"training": {"lr": 1e30, "opt": "sgd"}}, r"loss is .* in epoch"),
         ({"model": {"kwargs": {"nonsense": 1}}}, r"nonsense"),
+        ({"data": {"auto_augment": "none"}}, r"data\.auto_augment='none'"),
+        ({"training": {"opt": "none"}}, r"training\.opt='none'"),
         ({"data": {"mean": [0.1, 0.2]}}, r"data\.mean.*2 values for 1 channels"),
     ],
 )

@@ -66,7 +66,6 @@ def test_evaluation_has_no_randomness(images) -> None:
 @pytest.mark.parametrize(
     ("mode", "options", "message"),
     [
-        ("none", {"batch_size": 0}, r"batch_size=0"),
         ("batch", {"batch_size": 1}, r"rest of the batch"),
         ("sample", {"batch_size": 30}, r"train_size=40.*batches of 30.*60 training images"),
         ("none", {"batch_size": 15, "mixup": 0.2}, r"batch_size=15 is odd"),

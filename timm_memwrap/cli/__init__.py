@@ -5,9 +5,6 @@ import sys
 from collections.abc import Callable
 from difflib import get_close_matches
 
-import timm
-import torch
-
 from timm_memwrap import __version__
 from timm_memwrap._utils import printable
 from timm_memwrap.cli import measuring, sharing, training
@@ -42,6 +39,9 @@ def main(args: list[str] | None = None) -> int:
             print(f"  {each:10}  {(function.__doc__ or '').splitlines()[0]}")
         return 0
     if name == "--version":
+        import timm
+        import torch
+
         # What a report of a bug needs.
         print(f"timm-memwrap {__version__} (timm {timm.__version__}, torch {torch.__version__})")
         return 0

@@ -4,8 +4,6 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from torch.utils.data import DataLoader
-
 from timm_memwrap._utils import write_text
 from timm_memwrap.cli.arguments import IN_TERMINAL
 from timm_memwrap.data import match_labels, open_remembered, open_source
@@ -147,7 +145,7 @@ def benchmark(json: str | None = None, plot: str | None = None, **options: Any) 
 
 def _open(
     source: str, data: str, split: str, inference: Inference, progress: bool
-) -> tuple[MemoryWrapModel, DataLoader]:
+) -> tuple[MemoryWrapModel, Any]:
     """Opens a model, and batches of labelled images with its labels."""
     images, device = inference.readable(open_source(data, split), progress), inference.find_device()
     model = from_pretrained(source).to(device)

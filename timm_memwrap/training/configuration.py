@@ -1,9 +1,19 @@
 """The options of a recipe as typed dataclasses, named as in timm where timm has them."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["DataConfig", "HubConfig", "MemoryConfig", "ModelConfig", "Recipe", "TrainingConfig"]
+__all__ = [
+    "DataConfig",
+    "HubConfig",
+    "MemoryConfig",
+    "ModelConfig",
+    "Recipe",
+    "TrainingConfig",
+    "check_values",
+]
 
 
 @dataclass
@@ -237,3 +247,47 @@ class Recipe:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     hub: HubConfig = field(default_factory=HubConfig)
+
+
+_NUMBERS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
+        "0 to 1",
+        lambda value: 0 <= value <= 1,
+        "model.drop_rate model.drop_path_rate data.hflip data.vflip data.re_prob data.mixup_prob training.momentum "
+        "training.layer_decay training.smoothing training.model_ema_decay",
+    ),
+    (
+        "0 or a number above it",
+        lambda value: 0 <= value < math.inf,
+        "model.head_init_scale data.workers data.subset_seed data.color_jitter data.mixup data.cutmix training.lr "
+        "training.weight_decay training.warmup_epochs training.warmup_lr training.min_lr training.decay_milestones "
+        "training.decay_rate training.seed memory.sampled_evaluations",
+    ),
+    (
+        "a number above 0",
+        lambda value: 0 < value < math.inf,
+        "model.temperature data.std data.crop_pct data.scale data.ratio training.decay_epochs training.clip_grad",
+    ),
+    ("a finite number", math.isfinite, "data.mean"),
+    (
+        "1 or a number above it",
+        lambda value: 1 <= value < math.inf,
+        "data.train_samples data.val_samples data.img_size data.batch_size training.epochs training.grad_accum_steps "
+        "training.val_interval memory.train_size memory.size",
+    ),
+)
+
+
+def check_values(recipe: Recipe) -> None:
+    """Raises if a number of a recipe is outside what its option allows."""
+    for expected, fits, names in _NUMBERS:
+        for name in names.split():
+            section, _, key = name.partition(".")
+            value = getattr(getattr(recipe, section), key)
+            # NaN is in no range.
+            if not all(each is None or fits(each) for each in (value if isinstance(value, list | tuple) else [value])):
+                raise ValueError(f"{name}={value!r} is not valid. Pass {expected}.")
+    for key in ("scale", "ratio"):
+        least, most = getattr(recipe.data, key)
+        if least > most:
+            raise ValueError(f"data.{key}={[least, most]} is not a range. Pass the smaller number first.")

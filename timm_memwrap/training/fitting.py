@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.data.transforms import _str_to_pil_interpolation
 from timm.task import ClassificationTask
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from timm_memwrap._utils import check_count
+from timm_memwrap._utils import check_choice
 from timm_memwrap.building import build_memory_bank
 from timm_memwrap.data import DIGITS, Images, data_config, image_mode, open_dataset, split_off
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.selection import select
 from timm_memwrap.training.checkpoint import Checkpoints
-from timm_memwrap.training.configuration import Recipe
+from timm_memwrap.training.configuration import Recipe, check_values
 from timm_memwrap.training.creation import (
     adapt_source,
     check_model_config,
@@ -44,12 +45,9 @@ _logger = logging.getLogger(__name__)
 def check_recipe(recipe: Recipe) -> None:
     """Raises if a recipe contradicts itself, before any data is read."""
     config, memory = recipe.training, recipe.memory
+    check_values(recipe)
     check_model_config(recipe.model, memory.mode)
-    for name in ("epochs", "val_interval", "grad_accum_steps"):
-        check_count(f"training.{name}", getattr(config, name))
-    check_count("memory.train_size", memory.train_size)
-    check_count("memory.size", memory.size, none=True)
-    check_count("memory.sampled_evaluations", memory.sampled_evaluations, at_least=0)
+    check_choice("data.interpolation", recipe.data.interpolation, (None, "random", *_str_to_pil_interpolation))
     if memory.calibrate and recipe.model.temperature is not None:
         raise ValueError(
             f"model.temperature={recipe.model.temperature}, but memory.calibrate would replace it. Set one of the two."

@@ -10,7 +10,6 @@ from timm.data import Mixup, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, StackDataset, default_collate
 
-from timm_memwrap._utils import check_count
 from timm_memwrap.data import Images
 from timm_memwrap.training.configuration import DataConfig, MemoryConfig
 
@@ -63,7 +62,10 @@ def augmented(images: Images, config: DataConfig, model_config: dict[str, Any]) 
     """Returns the images with timm's augmentation, for a model of a data config."""
     options = {name: getattr(config, name) for name in _AUGMENTATION}
     options |= {name: model_config[name] for name in ("input_size", "interpolation", "mean", "std")}
-    return images.with_transform(create_transform(is_training=True, re_mode="pixel", **options))
+    try:
+        return images.with_transform(create_transform(is_training=True, re_mode="pixel", **options))
+    except (AssertionError, ValueError, LookupError) as error:
+        raise ValueError(f"data.auto_augment={config.auto_augment!r} is not one of timm's policies: {error}") from error
 
 
 def eval_loader(
@@ -84,7 +86,6 @@ def create_mixup(config: DataConfig, smoothing: float, num_classes: int) -> Mixu
 
 def check_batch_size(config: DataConfig, memory: MemoryConfig, count: int, world_size: int = 1) -> None:
     """Raises if `count` images cannot be divided into batches on each process that suit the memory mode."""
-    check_count("data.batch_size", config.batch_size)
     mixes = bool(config.mixup or config.cutmix)
     if mixes and config.batch_size % 2:
         raise ValueError(

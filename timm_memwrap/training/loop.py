@@ -85,7 +85,10 @@ class _Loop:
         self.processes, self.mixup = processes, mixup
         device = processes.device
         self.module = unwrap_model(task.get_trainable_module())
-        self.optimizer = create_optimizer_v2(self.module, **optimizer_kwargs(config))
+        try:
+            self.optimizer = create_optimizer_v2(self.module, **optimizer_kwargs(config))
+        except ValueError as error:
+            raise ValueError(f"training.opt={config.opt!r} is not valid: {error}") from error
         self.steps = math.ceil(len(loader) / config.grad_accum_steps)  # of an epoch
         self.scheduler = _scheduler(self.optimizer, config, self.steps)
         # Disabled, it leaves losses and steps as they are.
