@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import timm
 import torch
+from PIL import Image
+from timm.data import create_transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
 
 from timm_memwrap import MemoryWrapModel, build_memory_bank, wrap
+from timm_memwrap.data import Images
 
 CLASSES = 3
 
@@ -183,6 +186,14 @@ def test_the_models_names_win_and_labels_follow(caplog: pytest.LogCaptureFixture
     assert not caplog.records
     with pytest.raises(ValueError, match=r"does not know: 'three'.*'one', 'ten', 'two'"):
         build_memory_bank(model, _Named(images, own, ["one", "two", "three"]), progress=False)
+
+
+@pytest.mark.parametrize("augmented", [False, True])
+def test_a_random_augmentation_is_told(augmented: bool, caplog: pytest.LogCaptureFixture) -> None:
+    data = [(Image.new("RGB", (40, 40)), 0), (Image.new("RGB", (40, 40), "red"), 1)]
+    images = Images(data, "pictures").with_transform(create_transform(32, is_training=augmented))
+    build_memory_bank(_model(), images, size=None, progress=False)
+    assert ("augmented at random" in caplog.text) == augmented
 
 
 def test_one_class_is_refused() -> None:

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from timm_memwrap.checks import shapes_only, without_values
+from timm_memwrap.checks import parse_config, shapes_only, without_values
 from timm_memwrap.tensor_files import FileError
 
 
@@ -53,3 +53,26 @@ def test_random_numbers_are_left_out() -> None:
         for name in ("test_resnet", "test_vit", "test_convnext"):
             timm.create_model(name)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "fine"),
+    [
+        ({"input_size": [3, 4096, 4096], "crop_pct": 1.0}, True),
+        ({"input_size": [3, 1024, 1024], "test_input_size": [3, 1280, 1280], "test_crop_pct": 0.9}, True),
+        ({"input_size": [3, 65536, 65536]}, False),
+        ({"input_size": [3, 32, 5000]}, False),
+        ({"input_size": [3, 32, 32], "test_input_size": [3, 5000, 32]}, False),
+        ({"input_size": [3, 224, 224], "crop_pct": 1e-6}, False),
+        ({"input_size": [3, 224, 224], "crop_pct": -1}, False),
+        ({"input_size": [3, 224, 224], "crop_pct": float("nan")}, False),
+        ({"input_size": [3, 224, 224], "crop_pct": "1"}, False),
+    ],
+)
+def test_images_are_not_resized_to_what_fills_the_memory(cfg: dict[str, object], fine: bool) -> None:
+    config = {"architecture": "memwrap_test_resnet", "num_classes": 2, "pretrained_cfg": {"num_classes": 2, **cfg}}
+    if fine:
+        parse_config(config, "config.json", {})
+    else:
+        with pytest.raises(FileError, match=r"^config\.json: images would be resized to .*4096 pixels a side"):
+            parse_config(config, "config.json", {})

@@ -48,7 +48,8 @@ def build_memory_bank(
 
     Args:
         model: The model whose bank is to be built, with the weights that it is to be used with.
-        data: A data set or loader of `(image, label)`; see `timm_memwrap.data.Samples` for how loaders are read.
+        data: A data set or loader of `(image, label)`; see `timm_memwrap.data.Samples` for how loaders are read. Images
+            are remembered as they come: an augmentation at random is not undone, and warned of where it shows.
         size: Most samples to remember; `None` for all.
         selection: `"random"`; `"balanced"`, as many of each class as there are; `"kmeans"`, per class the samples
             nearest to k-means centres of the encodings (needs scikit-learn); `"all"`.
@@ -87,6 +88,11 @@ def build_memory_bank(
     if selection == "all":
         size = None
     samples, named = Samples(data, model, class_names), bool(known_class_names(model))
+    if samples.augments:
+        _logger.warning(
+            "The data is augmented at random, and remembered as it comes. For the images themselves, give the data the "
+            "model's evaluation transform."
+        )
     if distributed:
         _check_distributed(samples)
     chosen: list[int] | None = None

@@ -43,6 +43,8 @@ _RESERVED_ARGS = {
 
 # No image has more pixels a side, no network more layers.
 _LARGEST_NUMBER = 2**16
+# Pixels a side that an image is resized to, at the most.
+_LARGEST_IMAGE = 2**12
 
 _TOO_LARGE = "describes a larger model than the file holds weights for. One of them is damaged, or of another model."
 
@@ -101,6 +103,15 @@ def parse_config(
         lengths = (3,) if key == "input_size" else (1, 3, size[0])
         if not isinstance(values, list) or not all(map(_is_number, values)) or len(values) not in lengths:
             raise FileError(f"{name}: {key} is {values!r}, not a list of numbers. The file is damaged.")
+    for key in ("input_size", "test_input_size", "min_input_size"):
+        sides, crop = cfg.get(key), cfg.get("test_crop_pct" if key == "test_input_size" else "crop_pct") or 1
+        if not sides:
+            continue
+        if not _is_number(crop) or not max(sides) <= _LARGEST_IMAGE * min(crop, 1):
+            raise FileError(
+                f"{name}: images would be resized to {key}={list(sides)} over crop_pct={str(crop)[:20]}, "
+                f"more than {_LARGEST_IMAGE} pixels a side. The file is damaged, or not to be trusted."
+            )
     return architecture, cfg, dict(args)
 
 

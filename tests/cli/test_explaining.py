@@ -1,6 +1,7 @@
 """The commands explain, evaluate and report: what they print and write, and that an error is one line."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -192,3 +193,35 @@ def test_a_file_whose_name_begins_as_an_option_is_a_file(
     Path("--odd.png").write_bytes((place / "data/test/bee/0.png").read_bytes())
     assert main(["explain", str(place / "model"), "--top_k", "1", "--", "--odd.png"]) == 0
     assert capsys.readouterr().out.startswith("--odd.png: ")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("command", ["explain", "evaluate", "report", "wrap"])
+def test_an_image_that_cannot_be_read_is_one_line_or_left_out(
+    command: str,
+    workers: int,
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(place / "data", data)
+    (data / "test" / "bee" / "1.png").write_bytes((place / "data" / "test" / "bee" / "1.png").read_bytes()[:-60])
+    args = {
+        "explain": [str(data / "test")],
+        "wrap": ["--data", str(data), "--split", "test", "--out", str(tmp_path / "out")],
+    }.get(command, ["--data", str(data), "--split", "test"])
+    if command == "wrap":
+        # Its model has all classes.
+        (data / "test" / "ant").mkdir()
+        shutil.copy(data / "train" / "ant" / "0.png", data / "test" / "ant")
+    args = [command, str(place / "model"), *args, "--workers", str(workers)]
+    assert main(args) == 1
+    error = capsys.readouterr().err.strip().splitlines()
+    assert "1.png" in error[-1]
+    assert "cannot be read" in error[-1]
+    assert "Traceback" not in "".join(error)
+    caplog.clear()
+    assert main([*args, "--unreadable", "skip"]) == 0
+    assert "1.png" in caplog.text

@@ -143,9 +143,7 @@ def benchmark(json: str | None = None, plot: str | None = None, **options: Any) 
         plot_rows(rows, plot)
 
 
-def _open(
-    source: str, data: str, split: str, inference: Inference, progress: bool
-) -> tuple[MemoryWrapModel, Any]:
+def _open(source: str, data: str, split: str, inference: Inference, progress: bool) -> tuple[MemoryWrapModel, Any]:
     """Opens a model, and batches of labelled images with its labels."""
     images, device = inference.readable(open_source(data, split), progress), inference.find_device()
     model = from_pretrained(source).to(device)

@@ -4,12 +4,15 @@ from timm_memwrap.data.classes import class_names, known_class_names, match_labe
 from timm_memwrap.data.images import Images, split_off
 from timm_memwrap.data.opening import DIGITS, open_dataset, open_remembered, open_source
 from timm_memwrap.data.pictures import SampleImages, picture_of, small_images, to_picture
+from timm_memwrap.data.reading import SUFFIXES, ImageError, read_picture
 from timm_memwrap.data.samples import Samples, encoded_batches, size_of
 from timm_memwrap.data.transforms import BATCH_SIZE, batches_of, data_config, image_mode, one_by_one, to_batch
 
 __all__ = [
     "BATCH_SIZE",
     "DIGITS",
+    "SUFFIXES",
+    "ImageError",
     "Images",
     "SampleImages",
     "Samples",
@@ -25,6 +28,7 @@ __all__ = [
     "open_remembered",
     "open_source",
     "picture_of",
+    "read_picture",
     "size_of",
     "small_images",
     "split_off",

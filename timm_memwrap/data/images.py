@@ -13,20 +13,23 @@ from timm.data import ImageDataset
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from timm_memwrap._utils import check_count
+from timm_memwrap._utils import check_count, printable
 from timm_memwrap.data.classes import dataset_classes, file_name, known_labels
+from timm_memwrap.data.reading import ImageError, read_picture
 from timm_memwrap.selection import select
 
 __all__ = ["Images", "split_off"]
 
 _logger = logging.getLogger(__name__)
 
+_MOST_CLASSES = 2**20
+
 
 class Images(Dataset):
     """A data set of `(image, label)` whose labels and class names are known without reading an image.
 
     An image that cannot be read is an error that names it. timm's own data sets return another sample in its place,
-    and a memory would show the wrong evidence.
+    and a memory would show the wrong evidence. What is read is `read_picture`'s.
 
     Args:
         source: The data set underneath, of PIL images: timm's, torchvision's or another with random access.
@@ -40,23 +43,26 @@ class Images(Dataset):
         self.positions = list(range(len(source)))
         labels, reader = known_labels(source), getattr(source, "reader", source)
         self.targets = [int(reader[i][1]) for i in self.positions] if labels is None else labels.tolist()
-        self.classes = dataset_classes(source) or [str(i) for i in range(max(self.targets, default=-1) + 1)]
+        largest = max(self.targets, default=-1)
+        if largest >= _MOST_CLASSES:
+            raise ValueError(f"{name} has the label {largest}. Labels are numbers of classes, below {_MOST_CLASSES:,}.")
+        self.classes = dataset_classes(source) or [str(i) for i in range(largest + 1)]
 
     def __len__(self) -> int:
         return len(self.positions)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        position = self.positions[index]
         try:
-            timms = isinstance(self.source, ImageDataset)
-            image = Image.open(self.source.reader[position][0]) if timms else self.source[position][0]
-            image = image.convert(self.mode) if self.mode else image
-        except (OSError, Image.DecompressionBombError) as error:
-            raise ValueError(
-                f"The image {self.filename(index)!r} of {self.name} cannot be read: {error}. Repair or remove it, or "
-                f"pass unreadable='skip' to leave such images out."
-            ) from error
+            image = self._read(index)
+        except ImageError as error:
+            raise ImageError(f"{error} Or pass unreadable='skip' to leave such images out.") from error
         return image if self.transform is None else self.transform(image), self.targets[index]
+
+    def _read(self, index: int) -> Image.Image:
+        position = self.positions[index]
+        # timm's data set would return another sample in the place of one that it cannot read.
+        source = self.source.reader if isinstance(self.source, ImageDataset) else self.source
+        return read_picture(lambda: source[position][0], self.mode, f"{self.filename(index)!r} of {self.name}")
 
     def filename(self, index: int) -> str:
         """Returns the name of a sample's file, or its position where there is none."""
@@ -82,13 +88,13 @@ class Images(Dataset):
 
     def readable(self, progress: bool = True) -> "Images":
         """Reads all images, and returns only the samples whose image can be read. Logs those that are left out."""
-        images, kept = self.with_transform(None), []
+        kept = []
         for i in tqdm(range(len(self)), desc="Checking images", unit="img", disable=not progress):
             try:
-                images[i]
+                self._read(i)
                 kept.append(i)
-            except ValueError as error:
-                _logger.warning("Left out: %s", error.__cause__ or error)
+            except ImageError as error:
+                _logger.warning("Left out: %s", printable(str(error)))
         if bad := len(self) - len(kept):
             _logger.warning("Left out %d of %d images of %s, which cannot be read.", bad, len(self), self.name)
         return self.at(kept)

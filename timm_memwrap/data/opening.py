@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from timm.data import ImageDataset, create_dataset
+from timm.data import create_dataset
 from timm.data.dataset_factory import _search_split
 
 from timm_memwrap._utils import check_choice, optional_import
 from timm_memwrap.data.classes import labels_by_name
+from timm_memwrap.data.folders import Folder
 from timm_memwrap.data.images import Images
 from timm_memwrap.data.shards import Shards
 
@@ -105,13 +106,10 @@ def open_digits(split: str, mode: str | None = None) -> Images:
 def _open_folder(root: str, split: str, mode: str | None) -> Images:
     if not root:
         raise ValueError("No data: pass an image folder, a tar file, 'digits', 'torch/...' or 'hfds/...'.")
-    folder, options = Path(root), {}
+    folder = Path(root)
     if not folder.exists():
         raise ValueError(f"There is no {root!r}. Pass an image folder or a tar file.")
-    if folder.is_file():
-        # timm would keep the contents of a large tar file as a pickle beside it, and read one that it finds there.
-        options["cache_tarinfo"] = False
-    elif split:
+    if folder.is_dir() and split:
         folder = Path(_search_split(root, split))
         # timm takes the whole folder in place of a split that is not there.
         if folder == Path(root):
@@ -120,11 +118,8 @@ def _open_folder(root: str, split: str, mode: str | None) -> Images:
                 f"There is no folder {split!r} in {root!r}, which has {inside[:10]}. Name the split after one of them, "
                 f"or pass split='' if they are the classes."
             )
-    try:
-        # The name goes into memories and cards, which may be published: the path does not.
-        return Images(ImageDataset(str(folder), **options), Path(root).resolve().name, mode)
-    except RuntimeError as error:
-        raise ValueError(f"{str(folder)!r} holds no images in class folders: {error}") from error
+    # The name goes into memories and cards, which may be published: the path does not.
+    return Images(Folder(folder), Path(root).resolve().name, mode)
 
 
 def _open_torchvision(dataset: str, root: str, split: str, download: bool) -> Any:

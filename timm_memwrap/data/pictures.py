@@ -25,9 +25,9 @@ _SMALL = 64  # pixels
 
 def to_picture(model: nn.Module, image: Any) -> np.ndarray:
     """Makes a uint8 array `[H, W, 3]` of a PIL image, a path or a tensor `[C, H, W]`, of floats if a model input."""
-    image = opened(image)
+    image = opened(image, "RGB")
     if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(image)
     if image.is_floating_point():
         image = _pixels(image, model)
     if image.shape[0] != 3:

@@ -99,6 +99,11 @@ class Samples:
         return "" if self._dataset is None else type(innermost(self._dataset)).__name__
 
     @property
+    def augments(self) -> bool:
+        """Whether the data set's transform has parts that are random by their names."""
+        return "Random" in repr(getattr(innermost(self._dataset), "transform", None))
+
+    @property
     def class_names(self) -> list[str]:
         """Class names by the model's labels; empty if there is not one for each of the model's classes."""
         return self._names if len(self._names) == self._model.num_classes else []

@@ -1,15 +1,18 @@
 """WebDataset shards with random access: a memory names single samples, which a stream cannot find again."""
 
-import io
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
-from timm.data import get_img_extensions
 from torch.utils.data import Dataset
 
+from timm_memwrap.data.reading import SUFFIXES
+from timm_memwrap.data.tars import Member, members
+
 __all__ = ["Shards"]
+
+# Bytes of a label.
+_LONGEST_LABEL = 1000
 
 
 class Shards(Dataset):
@@ -27,8 +30,8 @@ class Shards(Dataset):
                 f"There are no shards {pattern!r} in {root!r}. Pass their folder, and part of their names."
             )
         samples = [sample for shard in shards for sample in _read_shard(shard)]
-        self._samples = [(shard, image) for shard, image, _ in samples]
-        labels = [label for *_, label in samples]
+        self._samples = [image for image, _ in samples]
+        labels = [label for _, label in samples]
         numbers = all(label.isdecimal() for label in labels)
         self.classes = [] if numbers else sorted(set(labels))
         numbered = {name: i for i, name in enumerate(self.classes)}
@@ -38,34 +41,28 @@ class Shards(Dataset):
         return len(self._samples)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        shard, (_, offset, size) = self._samples[index]
-        with shard.open("rb") as file:
-            file.seek(offset)
-            return Image.open(io.BytesIO(file.read(size))), self.targets[index]
+        return Image.open(self._samples[index].open()), self.targets[index]
 
     def filename(self, index: int) -> str:
         """Returns a sample's shard and its image in it."""
-        shard, (name, *_) = self._samples[index]
-        return f"{shard.name}/{name}"
+        image = self._samples[index]
+        return f"{image.tar.name}/{image.name}"
 
 
-def _read_shard(shard: Path) -> Iterator[tuple[Path, tuple[str, int, int], str]]:
-    """Yields each sample's shard, its image's name, offset and size there, and its label."""
-    images: dict[PurePosixPath, tuple[str, int, int]] = {}
+def _read_shard(shard: Path) -> Iterator[tuple[Member, str]]:
+    """Yields the image and the label of each sample."""
+    images: dict[PurePosixPath, Member] = {}
     labels: dict[PurePosixPath, str] = {}
-    extensions = get_img_extensions(as_set=True)
-    try:
-        with tarfile.open(shard) as file:
-            for member in file:
-                path = PurePosixPath(member.name)
-                stem, _, extension = path.name.partition(".")
-                if extension.lower() == "cls" and (content := file.extractfile(member)):
-                    labels[path.parent / stem] = content.read().decode().strip()
-                elif f".{extension.lower()}" in extensions:
-                    images[path.parent / stem] = (member.name, member.offset_data, member.size)
-    except tarfile.TarError as error:
-        raise ValueError(f"{str(shard)!r} is not a whole tar file: {error}") from error
+    for member in members(shard):
+        stem, _, extension = member.name.name.partition(".")
+        key = member.name.parent / stem
+        if extension.lower() == "cls":
+            if member.size > _LONGEST_LABEL:
+                raise ValueError(f"{str(member.name)!r} in {str(shard)!r} has {member.size:,} bytes: it is no label.")
+            labels[key] = member.open().read().decode(errors="replace").strip()
+        elif f".{extension.lower()}" in SUFFIXES:
+            images[key] = member
     for key, image in images.items():
         if key not in labels:
-            raise ValueError(f"{image[0]!r} in {str(shard)!r} has no .cls member beside it, so no label.")
-        yield shard, image, labels[key]
+            raise ValueError(f"{str(image.name)!r} in {str(shard)!r} has no .cls member beside it, so no label.")
+        yield image, labels[key]

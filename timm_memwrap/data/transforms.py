@@ -5,12 +5,15 @@ Shapes: B or N images, C channels.
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
+
+from timm_memwrap.data.reading import read_picture
 
 __all__ = ["BATCH_SIZE", "batches_of", "data_config", "image_mode", "one_by_one", "to_batch"]
 
@@ -68,10 +71,10 @@ def as_batch(config: Mapping[str, Any], images: Tensor | Sequence[Any]) -> Tenso
     """Stacks tensors `[C, H, W]`, PIL images and paths, which get timm's transform; checks what is a batch already."""
     if not isinstance(images, Tensor):
         transform, tensors = create_transform(**config), []
-        for image in map(opened, images):
-            if isinstance(image, Image.Image):
-                image = transform(image.convert(image_mode(config["input_size"][0])))
-            tensors.append(image)
+        mode = image_mode(config["input_size"][0]) if any(not isinstance(image, Tensor) for image in images) else None
+        for image in images:
+            image = opened(image, mode)
+            tensors.append(transform(image) if isinstance(image, Image.Image) else image)
         shapes = {tuple(tensor.shape) for tensor in tensors}
         if len(shapes) != 1:
             raise ValueError(f"Images of shapes {sorted(shapes)} do not make a batch. Pass images of one shape.")
@@ -81,19 +84,18 @@ def as_batch(config: Mapping[str, Any], images: Tensor | Sequence[Any]) -> Tenso
             f"images are {images.dtype} of shape {list(images.shape)}; expected floats [B, C, H, W] or [C, H, W], "
             f"normalised as in training. Pass PIL images or paths to have the model's own transform applied."
         )
+    if not all(bool(extreme.isfinite()) for extreme in torch.aminmax(images)):
+        raise ValueError("images have NaN or infinite values, of which a model makes no prediction. Look at the data.")
     return images
 
 
-def opened(image: Any) -> Any:
-    """Reads an image if it is a path, and raises a `ValueError` if it is neither a picture nor a tensor of one."""
+def opened(image: Any, mode: str | None) -> Any:
+    """Reads an image if it is a path or PIL's, and raises a `ValueError` if it is no picture and no tensor of one."""
     if isinstance(image, str | os.PathLike):
-        try:
-            with Image.open(image) as file:
-                file.load()
-                return file
-        except (OSError, Image.DecompressionBombError) as error:
-            raise ValueError(f"The image {str(image)!r} cannot be read: {error}. Repair or remove it.") from error
-    if not isinstance(image, Image.Image) and (not isinstance(image, Tensor) or image.ndim != 3):
+        return read_picture(Path(image), mode, repr(str(image)))
+    if isinstance(image, Image.Image):
+        return read_picture(image, mode, "in memory")
+    if not isinstance(image, Tensor) or image.ndim != 3:
         found = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
         raise ValueError(f"An image is {found}; expected a tensor [C, H, W], a PIL image or a path.")
     return image

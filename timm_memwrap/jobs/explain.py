@@ -1,5 +1,6 @@
 """Image files explained: found, explained, written as a report, and described for a terminal."""
 
+import logging
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from timm_memwrap._utils import printable
-from timm_memwrap.data import class_names, data_config
+from timm_memwrap.data import SUFFIXES, ImageError, class_names, data_config, read_picture
 from timm_memwrap.data.transforms import as_batch
 from timm_memwrap.explaining.explanation import Explanation, MemorySample, explain
 from timm_memwrap.explaining.figures.html import write_html
@@ -19,15 +20,19 @@ from timm_memwrap.model import MemoryWrapModel
 
 __all__ = ["describe", "explain_files", "find_images"]
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_logger = logging.getLogger(__name__)
 
 
-def find_images(paths: Sequence[str | os.PathLike]) -> list[tuple[Path, str]]:
-    """Lists image files, and those in folders, each with a name to show that does not tell where the folder is."""
-    found = []
+def find_images(paths: Sequence[str | os.PathLike], unreadable: str = "fail") -> list[tuple[Path, str]]:
+    """Lists image files, and those in folders, each with a name to show that does not tell where the folder is.
+
+    With `unreadable="skip"`, those that cannot be read are left out and logged.
+    """
+    found: list[tuple[Path, str]] = []
     for path in map(Path, paths):
         if path.is_dir():
             inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            inside = [file for file in inside if not any(part[0] == "." for part in file.relative_to(path).parts)]
             if not inside:
                 raise ValueError(f"{str(path)!r} holds no images. Expected files ending in {', '.join(SUFFIXES)}.")
             found += [(file, file.relative_to(path).as_posix()) for file in inside]
@@ -35,9 +40,20 @@ def find_images(paths: Sequence[str | os.PathLike]) -> list[tuple[Path, str]]:
             found.append((path, path.name))
         else:
             raise ValueError(f"There is no {str(path)!r}. Pass image files, or folders of them.")
+    if unreadable == "skip":
+        found = [(path, name) for path, name in found if _is_readable(path)]
     if not found:
         raise ValueError("No images: the list is empty. Pass image files, or folders of them.")
     return found
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        read_picture(path, "RGB", repr(path.name))
+        return True
+    except ImageError as error:
+        _logger.warning("Left out: %s", printable(str(error)))
+        return False
 
 
 def explain_files(

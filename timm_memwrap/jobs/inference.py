@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import DataLoader
 
-from timm_memwrap._utils import check_count
-from timm_memwrap.data import BATCH_SIZE
+from timm_memwrap._utils import check_choice, check_count
+from timm_memwrap.data import BATCH_SIZE, Images
 from timm_memwrap.training.processes import find_device
 
 __all__ = ["Inference"]
@@ -22,19 +22,26 @@ class Inference:
         device: A torch device; null for cuda if available, else cpu.
         batch_size: Images at a time.
         workers: Processes that load images.
+        unreadable: What to do with images that cannot be read: fail, or skip them and log which.
     """
 
     device: str | None = None
     batch_size: int = BATCH_SIZE
     workers: int = 0
+    unreadable: Literal["fail", "skip"] = "fail"
 
     def __post_init__(self) -> None:
         check_count("batch_size", self.batch_size)
         check_count("workers", self.workers, at_least=0)
+        check_choice("unreadable", self.unreadable, ("fail", "skip"))
 
     def find_device(self) -> torch.device:
         """Returns the device."""
         return find_device(self.device)
+
+    def readable(self, images: Images, progress: bool = True) -> Images:
+        """Returns the images that are not to be skipped."""
+        return images.readable(progress) if self.unreadable == "skip" else images
 
     def batches(self, data: Any, collate: Callable[[list[Any]], Any] | None = None) -> DataLoader:
         """Makes batches of a data set in order."""

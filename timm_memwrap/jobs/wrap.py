@@ -79,13 +79,15 @@ def wrap_classifier(
     model = _load(model_id, checkpoint, data, split)
     mode = image_mode(getattr(model, "in_chans", 3))
     has_memory = isinstance(model, MemoryWrapModel)
-    images = open_source(data, split, known_class_names(model) or None, mode)
+    images = inference.readable(open_source(data, split, known_class_names(model) or None, mode), progress)
     if model.num_classes != len(images.classes):
         raise ValueError(
             f"{model_id} has {model.num_classes} classes, {images.name} has {len(images.classes)}. Pass the data that "
             f"the model was trained on, or fine-tune it on these: timm-memwrap train."
         )
-    held_out = open_source(data, val_split, images.classes, mode) if val_split is not None else None
+    held_out = None
+    if val_split is not None:
+        held_out = inference.readable(open_source(data, val_split, images.classes, mode), progress)
 
     model.to(device).eval()
     transform = create_transform(**data_config(model))
