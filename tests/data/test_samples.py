@@ -417,6 +417,10 @@ def test_labels_are_the_models_for_the_names_of_the_data(make_model: MakeModel) 
     # Other names take the place of the model's.
     assert read(data, ["chat", "chien", "triton"]) == own
     assert Samples(data, model, ["chat", "chien", "triton"]).class_names == ["chat", "chien", "triton"]
+    model.pretrained_cfg["label_names"] = ["1", "2", "0"]
+    data.classes = ["0", "1", "2"]
+    assert read(data) == [[2, 0, 1][label] for label in own]
+    model.pretrained_cfg["label_names"] = ["newt", "cat", "dog"]
     data.classes = ["cat", "dog", "bat"]
     with pytest.raises(ValueError, match=r"does not know: 'bat'\. It knows 'newt', 'cat', 'dog'.*class_names"):
         read(data)

@@ -138,8 +138,10 @@ def model_labels(theirs: Sequence[str], ours: Sequence[str]) -> list[int] | None
 
     Raises a `ValueError` if a class is not the model's.
     """
-    # Numbers are not names.
-    if not theirs or not ours or theirs == ours or theirs == [str(i) for i in range(len(theirs))]:
+    if not theirs or not ours or theirs == ours:
+        return None
+    # Numbers are not names, unless they are the model's.
+    if theirs == [str(i) for i in range(len(theirs))] and not set(theirs) <= set(ours):
         return None
     return labels_by_name(theirs, ours)
 
