@@ -90,9 +90,11 @@ def test_a_process_that_is_stopped_leaves_what_resumes(tmp_path: Path, digits: M
     write_recipe(digits(training={"epochs": 4}), recipe)
     # It waits for the signal in the middle of the training, whatever the speed of the machine.
     code = f"""
-import pathlib, sys, time
+import pathlib, signal, sys, time
 from timm_memwrap.cli import main
 from timm_memwrap.training import fitting
+# A shell that starts the tests in the background has it ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 write = fitting.write_metrics
 def wait(rows, out):
     write(rows, out)
