@@ -109,7 +109,11 @@ def _print_report(report: Any, plain: str, *more: tuple[float, str]) -> None:
             f"A prediction uses {metrics.support_size:.1f} samples on average. The strongest is of the predicted class "
             f"in {metrics.identical_class_rate:.1%} of predictions{errors}."
         )
-        low = sorted([each for each in metrics.by_class if each.count], key=lambda each: each.accuracy)[:3]
-        print(printable(f"Least accurate: {', '.join(f'{each.class_name} ({each.accuracy:.1%})' for each in low)}."))
+        missed = [each for each in metrics.by_class if each.count and each.accuracy < 1]
+        low = sorted(missed, key=lambda each: each.accuracy)[:3]
+        if low:
+            print(
+                printable(f"Least accurate: {', '.join(f'{each.class_name} ({each.accuracy:.1%})' for each in low)}.")
+            )
     source = f"local-dir:{report.directory}"
     print(f'Saved in {report.directory}: timm.create_model("{source}", pretrained=True), after import timm_memwrap.')
