@@ -1,6 +1,7 @@
 import re
 import tarfile
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -175,3 +176,11 @@ def test_the_bank_of_such_images_names_their_files(folder: Path) -> None:
     bank = timm_memwrap.build_memory_bank(model, images, size=6, progress=False)
     assert all((folder / "train" / str(name)).is_file() for name in bank.ids)
     assert bank.class_names == images.classes
+
+
+def test_a_missing_library_of_a_data_set_is_named(capsys: pytest.CaptureFixture) -> None:
+    if find_spec("datasets") is not None:
+        pytest.skip("datasets is installed")
+    with pytest.raises(ImportError, match="dataset='hfds/me/cats' needs .*pip install datasets"):
+        open_dataset("hfds/me/cats")
+    assert capsys.readouterr().out == ""  # timm prints

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ def open_dataset(
     elif prefix == "torch" and slash:
         images = Images(_open_torchvision(dataset, root or ".", split, download), name, mode)
     elif prefix == "hfds" and slash:
+        if find_spec("datasets") is None:
+            raise ImportError(f"dataset={dataset!r} needs the datasets library of Hugging Face: pip install datasets.")
         images = Images(create_dataset(dataset, root=root or None, split=split), name, mode)
     elif prefix == "wds" and slash:
         # As in timm, the rest of the name is for people only, and the shards are found by folder and split.
