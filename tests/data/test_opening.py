@@ -181,6 +181,6 @@ def test_the_bank_of_such_images_names_their_files(folder: Path) -> None:
 def test_a_missing_library_of_a_data_set_is_named(capsys: pytest.CaptureFixture) -> None:
     if find_spec("datasets") is not None:
         pytest.skip("datasets is installed")
-    with pytest.raises(ImportError, match="dataset='hfds/me/cats' needs .*pip install datasets"):
+    with pytest.raises(ImportError, match=r"dataset='hfds/me/cats' needs .*pip install datasets"):
         open_dataset("hfds/me/cats")
     assert capsys.readouterr().out == ""  # timm prints
