@@ -281,8 +281,7 @@ class MemoryBank(nn.Module):
             ValueError: If the file is not a whole bank. The bank is then unchanged.
         """
         found = read_tensors(path, repr(str(path))).tensors
-        # Copies, which do not keep the file mapped: it may be overwritten or cut.
-        self._set(*parse_state({name: tensor.clone() for name, tensor in found.items()}, repr(str(path))))
+        self._set(*parse_state(found, repr(str(path))))
         return self
 
     def filled(self) -> tuple[Tensor, Tensor]:
@@ -364,7 +363,7 @@ class MemoryBank(nn.Module):
         if missing or (strict and unexpected):
             return
         try:
-            # Copies: the bank must not change when the caller's dictionary does, nor keep a file mapped.
+            # Copies: the bank must not change when the caller's dictionary does.
             copies = {name: tensor.detach().clone() for name, tensor in found.items() if name in BUFFERS}
             self._set(*parse_state(copies, "the state dict"))
         except ValueError as error:

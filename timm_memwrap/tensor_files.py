@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import _TYPES
+from safetensors import SafetensorError
+from safetensors.torch import _TYPES, load
 from torch import Tensor
 
 from timm_memwrap._utils import printable, replacing
@@ -33,7 +33,7 @@ class FileError(ValueError):
 
 @dataclass
 class TensorFile:
-    """Tensors of a file, mapped into memory: copy what must outlive a change of the file."""
+    """Tensors of a file, read into memory."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]  # the text in the file's header
@@ -85,17 +85,15 @@ def write_tensors(
 
 
 def read_tensors(path: str | os.PathLike, name: str, cure: str = "Copy or save it again.") -> TensorFile:
-    """Maps a safetensors file into memory and compares it with its checksum; `name` and `cure` are for its errors."""
-    # For the system's own error: the library takes a file that may not be read for one that is not there.
-    with open(path, "rb"):
-        pass
+    """Reads a safetensors file and compares it with its checksum; `name` and `cure` are for its errors."""
+    # Not mapped: a file that is overwritten or cut would change the tensors, or kill the process.
+    content = Path(path).read_bytes()
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    # RuntimeError: PyTorch's, if the file shrinks while it is opened.
+        tensors = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     except (SafetensorError, RuntimeError, UnicodeError) as error:
         raise FileError(f"{name} is not a whole safetensors file ({error}). {cure}") from error
+    metadata = header.get("__metadata__", {})
     expected = metadata.pop(_CHECKSUM, None)
     if expected is not None and checksum(tensors, metadata) != expected:
         raise FileError(f"{name} is damaged: it does not have the checksum that it was written with. {cure}")

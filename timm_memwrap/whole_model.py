@@ -31,7 +31,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".tar", ".ckpt", ".pkl")
 class WholeModel:
     """The weights of a whole model and its configuration."""
 
-    tensors: dict[str, Tensor]  # the weights and the memory, mapped into memory
+    tensors: dict[str, Tensor]  # the weights and the memory
     config: dict[str, Any]  # what `config.json` says; where the weights hold a copy of it, the copy
     name: str  # what to call the weights in an error: file and source
     verified: bool  # whether the weights have the checksum that they were saved with
