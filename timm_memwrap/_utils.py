@@ -16,6 +16,7 @@ __all__ = [
     "check_count",
     "evaluating",
     "is_exporting",
+    "naming",
     "optional_import",
     "plain_state",
     "printable",
@@ -35,8 +36,21 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     # In a folder of its own, a file gets the permissions that the user's other files get.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as folder:
         temporary = Path(folder, path.name)
-        yield temporary
+        with naming(path):
+            yield temporary
         os.replace(temporary, path)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Says in an `OSError` what could not be written: of a full disk, the system names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        reason = f"{error.strerror}. Could not write {path.name}; free some space, or save elsewhere"
+        raise OSError(error.errno, reason, str(path)) from error
 
 
 def write_text(path: str | os.PathLike, text: str) -> Path:

@@ -71,16 +71,12 @@ def write_tensors(
     # The checksum is computed while the disk is busy, and so written last.
     with replacing(path) as temporary, ThreadPoolExecutor(1) as thread:
         digest = thread.submit(checksum, ready, text)
-        try:
-            with temporary.open("wb") as file:
-                file.seek(len(header("0" * 8)))
-                for tensor in ready.values():
-                    file.write(raw_bytes(tensor))
-                file.seek(0)
-                file.write(header(digest.result()))
-        except OSError as error:
-            reason = f"{error.strerror}. Could not write {Path(path).name}; free some space, or save elsewhere"
-            raise OSError(error.errno, reason, os.fspath(path)) from error
+        with temporary.open("wb") as file:
+            file.seek(len(header("0" * 8)))
+            for tensor in ready.values():
+                file.write(raw_bytes(tensor))
+            file.seek(0)
+            file.write(header(digest.result()))
     return Path(path)
 
 

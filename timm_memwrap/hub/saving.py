@@ -13,7 +13,7 @@ from typing import Any
 from timm.models._hub import save_config_for_hf
 from torch import Tensor
 
-from timm_memwrap._utils import plain_state
+from timm_memwrap._utils import naming, plain_state, write_text
 from timm_memwrap.checks import misfits, split_bank
 from timm_memwrap.constants import CARD_FILE, CONFIG_FILE, MEMORY_BANK, MEMORY_CONFIG_KEY, WEIGHTS_FILE
 from timm_memwrap.factory import build_shell
@@ -128,14 +128,15 @@ def write_model(model: MemoryWrapModel, folder: Path, bank: MemoryBank) -> list[
     if model.base_model:
         extra["base_model"] = model.base_model
     weights, path = folder / WEIGHTS_FILE, folder / CONFIG_FILE
-    save_config_for_hf(model, str(path), model_config=extra, model_args=dict(model.memory_args))
+    with naming(path):
+        save_config_for_hf(model, str(path), model_config=extra, model_args=dict(model.memory_args))
     config = json.loads(path.read_text(encoding="utf-8"))
     if "label_names" in config:
         # timm repeats the names that a model was loaded with here, whatever they are now.
         config["pretrained_cfg"].pop("label_names", None)
     # In one order, however the model was made: what was loaded is saved as the same bytes.
     config["model_args"] = dict(sorted(config["model_args"].items()))
-    path.write_text(text := json.dumps(config, indent=2), encoding="utf-8")
+    write_text(path, text := json.dumps(config, indent=2))
     _check_loadable(model, WholeModel(tensors, config, "The model to save", verified=True))
     with ThreadPoolExecutor(1) as thread:
         # For what was not watched, in the time that the disk takes.
