@@ -27,7 +27,7 @@ from timm_memwrap.attention import (
     wide,
 )
 
-__all__ = ["MemoryLayer", "MemoryReadout", "PreparedMemory", "Read", "check_width", "is_factor"]
+__all__ = ["MemoryLayer", "MemoryReadout", "PreparedMemory", "Read", "check_width", "is_factor", "mask_of"]
 
 # The scale as a parameter, and where it starts: at 1 the support grows with the memory, and explains nothing.
 LEARNED = "learned"
@@ -232,8 +232,7 @@ class MemoryLayer(nn.Module, ABC):
         scaled = self._scaled(found)
         if hidden is None:
             return content_weights(scaled), found
-        if hidden.dtype != torch.bool:
-            hidden = torch.zeros_like(scaled, dtype=torch.bool).scatter(1, hidden.to(query.device), True)
+        hidden = mask_of(hidden, scaled)
         # Where all is hidden all scores are alike, and yet nothing must be read.
         return content_weights(scaled.masked_fill(hidden, MASKED)).masked_fill(hidden, 0.0), found
 
@@ -314,3 +313,10 @@ def _check_hidden(hidden: Tensor, rows: int, size: int) -> None:
             f"hidden is {hidden.dtype} of shape {list(hidden.shape)}; expected positions, torch.long of shape "
             f"[{rows}, H], or a mask of the memory set, torch.bool of shape [{rows}, {size}]."
         )
+
+
+def mask_of(hidden: Tensor, like: Tensor) -> Tensor:
+    """Returns which of the scores `like` `[B, M]` are hidden, for such a mask or for positions `[B, H]`."""
+    if hidden.dtype == torch.bool:
+        return hidden
+    return torch.zeros_like(like, dtype=torch.bool).scatter(1, hidden.to(like.device), True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from timm_memwrap.attention import MASKED, scores
 from timm_memwrap.layers import LabelVote
 from timm_memwrap.memory_args import OWN_READ_HEADS
-from timm_memwrap.memory_layer import PreparedMemory, Read
+from timm_memwrap.memory_layer import PreparedMemory, Read, mask_of
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.training.configuration import Recipe
 from timm_memwrap.wrapping import wrap
@@ -30,9 +30,9 @@ class _Vote(LabelVote):
         """Reads a memory. See `MemoryLayer.read`."""
         return super().read(query, memory._replace(key_index=None), hidden, ranked)
 
-    def _weigh_all(self, query: Tensor, memory: PreparedMemory, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _weigh_all(self, query: Tensor, memory: PreparedMemory, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
         found = scores(query, memory.keys)
-        return self._weights(found if mask is None else found.masked_fill(mask, MASKED)), found
+        return self._weights(found if hidden is None else found.masked_fill(mask_of(hidden, found), MASKED)), found
 
     def _weights(self, similarities: Tensor) -> Tensor:
         raise NotImplementedError
