@@ -10,7 +10,7 @@ from timm.data import create_dataset
 from torch.utils.data import Subset
 
 import timm_memwrap
-from timm_memwrap.data import Samples, class_names, known_class_names, match_labels
+from timm_memwrap.data import Samples, class_names, known_class_names
 from timm_memwrap.data.classes import dataset_classes
 from timm_memwrap.explaining import evaluate_explanations
 from timm_memwrap.model import MemoryWrapModel
@@ -32,8 +32,8 @@ class _Data:
         return image, self.labels[index]
 
 
-def _labels(data: object) -> list[int]:
-    return [int(data[i][1]) for i in range(len(data))]
+def _labels(data: object, model: MemoryWrapModel) -> list[int]:
+    return [int(label) for _, labels in Samples(data, model).batches() for label in labels]
 
 
 @pytest.fixture
@@ -57,15 +57,16 @@ def named(make_model: Callable[..., MemoryWrapModel]) -> MemoryWrapModel:
 def test_labels_become_those_of_the_models_classes(
     named: MemoryWrapModel, classes: list[str] | None, given: list[int], expected: list[int]
 ) -> None:
-    data = match_labels(named, _Data(classes, given))
-    assert _labels(data) == expected
-    assert torch.equal(data[1][0], _Data(classes, given)[1][0])
+    data = Samples(_Data(classes, given), named)
+    ((images, labels),) = data.batches()
+    assert data.labels.tolist() == labels.tolist() == expected
+    assert torch.equal(images[1], _Data(classes, given)[1][0])
 
 
 def test_the_pretrained_cfg_names_classes_too(make_model: Callable[..., MemoryWrapModel]) -> None:
     model = make_model(num_classes=4)
     model.pretrained_cfg["label_names"] = NAMES
-    assert _labels(match_labels(model, _Data(["bee"], [0]))) == [3]
+    assert _labels(_Data(["bee"], [0]), model) == [3]
 
 
 def test_an_image_folder_of_some_classes_is_evaluated_by_the_models_labels(
@@ -81,33 +82,33 @@ def test_an_image_folder_of_some_classes_is_evaluated_by_the_models_labels(
     folder = create_dataset("", str(tmp_path))
     assert dataset_classes(Subset(folder, [0, 1])) == ["bee", "cow"]
     by_hand = [(picture, NAMES.index(name)) for picture, name in zip(pictures, names, strict=True)]
-    found = evaluate_explanations(model, match_labels(model, folder), progress=False)
+    found = evaluate_explanations(model, folder, progress=False)
     expected = evaluate_explanations(model, by_hand, progress=False)
     assert found.accuracy == expected.accuracy
-    assert sorted(_labels(match_labels(model, folder))) == [2, 2, 2, 3, 3, 3]
+    assert sorted(_labels(folder, model)) == [2, 2, 2, 3, 3, 3]
 
 
 def test_what_cannot_be_matched_is_refused(named: MemoryWrapModel) -> None:
     model = named
     with pytest.raises(ValueError, match=r"does not know: 'elk', 'fox'.*It knows 'doe', 'ant', 'cow', 'bee'"):
-        match_labels(model, _Data(["ant", "fox", "elk"], [0]))
+        Samples(_Data(["ant", "fox", "elk"], [0]), model)
     with pytest.raises(ValueError, match=r"has 3 classes and the model 4"):
-        match_labels(model, _Data(["0", "1", "2"], [0]))
-    with pytest.raises(ValueError, match=r"Sample 1 has the label -1; expected 0 to 1"):
-        _labels(match_labels(model, _Data(["bee", "ant"], [0, -1])))
+        Samples(_Data(["0", "1", "2"], [0]), model)
+    with pytest.raises(ValueError, match=r"Labels of the data are -1, outside num_classes=2"):
+        _labels(_Data(["bee", "ant"], [0, -1]), model)
     model.memory_bank.set_class_names(["ant", "ant", "bee", "cow"])
     with pytest.raises(ValueError, match=r"'ant' as the name of several classes"):
-        match_labels(model, _Data(["ant", "bee"], [0]))
+        Samples(_Data(["ant", "bee"], [0]), model)
     model.memory_bank.set_class_names([])
-    with pytest.raises(ValueError, match=r"has 2 classes and the model 4.*set_class_names"):
-        match_labels(model, _Data(["bee", "ant"], [0]))
+    with pytest.raises(ValueError, match=r"has 2 classes and the model 4.*label_names"):
+        Samples(_Data(["bee", "ant"], [0]), model)
 
 
 @pytest.mark.parametrize(("classes", "said"), [(["0", "1", "2", "3"], True), (NAMES, False)])
 def test_numbers_for_names_are_said(
     named: MemoryWrapModel, caplog: pytest.LogCaptureFixture, classes: list[str], said: bool
 ) -> None:
-    match_labels(named, _Data(classes, [0]))
+    Samples(_Data(classes, [0]), named)
     assert ("by number" in caplog.text) == said
 
 
@@ -118,5 +119,5 @@ def test_every_class_has_a_name(named: MemoryWrapModel, make_model: Callable[...
     assert class_names(unnamed) == ["class 0", "class 1"]
 
 
-def test_matched_samples_have_the_models_class_names(named: MemoryWrapModel) -> None:
-    assert Samples(match_labels(named, _Data(["bee", "ant"], [0, 1])), named).class_names == NAMES
+def test_samples_have_the_models_class_names(named: MemoryWrapModel) -> None:
+    assert Samples(_Data(["bee", "ant"], [0, 1]), named).class_names == NAMES

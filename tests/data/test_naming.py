@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from torch.utils.data import Subset
 
-from timm_memwrap.data import SampleImages, Samples, classes, match_labels
+from timm_memwrap.data import SampleImages, Samples, classes
 from timm_memwrap.model import MemoryWrapModel
 
 
@@ -83,9 +83,3 @@ def test_files_that_names_do_not_tell_apart_are_numbered(make_model: Callable[..
     samples = Samples(_Named(["a/1.png", "a/1.png", "a/2.png"]), make_model())
     assert samples.ids(range(3)) == [0, 1, 2]
     assert samples.ids([1, 2]) == ["a/1.png", "a/2.png"]
-
-
-def test_relabelled_data_keeps_its_file_names(make_model: Callable[..., MemoryWrapModel]) -> None:
-    model, named = make_model(), _Named(["a/1.png", "b/1.png"])
-    model.pretrained_cfg["label_names"], named.classes = ["x", "y", "z"], ["z", "y"]
-    assert Samples(match_labels(model, named), model).ids(range(2)) == ["a/1.png", "b/1.png"]

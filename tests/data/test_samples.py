@@ -390,7 +390,10 @@ def test_class_names_are_the_models_else_the_datas_else_none(make_model: MakeMod
     model = make_model()
     assert Samples(_data(), model).class_names == []
     assert Samples(_NoImages(classes=("cat", "dog", "newt")), model).class_names == ["cat", "dog", "newt"]
-    assert Samples(_NoImages(classes=("cat", "dog")), model).class_names == []
+    with pytest.raises(ValueError, match="has 2 classes and the model 3"):
+        Samples(_NoImages(classes=("cat", "dog")), model)
+    with pytest.raises(ValueError, match="2 class_names for the 3 classes"):
+        Samples(_data(), model, ["cat", "dog"])
     model.pretrained_cfg["label_names"] = ["newt", "cat", "dog"]
     for classes in ((), ("0", "1", "2"), ("cat", "dog", "newt"), ("dog",)):
         assert Samples(_NoImages(classes=classes), model).class_names == ["newt", "cat", "dog"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from timm_memwrap._utils import write_text
 from timm_memwrap.cli.arguments import IN_TERMINAL
-from timm_memwrap.data import match_labels, open_remembered, open_source
+from timm_memwrap.data import open_remembered, open_source
 from timm_memwrap.experiments.configuration import Comparison
 from timm_memwrap.experiments.plots import plot_rows
 from timm_memwrap.experiments.timing import table
@@ -147,7 +147,7 @@ def _open(source: str, data: str, split: str, inference: Inference, progress: bo
     """Opens a model, and batches of labelled images with its labels."""
     images, device = inference.readable(open_source(data, split), progress), inference.find_device()
     model = from_pretrained(source).to(device)
-    return model, inference.batches(match_labels(model, images))
+    return model, inference.batches(images)
 
 
 def _print_result(text: object, values: Any, target: str | None) -> None:

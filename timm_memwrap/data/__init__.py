@@ -1,6 +1,6 @@
 """What a data set is: images, labels, class names, ids and batches. Every other room reads data through this one."""
 
-from timm_memwrap.data.classes import class_names, known_class_names, match_labels
+from timm_memwrap.data.classes import class_names, known_class_names
 from timm_memwrap.data.images import Images, split_off
 from timm_memwrap.data.opening import DIGITS, open_dataset, open_remembered, open_source
 from timm_memwrap.data.pictures import SampleImages, picture_of, small_images, to_picture
@@ -22,7 +22,6 @@ __all__ = [
     "encoded_batches",
     "image_mode",
     "known_class_names",
-    "match_labels",
     "one_by_one",
     "open_dataset",
     "open_remembered",

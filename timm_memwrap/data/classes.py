@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
 from timm_memwrap.model import MemoryWrapModel
 
-__all__ = ["class_names", "known_class_names", "match_labels"]
+__all__ = ["class_names", "known_class_names"]
 
 _logger = logging.getLogger(__name__)
 
@@ -82,68 +82,33 @@ def known_labels(dataset: Any) -> Tensor | None:
     return None
 
 
-class _Relabelled(Dataset):
-    """A data set of `(image, label)` with other labels."""
-
-    def __init__(self, dataset: Any, labels: list[int], classes: list[str]) -> None:
-        self.dataset, self._labels, self.classes = dataset, labels, classes
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        image, label = self.dataset[index][:2]
-        if not 0 <= label < len(self._labels):
-            raise ValueError(
-                f"Sample {index} has the label {label}; expected 0 to {len(self._labels) - 1}. Pass labelled data."
-            )
-        return image, self._labels[int(label)]
-
-    def filename(self, index: int) -> str | None:
-        return file_name(self.dataset, index)
-
-
-def match_labels(model: MemoryWrapModel, dataset: Any) -> Any:
-    """Gives a data set the model's labels: by name where both have class names, else by number.
+def model_labels(theirs: Sequence[str], ours: Sequence[str], num_classes: int) -> list[int] | None:
+    """Returns a model's label of each class of a data set, by name; `None` where labels are taken by number.
 
     The numbers that an image folder gives to the classes in it may be others than the model's.
 
     Args:
-        model: The model, whose memory bank or pretrained cfg has the class names.
-        dataset: A data set of `(image, label)`.
-
-    Returns:
-        The data set, or a view of it with other labels.
+        theirs: Names of the classes by the data's label, if it has any.
+        ours: Names by the model's label, if it knows any.
+        num_classes: Number of the model's classes.
 
     Raises:
         ValueError: If the classes cannot be matched.
     """
-    theirs, ours = dataset_classes(dataset), known_class_names(model)
-    labels = model_labels(theirs, ours)
-    if labels is not None:
-        return _Relabelled(dataset, labels, ours)
-    if theirs and theirs != ours:
-        if len(theirs) != model.num_classes:
-            raise ValueError(
-                f"The data has {len(theirs)} classes and the model {model.num_classes}, and only one of them has class "
-                f"names, so they cannot be matched. Name the model's: model.memory_bank.set_class_names(names)."
-            )
-        if ours:
-            _logger.warning("The data has numbers for class names, so labels are taken by number: 0 is %r.", ours[0])
-    return dataset
-
-
-def model_labels(theirs: Sequence[str], ours: Sequence[str]) -> list[int] | None:
-    """Returns the model's label of each class of a data set by name, or `None` where labels can stay as they are.
-
-    Raises a `ValueError` if a class is not the model's.
-    """
-    if not theirs or not ours or theirs == ours:
+    if not theirs or theirs == ours:
         return None
+    numbers = theirs == [str(i) for i in range(len(theirs))]
     # Numbers are not names, unless they are the model's.
-    if theirs == [str(i) for i in range(len(theirs))] and not set(theirs) <= set(ours):
-        return None
-    return labels_by_name(theirs, ours)
+    if ours and (not numbers or set(theirs) <= set(ours)):
+        return labels_by_name(theirs, ours)
+    if len(theirs) != num_classes and (ours or not numbers):
+        raise ValueError(
+            f"The data has {len(theirs)} classes and the model {num_classes}, and only one of them has class names, so "
+            f"they cannot be matched. Name the model's: model.pretrained_cfg['label_names'] = names."
+        )
+    if ours:
+        _logger.warning("The data has numbers for class names, so labels are taken by number: 0 is %r.", ours[0])
+    return None
 
 
 def labels_by_name(theirs: Sequence[str], ours: Sequence[str]) -> list[int]:

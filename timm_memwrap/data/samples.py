@@ -64,7 +64,11 @@ class Samples:
         self._dataset = getattr(data if self._inner is None else self._inner, "dataset", None)
         ours, theirs = known_class_names(model), list(class_names or dataset_classes(self._dataset))
         renames = bool(class_names) and sorted(theirs) != sorted(ours)
-        self._labels = None if renames else model_labels(theirs, ours)
+        if renames and len(theirs) != model.num_classes:
+            raise ValueError(
+                f"{len(theirs)} class_names for the {model.num_classes} classes of the model. Pass as many."
+            )
+        self._labels = None if renames else model_labels(theirs, ours, model.num_classes)
         self._names = theirs if renames or not ours else ours
         self.length: int | None = None  # None for a stream, whose samples can only be read in its own order
         self._indices: Sequence[int] = ()
