@@ -95,6 +95,14 @@ def test_names_and_shapes_count() -> None:
     assert fingerprint(one) != fingerprint(renamed)
 
 
+def test_an_average_of_two_is_text() -> None:
+    """`ModelEmaV2` averages a bank's buffers, the fingerprint's bytes among them."""
+    one, other = (torch.frombuffer(bytearray(fingerprint(nn.Linear(1, n)).encode()), dtype=torch.uint8) for n in (1, 2))
+    for decay in (0.1, 0.5, 0.9, 0.9998):
+        mixed = decay * one + (1 - decay) * other
+        assert bytes(mixed.to(torch.uint8).tolist()).isalpha()
+
+
 def test_empty_and_scalar_tensors_are_taken() -> None:
     module = nn.Module()
     module.register_buffer("nothing", torch.zeros(0, 3))

@@ -12,6 +12,9 @@ from timm_memwrap._utils import plain_state
 
 __all__ = ["Watch", "WatchedFingerprint", "fingerprint"]
 
+# An EMA may average the bytes of two fingerprints in a bank: those of neighbouring letters stay letters, and JSON.
+_LETTERS = str.maketrans("0123456789abcdef", "bcdefghijklmnopq")
+
 
 def fingerprint(module: nn.Module) -> str:
     """Hashes the state of `module` that its outputs depend on: names, shapes, and values as float32.
@@ -23,7 +26,7 @@ def fingerprint(module: nn.Module) -> str:
     # How often a norm layer was trained changes no output, and a frozen one does not know it.
     state = {name: value for name, value in plain_state(module).items() if not name.endswith("num_batches_tracked")}
     text = "".join(_describe(name, state[name]) for name in sorted(state))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode()).hexdigest().translate(_LETTERS)
 
 
 def _describe(name: str, value: Any) -> str:
