@@ -123,9 +123,9 @@ def _refuse_unknown(content: dict, config_class: type, path: Path, section: str 
             near = get_close_matches(str(key), types, n=1)
             hint = f"Did you mean {section + near[0]!r}?" if near else f"Known are {', '.join(types)}."
             raise ValueError(f"{path}: unknown key {section + str(key)!r}. {hint}")
-        if value is None and not is_dataclass(types[key]) and type(None) not in get_args(types[key]):
+        if value is None and type(None) not in get_args(types[key]):
             raise ValueError(f"{path}: {section + key!r} is empty. Give it a value, or leave it out.")
         if is_dataclass(types[key]):
-            if value is not None and not isinstance(value, dict):
+            if not isinstance(value, dict):
                 raise ValueError(f"{path}: {section + str(key)!r} is {value!r}. Expected keys and values below it.")
-            _refuse_unknown(value or {}, types[key], path, f"{section}{key}.")
+            _refuse_unknown(value, types[key], path, f"{section}{key}.")
