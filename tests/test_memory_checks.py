@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from memory_models import CLASSES, fill, new_model
+from memory_models import CLASSES, fill, new_images, new_model
 
 import timm_memwrap
 from timm_memwrap import MemoryWrapModel, wrap
@@ -24,6 +24,38 @@ def test_a_model_without_memory_or_classes_is_refused_with_the_fix() -> None:
     check_model(new_model())
     with pytest.raises(ValueError, match=r"bank is empty.*build_memory_bank"):
         check_memory(new_model())
+
+
+def _foreign(model: MemoryWrapModel, path: Path) -> None:
+    other = fill(new_model(backbone="test_vit"))
+    other.memory_bank.set_encoder("")
+    model.memory_bank.load(other.memory_bank.save(path))
+
+
+def _other_labels(model: MemoryWrapModel, _path: Path) -> None:
+    bank = model.memory_bank
+    bank.replace(bank.encodings, bank.labels + 1, bank.ids, provenance=bank.provenance)
+
+
+READS: dict[str, Callable[[MemoryWrapModel], object]] = {
+    "forward": lambda model: model(new_images()),
+    "read": lambda model: model.read(model.encode(new_images())),
+    "own predictions": lambda model: model.own_predictions(),
+    "explain": lambda model: timm_memwrap.explain(model, new_images()),
+    "check": check_memory,
+}
+
+
+@pytest.mark.parametrize("variant", ["mlp", "linear identity l2", "probabilities", "vote"])
+@pytest.mark.parametrize("change", [_foreign, _other_labels])
+@pytest.mark.parametrize("read", READS)
+def test_a_bank_of_another_model_is_not_read(variant: str, change: Callable, read: str, tmp_path: Path) -> None:
+    model = fill(new_model(variant))
+    READS[read](model)
+    change(model, tmp_path / "bank.safetensors")
+    why = r"\[20, 64\].*of another backbone" if change is _foreign else f"a label {CLASSES}, outside num_classes"
+    with pytest.raises(ValueError, match=rf"{why}.*build_memory_bank"):
+        READS[read](model)
 
 
 def test_a_compiled_model_is_refused_with_the_fix() -> None:

@@ -87,8 +87,12 @@ def bank_memory(
     others: Iterable[nn.Module],
     dtype: torch.dtype,
     index_args: dict[str, Any] | None,
+    check: Callable[[Tensor, int], None],
 ) -> BankMemory:
-    """Returns the bank ready to be read by a layer; `others` are modules whose weights its keys are made with too."""
+    """Returns the bank ready to be read by a layer; `others` are modules whose weights its keys are made with too.
+
+    Before that, `check` is given its encodings and largest label, to raise if they are another model's.
+    """
     encodings, labels = bank.filled()
     tensors = [tensor for module in (head, *others) for tensor in (*module.parameters(), *module.buffers())]
     tensors += [encodings, labels]
@@ -100,6 +104,7 @@ def bank_memory(
         and (compiling or (known.head is head and known.watch is not None and known.watch.unchanged(tensors)))
     ):
         return known
+    check(encodings, bank.largest_label)
     # Not in inference mode, whose tensors a later backward could not use.
     with torch.inference_mode(False), torch.no_grad():
         memory = head.prepare(encodings.to(dtype), labels)

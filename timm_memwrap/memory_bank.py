@@ -30,7 +30,7 @@ from timm_memwrap.bank_format import (
 from timm_memwrap.fingerprint import Watch
 from timm_memwrap.tensor_files import read_tensors, write_tensors
 
-__all__ = ["MemoryBank", "Provenance", "SampleId"]
+__all__ = ["MemoryBank", "Provenance", "SampleId", "largest_label"]
 
 _logger = logging.getLogger(__name__)
 
@@ -70,6 +70,8 @@ class MemoryBank(nn.Module):
         # Of these samples, for all snapshots of them: in a list, so that they share what one of them makes.
         self._derived: list[Any] = [None]
         self._parsed: tuple[Watch, Meaning] | None = None
+        # Known beforehand, since asking a device for it makes a read wait.
+        self.largest_label = -1
 
     def __len__(self) -> int:
         return 0 if self.labels is None else len(self.labels)
@@ -250,6 +252,7 @@ class MemoryBank(nn.Module):
         """Returns a bank of the same samples that stays so when this one changes, in this or another thread."""
         bank = MemoryBank()
         bank._buffers, bank._derived, bank._parsed = self._buffers, self._derived, self._parsed
+        bank.largest_label = self.largest_label
         return bank
 
     def set_class_names(self, class_names: Sequence[str]) -> None:
@@ -316,6 +319,7 @@ class MemoryBank(nn.Module):
             self._buffers = {**self._buffers, **own, "meaning": text}
             self._parsed = (Watch([text]), meaning)
             self._derived = [None]
+            self.largest_label = largest_label(state["labels"])
 
     def _parsed_meaning(self) -> Meaning:
         """Parses the buffer when it has changed: a million ids take a while."""
@@ -368,6 +372,11 @@ class MemoryBank(nn.Module):
             self._set(*parse_state(copies, "the state dict"))
         except ValueError as error:
             error_msgs.append(str(error))
+
+
+def largest_label(labels: Tensor | None) -> int:
+    """Returns the largest of labels `[M]`, or -1 if there is none to be seen."""
+    return -1 if labels is None or labels.is_meta or not labels.numel() else int(labels.max())
 
 
 def _check_integers(labels: Tensor) -> None:

@@ -32,7 +32,7 @@ def warn_of_new_classifier(model: MemoryWrapModel) -> None:
 
 
 def check_memory(model: Any, stale: str = "warn", rehash: bool = False) -> None:
-    """Raises a `ValueError` if `model` is not a Memory Wrap model with a memory bank.
+    """Raises a `ValueError` if `model` is not a Memory Wrap model with a memory bank that it can read.
 
     Args:
         model: The model.
@@ -40,7 +40,7 @@ def check_memory(model: Any, stale: str = "warn", rehash: bool = False) -> None:
         rehash: As in `encoder_fingerprint`; for what leaves the process.
     """
     check_model(model)
-    model.memory_bank.filled()
+    model.check_bank(model.memory_bank.filled()[0], model.memory_bank.largest_label)
     if model.memory_is_stale(rehash):
         text = (
             "The memory bank is stale: the weights have changed since it was built, so its encodings are not theirs. "

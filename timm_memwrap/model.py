@@ -20,7 +20,7 @@ from timm_memwrap.encoding_queue import EncodingQueue
 from timm_memwrap.fingerprint import WatchedFingerprint
 from timm_memwrap.heads import Calibration, new_head
 from timm_memwrap.memory_args import resolve_memory_args
-from timm_memwrap.memory_bank import MemoryBank
+from timm_memwrap.memory_bank import MemoryBank, largest_label
 from timm_memwrap.memory_layer import MemoryReadout, PreparedMemory, is_factor
 from timm_memwrap.search import check_index
 from timm_memwrap.timm_interface import TimmInterface, add_prefix
@@ -264,8 +264,8 @@ class MemoryWrapModel(TimmInterface):
             self._training_queue()
         return self
 
-    def check_bank(self, encodings: Tensor, labels: Tensor) -> None:
-        """Raises if this model cannot read a bank of these encodings `[M, E]` and labels `[M]`.
+    def check_bank(self, encodings: Tensor, largest_label: int) -> None:
+        """Raises if this model cannot read a bank of these encodings `[M, E]`, whose labels go up to `largest_label`.
 
         Raises:
             ValueError: If the width is another model's, or a label is outside `num_classes`.
@@ -275,10 +275,10 @@ class MemoryWrapModel(TimmInterface):
                 f"The memory bank's encodings have shape {list(encodings.shape)}; this model reads "
                 f"[M, {self.encoding_size}]. They are of another backbone. Call build_memory_bank to build a new one."
             )
-        if labels.numel() and not labels.is_meta and int(labels.max()) >= self.num_classes:
+        if largest_label >= self.num_classes:
             raise ValueError(
-                f"The memory bank has a label {int(labels.max())}, outside num_classes={self.num_classes}. Its labels "
-                f"are of other classes."
+                f"The memory bank has a label {largest_label}, outside num_classes={self.num_classes}. They are of "
+                f"other classes. Call build_memory_bank to build a new one."
             )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -292,7 +292,7 @@ class MemoryWrapModel(TimmInterface):
         wrong = misfits(split_bank(self.state_dict(keep_vars=True))[0], weights, names=strict)
         if {"encodings", "labels"} <= bank.keys():
             try:
-                self.check_bank(bank["encodings"], bank["labels"])
+                self.check_bank(bank["encodings"], largest_label(bank["labels"]))
             except ValueError as error:
                 wrong.append(str(error))
         if wrong:
@@ -371,7 +371,7 @@ class MemoryWrapModel(TimmInterface):
     def _bank_memory(self, like: Tensor | None = None) -> BankMemory:
         others = classifiers_of(self.backbone) if self.keeps_classifier else ()
         dtype = wide(next(self.backbone.parameters()) if like is None else like).dtype
-        return bank_memory(self.memory_bank, self.head, others, dtype, self._index_args)
+        return bank_memory(self.memory_bank, self.head, others, dtype, self._index_args, self.check_bank)
 
     def _forget_derived(self) -> None:
         self._fingerprint.forget()

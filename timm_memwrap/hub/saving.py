@@ -71,7 +71,6 @@ def check_saveable(model: MemoryWrapModel, allow_empty_memory: bool = False) -> 
     warn_of_new_classifier(model)
     if len(model.memory_bank):
         check_memory(model, stale="refuse")
-        model.check_bank(*model.memory_bank.filled())
     elif not allow_empty_memory:
         raise ValueError(
             "The memory bank is empty: the model would come back without evidence. Call "
