@@ -99,9 +99,10 @@ def test_what_a_recipe_says_does_not_steer_the_terminal(
     (tmp_path / "r.yaml").write_text(text)
     args = ["--data.dataset", "digits", "--data.workers", "0", "--out", str(tmp_path / "out"), "--progress", "false"]
     try:
-        assert main(["train", "--config", str(tmp_path / "r.yaml"), *args]) == 1
-    except SystemExit as error:
-        assert error.code == 2
+        status: object = main(["train", "--config", str(tmp_path / "r.yaml"), *args])
+    except SystemExit as error:  # the parser's
+        status = error.code
+    assert status in (1, 2)
     shown = "".join(capsys.readouterr())
     assert "[31m" in shown
     assert all(character.isprintable() for character in shown.replace("\n", ""))
