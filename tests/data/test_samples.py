@@ -395,6 +395,10 @@ def test_class_names_are_the_models_else_the_datas_else_none(make_model: MakeMod
     with pytest.raises(ValueError, match="2 class_names for the 3 classes"):
         Samples(_data(), model, ["cat", "dog"])
     model.pretrained_cfg["label_names"] = ["newt", "cat", "dog"]
+    # Those of pretrained weights with other classes are not the model's.
+    many = make_model(num_classes=4)
+    many.pretrained_cfg["label_names"] = ["newt", "cat", "dog"]
+    assert Samples(_NoImages(classes=("a", "b", "c", "d")), many).class_names == ["a", "b", "c", "d"]
     for classes in ((), ("0", "1", "2"), ("cat", "dog", "newt"), ("dog",)):
         assert Samples(_NoImages(classes=classes), model).class_names == ["newt", "cat", "dog"]
 

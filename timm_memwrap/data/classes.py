@@ -24,9 +24,12 @@ def class_names(model: MemoryWrapModel) -> list[str]:
 
 def known_class_names(model: Any) -> list[str]:
     """Returns the class names of the memory bank, else of a timm model's pretrained cfg; empty if neither has any."""
-    bank = model.memory_bank.class_names if isinstance(model, MemoryWrapModel) else []
-    known = bank or model.pretrained_cfg.get("label_names") or []
-    return [str(name) for name in (known.values() if isinstance(known, dict) else known)]
+    if isinstance(model, MemoryWrapModel) and model.memory_bank.class_names:
+        return model.memory_bank.class_names
+    known = model.pretrained_cfg.get("label_names") or []
+    names = [str(name) for name in (known.values() if isinstance(known, dict) else known)]
+    # A model with a new classifier still has the cfg of its pretrained weights.
+    return names if len(names) == model.num_classes else []
 
 
 def file_name(dataset: Any, index: int) -> str | None:
