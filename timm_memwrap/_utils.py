@@ -1,9 +1,11 @@
 """Small helpers that every room uses: files that are whole or absent, checks of arguments, evaluation mode."""
 
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ __all__ = [
     "check_count",
     "evaluating",
     "is_exporting",
+    "locked",
     "naming",
     "optional_import",
     "plain_state",
@@ -24,21 +27,53 @@ __all__ = [
     "write_text",
 ]
 
+_YOUNG = 60.0  # seconds
+
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path that replaces `path` on success, so that a file is written whole or not at all.
 
-    The folder is made if it does not exist. An error leaves the old file as it was, and nothing beside it.
+    The folder is made if it does not exist. An error leaves the old file as it was, and nothing beside it. What an
+    earlier write left there when it was killed is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".saving-{path.name}-"
+    for leftover in [entry.path for entry in os.scandir(path.parent) if entry.name.startswith(prefix)]:
+        with suppress(FileNotFoundError), locked(leftover, wait=False) as unused:
+            # One that was just made is locked in a moment.
+            if unused and time.time() - os.stat(leftover).st_mtime > _YOUNG:
+                shutil.rmtree(leftover, ignore_errors=True)
     # In a folder of its own, a file gets the permissions that the user's other files get.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix) as folder, locked(folder):
         temporary = Path(folder, path.name)
         with naming(path):
             yield temporary
         os.replace(temporary, path)
+
+
+@contextmanager
+def locked(directory: str | os.PathLike, wait: bool = True) -> Iterator[bool]:
+    """Locks a folder against others who do, where the system can, and yields whether it has. It ends with the process.
+
+    If another has the lock, waits for it, or yields `False`.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield False
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            has = True
+        except OSError:  # another has it, or a network file system has no locks
+            has = False
+        yield has
+    finally:
+        os.close(handle)
 
 
 @contextmanager

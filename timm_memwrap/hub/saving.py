@@ -13,7 +13,7 @@ from typing import Any
 from timm.models._hub import save_config_for_hf
 from torch import Tensor
 
-from timm_memwrap._utils import naming, plain_state, write_text
+from timm_memwrap._utils import locked, naming, plain_state, write_text
 from timm_memwrap.checks import misfits, split_bank
 from timm_memwrap.constants import CARD_FILE, CONFIG_FILE, MEMORY_BANK, MEMORY_CONFIG_KEY, WEIGHTS_FILE
 from timm_memwrap.factory import build_shell
@@ -87,7 +87,7 @@ def staging(directory: Path) -> Iterator[Path]:
     existed = directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
     try:
-        with _locked(directory):
+        with locked(directory):
             for leftover in directory.glob(f"{_STAGING}*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             with tempfile.TemporaryDirectory(dir=directory, prefix=_STAGING) as folder:
@@ -97,24 +97,6 @@ def staging(directory: Path) -> Iterator[Path]:
             # Only an empty folder can be removed: that of a save that failed.
             with suppress(OSError):
                 directory.rmdir()
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Locks a folder against other saves, where the system can. The lock ends with the process."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        # Some network file systems have no locks.
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def write_model(model: MemoryWrapModel, folder: Path, bank: MemoryBank) -> list[Path]:
