@@ -157,6 +157,8 @@ _GOOD: dict[str, Any] = {
         ({"images": torch.zeros(3, 3, 5, 5)}, r"images .*float32.*uint8"),
         ({"images": torch.zeros(2, 3, 5, 5, dtype=torch.uint8)}, r"images .* \[2, 3, 5, 5\]"),
         ({"images": torch.zeros(3, 5, 5, dtype=torch.uint8)}, r"images .*4 dimensions"),
+        ({"images": torch.zeros(3, 7, 5, 5, dtype=torch.uint8)}, r"images .*\[3, 7, 5, 5\]; expected \[M, 1 or 3"),
+        ({"images": torch.zeros(3, 1, 0, 5, dtype=torch.uint8)}, r"images .*\[3, 1, 0, 5\]; expected \[M, 1 or 3"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_the_bank_unchanged(wrong: dict[str, Any], quoted: str) -> None:

@@ -160,6 +160,9 @@ def check_state(state: dict[str, Tensor | None], meaning: Meaning) -> None:
                 f"The memory bank's {name} are {tensor.dtype} of shape {list(tensor.shape)}; expected {dtype} with "
                 f"{ndim} dimensions, the first of length {size} as the labels have."
             )
+    images = state.get("images")
+    if images is not None and (images.shape[1] not in (1, 3) or 0 in images.shape[2:]):
+        raise ValueError(f"The memory bank's images have shape {list(images.shape)}; expected [M, 1 or 3, H, W].")
     if size == 0:
         raise ValueError("No samples to remember: labels have length 0. Call clear() to empty a memory bank.")
     if len(meaning.ids) != size:
