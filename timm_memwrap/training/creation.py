@@ -27,7 +27,6 @@ __all__ = [
     "create_model",
     "in_chans_of",
     "load_source",
-    "source_classes",
     "source_of",
     "wrap_trained",
 ]
@@ -119,7 +118,7 @@ def adapt_source(source: nn.Module, recipe: Recipe, classes: list[str]) -> nn.Mo
     A classifier or head of the same classes that the recipe can go on with is kept, else there is a new one.
     """
     config, num_classes, plain = recipe.model, len(classes), recipe.memory.mode == "none"
-    same = source.num_classes == num_classes and source_classes(source) in ([], classes)
+    same = source.num_classes == num_classes and known_class_names(source) in ([], classes)
     args, backbone = _memory_args(config), source
     cfg: dict[str, Any] = source.pretrained_cfg  # type: ignore[assignment]
     if not same:
@@ -149,13 +148,6 @@ def adapt_source(source: nn.Module, recipe: Recipe, classes: list[str]) -> nn.Mo
         _reset_classifier(backbone, num_classes)
         _scale_classifier(backbone, 0.0 if scale is None else scale)
     return backbone
-
-
-def source_classes(source: nn.Module) -> list[str]:
-    """Returns the class names of a model from `load_source`; empty if it has none."""
-    if isinstance(source, MemoryWrapModel):
-        return known_class_names(source)
-    return list(source.pretrained_cfg.get("label_names") or [])  # type: ignore[operator, union-attr]
 
 
 def create_model(recipe: Recipe, num_classes: int) -> nn.Module:

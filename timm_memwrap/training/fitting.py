@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from timm_memwrap._utils import check_choice
 from timm_memwrap.building import build_memory_bank
-from timm_memwrap.data import DIGITS, Images, data_config, image_mode, open_dataset, split_off
+from timm_memwrap.data import DIGITS, Images, data_config, image_mode, known_class_names, open_dataset, split_off
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.selection import select
 from timm_memwrap.training.checkpoint import Checkpoints
@@ -26,7 +26,6 @@ from timm_memwrap.training.creation import (
     create_model,
     in_chans_of,
     load_source,
-    source_classes,
 )
 from timm_memwrap.training.evaluation import evaluate
 from timm_memwrap.training.heads import FrozenMemory, WithoutMemory, encode_images, freeze
@@ -64,7 +63,7 @@ def open_data(recipe: Recipe, progress: bool, source: nn.Module | None = None) -
     mode = image_mode(in_chans_of(recipe) if source is None else source.in_chans)  # type: ignore[arg-type]
     open_split = partial(open_dataset, data.dataset, data.data_dir, mode=mode, download=data.download)
     images = open_split(data.train_split)
-    if source is not None and set(names := source_classes(source)) == set(images.classes):
+    if source is not None and set(names := known_class_names(source)) == set(images.classes):
         # Labels follow the model, which keeps its classifier.
         images = open_split(data.train_split, names)
     if len(set(images.targets)) < 2:
