@@ -67,6 +67,8 @@ def test_random_numbers_are_left_out() -> None:
         ({"input_size": [3, 224, 224], "crop_pct": -1}, False),
         ({"input_size": [3, 224, 224], "crop_pct": float("nan")}, False),
         ({"input_size": [3, 224, 224], "crop_pct": "1"}, False),
+        ({"input_size": [3, 224, 224], "test_input_size": 224}, False),
+        ({"input_size": [3, 224, 224], "test_input_size": [3, "a", 224]}, False),
     ],
 )
 def test_images_are_not_resized_to_what_fills_the_memory(cfg: dict[str, object], fine: bool) -> None:

@@ -107,9 +107,10 @@ def parse_config(
         sides, crop = cfg.get(key), cfg.get("test_crop_pct" if key == "test_input_size" else "crop_pct") or 1
         if not sides:
             continue
-        if not _is_number(crop) or not max(sides) <= _LARGEST_IMAGE * min(crop, 1):
+        numbers = isinstance(sides, list | tuple) and len(sides) == 3 and all(map(_is_number, [*sides, crop]))
+        if not numbers or not max(sides[1:]) <= _LARGEST_IMAGE * min(crop, 1):
             raise FileError(
-                f"{name}: images would be resized to {key}={list(sides)} over crop_pct={str(crop)[:20]}, "
+                f"{name}: images would be resized to {key}={str(sides)[:50]} over crop_pct={str(crop)[:20]}, "
                 f"more than {_LARGEST_IMAGE} pixels a side. The file is damaged, or not to be trusted."
             )
     return architecture, cfg, dict(args)
