@@ -22,7 +22,8 @@ _MORE_THAN_THEIR_CLASSIFIER = ("EfficientVitMsra", "SHViT", "VOLO")
 def classifiers_of(backbone: Any) -> nn.ModuleList:
     """Returns the modules that make logits: one, and two in distilled models."""
     classifier = backbone.get_classifier()
-    return nn.ModuleList(classifier if isinstance(classifier, tuple | nn.ModuleList) else [classifier])
+    # No `tuple | nn.ModuleList`: this is compiled too, and torch 2.9 cannot compile a union of types.
+    return nn.ModuleList(classifier if isinstance(classifier, (tuple, nn.ModuleList)) else [classifier])
 
 
 def classes_of(backbone: Any) -> int:
