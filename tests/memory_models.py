@@ -2,9 +2,12 @@
 
 from typing import Any
 
+import numpy as np
 import timm
 import torch
+import torch.nn.functional as F
 from entmax import sparsemax
+from scipy.optimize import nnls
 from torch import Tensor
 
 from timm_memwrap import MemoryReadout, MemoryWrapModel, build_memory_bank
@@ -17,13 +20,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "baseline": {"prefix": "memwrap_baseline_"},
     "logits": {"prefix": "memwrap_evidence_", "read_head": "logits"},
     "pre_logits": {"prefix": "memwrap_evidence_", "read_head": "pre_logits"},
-    "probabilities": {"prefix": "memwrap_evidence_"},
+    "probabilities": {"prefix": "memwrap_evidence_", "read_head": "probabilities"},
+    "joint": {"prefix": "memwrap_evidence_"},
     "vote": {"prefix": "memwrap_baseline_", "classifier": "vote", "read_head": "identity", "scale": 5.0},
     "logits vote": {"prefix": "memwrap_evidence_", "classifier": "vote", "read_head": "logits"},
 }
 # A vote has no labels to count in training.
 TRAINED = [name for name in VARIANTS if "vote" not in name]
-EVIDENCE = ("logits", "pre_logits", "probabilities")
+EVIDENCE = ("logits", "pre_logits", "probabilities", "joint")
 
 
 def new_model(variant: str = "mlp", backbone: str = "test_resnet", num_classes: int = CLASSES) -> MemoryWrapModel:
@@ -61,6 +65,15 @@ def dense(readout: MemoryReadout, size: int) -> Tensor:
     return weights.scatter_add(1, readout.positions, readout.weights)
 
 
+def closest(query: Tensor, keys: Tensor) -> Tensor:
+    """Returns the weights of the mean of keys that comes closest, by least squares with a heavy row for their sum."""
+    differences = (keys - query).detach().double().numpy()
+    heavy = 1e4 * max(np.linalg.norm(differences, axis=1).mean(), 1e-12)
+    matrix = np.vstack([differences.T, heavy * np.ones(len(keys))])
+    weights, _ = nnls(matrix, np.append(np.zeros(keys.shape[1]), heavy))
+    return torch.from_numpy(weights / weights.sum()).to(keys.dtype)
+
+
 def naive_logits(model: MemoryWrapModel, encoding: Tensor, memory: Tensor, labels: Tensor | None = None) -> Tensor:
     """Returns the logits of one encoding `[D]`, one memory sample after the other."""
     head, args = model.head, model.memory_args
@@ -70,7 +83,10 @@ def naive_logits(model: MemoryWrapModel, encoding: Tensor, memory: Tensor, label
         "l2": lambda k: -(query - k).square().sum(),
         "dot": lambda k: query @ k,
     }[args["distance"]]
-    weights = sparsemax(torch.stack([args["scale"] * similarity(k) for k in keys]), dim=0)
+    if args["read"] == "reconstruction":
+        weights = closest(F.normalize(query, dim=0), F.normalize(torch.stack(keys)))
+    else:
+        weights = sparsemax(torch.stack([args["scale"] * similarity(k) for k in keys]), dim=0)
     if args["classifier"] == "vote":
         assert labels is not None
         votes = torch.zeros(model.num_classes)

@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Modules within a folder may import each other, as long as there is no cycle.
 ROOMS = (
     ("constants", "_utils"),
-    ("tensor_files", "attention", "fingerprint", "selection", "encoding_queue"),
+    ("tensor_files", "attention", "reconstruction", "fingerprint", "selection", "encoding_queue"),
     ("search", "memory_args", "bank_format", "checks"),
     ("memory_layer", "read_heads", "memory_bank"),
     ("layers", "backbone"),
@@ -45,7 +45,17 @@ FORBIDDEN = {
     "layers": {"memory_bank", "bank_format", "bank_memory", "search", "model"},
     "read_heads": {"memory_bank", "bank_format", "bank_memory", "search", "model"},
 }
-WITHOUT_TIMM = {"constants", "_utils", "attention", "search", "memory_layer", "layers", "read_heads", "memory_bank"}
+WITHOUT_TIMM = {
+    "constants",
+    "_utils",
+    "attention",
+    "reconstruction",
+    "search",
+    "memory_layer",
+    "layers",
+    "read_heads",
+    "memory_bank",
+}
 # The core: what creates a model, reads its memory and fills it.
 CORE = {room for rooms in ROOMS[: ROOMS.index(("building",)) + 1] for room in rooms}
 

@@ -248,7 +248,9 @@ def test_a_gradient_flows_through_the_query_and_not_into_the_bank(
 @pytest.mark.parametrize("kind", ["memwrap_", "memwrap_evidence_"])
 def test_gradcheck_of_a_read_of_the_bank(kind: str, distance: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("timm_memwrap.bank_memory.DENSE_SIZE", most)
-    model = timm.create_model(kind + "test_resnet", num_classes=3, distance=distance, scale=1.0).double().eval()
+    read_head = {"read_head": "probabilities"} if kind == "memwrap_evidence_" else {}
+    arguments = {"distance": distance, "scale": 1.0, **read_head}
+    model = timm.create_model(kind + "test_resnet", num_classes=3, **arguments).double().eval()
     fill_with_encodings(model, 300)
     encoding = torch.randn(2, model.encoding_size, dtype=torch.float64) * 0.3
     assert torch.autograd.gradcheck(

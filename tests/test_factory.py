@@ -47,7 +47,7 @@ def test_pretrained_loads_the_backbones_weights(
     assert any(name.startswith("fc.") for name in model.backbone.state_dict()) == keeps
 
 
-@pytest.mark.parametrize("read_head", [None, "probabilities", "pre_logits", "logits"])
+@pytest.mark.parametrize("read_head", [None, "joint", "probabilities", "pre_logits", "logits"])
 @pytest.mark.parametrize("classifier", [None, "own", "vote"])
 def test_pretrained_keeps_the_classifier_of_an_evidence_model(
     read_head: str | None, classifier: str | None, resnet: Any, resnet_file: Path
@@ -58,7 +58,7 @@ def test_pretrained_keeps_the_classifier_of_an_evidence_model(
     given = {name: value for name, value in arguments.items() if value is not None}
     model = load(f"{EVIDENCE}.r160_in1k", resnet_file, **given).eval()
     assert equal(model.backbone.state_dict(), resnet.state_dict())
-    assert model.memory_args["read_head"] == (read_head or "probabilities")
+    assert model.memory_args["read_head"] == (read_head or "joint")
     assert model.memory_args["classifier"] == (classifier or "own")
     assert model.memory_only
     x = torch.randn(2, 3, 64, 64)
@@ -215,7 +215,11 @@ def test_a_cfg_in_hand(as_dict: bool, prefix: str) -> None:
     cfg: Any = timm.get_pretrained_cfg(f"{prefix}test_resnet.r160_in1k")
     assert isinstance(cfg, PretrainedCfg)
     model = timm.create_model(
-        f"{prefix}test_resnet", pretrained_cfg=cfg.to_dict() if as_dict else cfg, num_classes=3, scale=2.0
+        f"{prefix}test_resnet",
+        pretrained_cfg=cfg.to_dict() if as_dict else cfg,
+        num_classes=3,
+        scale=2.0,
+        read="sparsemax",
     )
     assert model.pretrained_cfg["tag"] == "r160_in1k"
     assert model.pretrained_cfg["first_conv"] == "backbone.conv1.0"

@@ -41,7 +41,20 @@ def test_defaults_are_those_of_the_read_head(read_head: str) -> None:
         "scale": {"logits": 10.0, "pre_logits": 10.0, "probabilities": 20.0}.get(read_head, 1.0),
         "read_head": read_head,
         "classifier": "own" if read_head in OWN_READ_HEADS else "mlp",
+        "read": "reconstruction" if read_head == "joint" else "sparsemax",
     }
+
+
+@pytest.mark.parametrize(("read", "scale"), [("sparsemax", 20.0), ("reconstruction", 1.0)])
+def test_the_scale_is_that_of_the_read(read: str, scale: float) -> None:
+    for read_head in ("probabilities", "joint"):
+        assert resolve_memory_args(True, read_head=read_head, read=read)["scale"] == scale
+
+
+@pytest.mark.parametrize("arguments", [{"distance": "l2"}, {"distance": "dot"}, {"scale": 5.0}, {"scale": "learned"}])
+def test_a_reconstruction_has_neither_another_distance_nor_a_scale(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"read='reconstruction'.*{next(iter(arguments))}=.*read='sparsemax'"):
+        resolve_memory_args(True, read_head="joint", **arguments)
 
 
 def test_what_was_resolved_stays() -> None:
@@ -60,6 +73,7 @@ def test_read_heads_are_trained_or_the_backbones() -> None:
         ({"distance": "l1"}, "Unknown distance='l1'.*'cosine'"),
         ({"read_head": "mlp"}, "Unknown read_head='mlp'.*'linear'"),
         ({"classifier": "knn"}, "Unknown classifier='knn'.*'vote'"),
+        ({"read": "softmax"}, "Unknown read='softmax'.*'reconstruction'"),
     ],
 )
 def test_unknown_values_are_refused_with_those_that_are_known(arguments: dict[str, Any], message: str) -> None:

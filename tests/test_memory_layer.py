@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from entmax import sparsemax
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from timm_memwrap import BaselineMemory, MemoryWrapLayer
 from timm_memwrap.attention import DISTANCES
 from timm_memwrap.layers import LabelVote
 from timm_memwrap.memory_layer import MemoryLayer, PreparedMemory, Read
+from timm_memwrap.reconstruction import CANDIDATES, reconstruction_weights
 from timm_memwrap.search import ExactIndex, FaissIndex
 
 WIDTH, CLASSES, SIZE = 8, 3, 60
@@ -75,6 +77,59 @@ def test_weights_and_similarities_are_those_of_a_loop(how: str, distance: str, s
     assert bool((read.weights.diff(dim=1) <= 0).all()), "strongest first"
     assert read.weights.shape == read.positions.shape == read.similarities.shape
     assert used.any(dim=0).all(), "K is the largest support"
+
+
+@pytest.mark.parametrize("how", READS)
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("hides", [False, True])
+def test_a_reconstruction_is_of_the_nearest_samples(how: str, kind: str, hides: bool) -> None:
+    layer = LAYERS[kind](WIDTH, CLASSES, read="reconstruction").eval()
+    size = 2 * CANDIDATES
+    inputs, (memory, _) = torch.randn(5, WIDTH), _memory(size)
+    hidden = torch.stack([torch.randperm(size)[:7] for _ in range(5)]) if hides else None
+    with torch.no_grad():
+        prepared = _prepare(layer, how, size)
+        read = layer.read(layer.query(inputs), prepared, hidden)
+        queries, keys = F.normalize(layer.head(inputs)), F.normalize(layer.head(memory))
+    for row, query in enumerate(queries):
+        similarity = keys @ query
+        if hidden is not None:
+            similarity[hidden[row]] = -torch.inf
+        nearest = similarity.argsort(descending=True)[:CANDIDATES]
+        weights = reconstruction_weights(query[None], keys[nearest][None])[0]
+        torch.testing.assert_close(_dense(read, size)[row, nearest], weights, atol=1e-4, rtol=0)
+        used = read.weights[row] > 0
+        torch.testing.assert_close(read.similarities[row][used], similarity[read.positions[row][used]])
+    assert bool((read.weights.diff(dim=1) <= 0).all()), "strongest first"
+    torch.testing.assert_close(read.weights.sum(dim=1), torch.ones(5))
+    expected = layer.read(layer.query(inputs), _prepare(layer, "dense", size), hidden)
+    torch.testing.assert_close(read.vector, expected.vector, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["dense", "sparse"])
+def test_the_gradient_of_a_reconstruction_points_downhill(how: str) -> None:
+    layer = BaselineMemory(WIDTH, CLASSES, classifier=nn.Linear(WIDTH, CLASSES), read="reconstruction").double().eval()
+    memory = _prepare(layer, how, dtype=torch.float64)
+    inputs, direction = torch.randn(3, WIDTH, dtype=torch.float64).requires_grad_(), torch.randn(CLASSES).double()
+
+    def height(encoding: Tensor) -> Tensor:
+        return (layer.classify(encoding, layer.read(layer.query(encoding), memory).vector) @ direction).sum()
+
+    (gradient,) = torch.autograd.grad(height(inputs), inputs)
+    step = 1e-4 * gradient / gradient.norm()
+    with torch.no_grad():
+        slope = (height(inputs + step) - height(inputs - step)) / 2e-4
+    torch.testing.assert_close(slope, gradient.norm(), rtol=0.02, atol=0)
+
+
+def test_a_reconstruction_is_trained_through_its_memory() -> None:
+    layer = MemoryWrapLayer(WIDTH, CLASSES, read="reconstruction")
+    memory = torch.randn(9, WIDTH, requires_grad=True)
+    layer(torch.randn(2, WIDTH), memory, hidden=torch.tensor([[0], [1]])).square().sum().backward()
+    assert memory.grad is not None
+    assert memory.grad.any()
+    assert layer.head.weight.grad is not None
+    assert layer.head.weight.grad.any()
 
 
 @pytest.mark.parametrize("how", ["sparse", "faiss"])

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from timm_memwrap import BaselineMemory
-from timm_memwrap.read_heads import CentredLogits, PreLogits, Probabilities
+from timm_memwrap.read_heads import CentredLogits, Joint, PreLogits, Probabilities
 
 
 class _LogitsBehind(nn.Module):
@@ -46,6 +46,15 @@ def test_probabilities_of_encodings_with_logits_behind_compare_the_pre_logits_al
     torch.testing.assert_close(F.cosine_similarity(head(one), head(other)), 0.8 * seen + 0.2 * predicted)
 
 
+def test_joint_compares_to_a_seventh_the_centred_logits() -> None:
+    classifier, one, other = nn.Linear(6, 4), torch.randn(5, 6), torch.randn(5, 6)
+    head, centred = Joint(6, classifier), CentredLogits(classifier)
+    seen, predicted = F.cosine_similarity(one, other), F.cosine_similarity(centred(one), centred(other))
+    share = Joint.LOGIT_WEIGHT**2 / (1 + Joint.LOGIT_WEIGHT**2)
+    torch.testing.assert_close(F.cosine_similarity(head(one), head(other)), (1 - share) * seen + share * predicted)
+    assert round(1 / share) == 7
+
+
 def test_probabilities_without_confidence_or_features_have_a_finite_gradient() -> None:
     """Zero pre-logits (after a ReLU) and saturated or level logits."""
     encoding = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 2.0, 200.0, -200.0], [0.0, 1.0, 5.0, 5.0]], requires_grad=True)
@@ -58,6 +67,9 @@ def test_probabilities_without_confidence_or_features_have_a_finite_gradient() -
     assert encoding.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("head", [PreLogits(4), CentredLogits(_LogitsBehind()), Probabilities(4, _LogitsBehind())])
+@pytest.mark.parametrize(
+    "head",
+    [PreLogits(4), CentredLogits(_LogitsBehind()), Probabilities(4, _LogitsBehind()), Joint(4, _LogitsBehind())],
+)
 def test_read_heads_have_no_weights_of_their_own(head: nn.Module) -> None:
     assert not head.state_dict()

@@ -20,6 +20,7 @@ from timm_memwrap.attention import DISTANCES
 from timm_memwrap.cli import COMMANDS
 from timm_memwrap.cli.arguments import expand, make_parser
 from timm_memwrap.memory_args import CLASSIFIERS, READ_HEADS
+from timm_memwrap.reconstruction import READS
 from timm_memwrap.training.recipes import find_recipe, recipe_names
 
 ROOT = Path(__file__).parent.parent
@@ -241,9 +242,14 @@ def test_the_table_of_arguments_is_complete() -> None:
     rows = {
         row.split("`")[1]: set(re.findall(r'`"(\w+)"`', row.split("|")[2]))
         for row in FRONT.read_text(encoding="utf-8").splitlines()
-        if row.startswith(("| `read_head`", "| `classifier`", "| `distance`"))
+        if row.startswith(("| `read_head`", "| `classifier`", "| `read`", "| `distance`"))
     }
-    assert rows == {"read_head": set(READ_HEADS), "classifier": set(CLASSIFIERS), "distance": set(DISTANCES)}
+    assert rows == {
+        "read_head": set(READ_HEADS),
+        "classifier": set(CLASSIFIERS),
+        "read": set(READS),
+        "distance": set(DISTANCES),
+    }
 
 
 def test_the_rooms_of_the_contributing_section_exist() -> None:

@@ -26,9 +26,10 @@ def test_wrap_keeps_weights_and_classifier(resnet: Any) -> None:
     assert model.memory_only
     assert model.memory_args == {
         "distance": "cosine",
-        "scale": 20.0,
-        "read_head": "probabilities",
+        "scale": 1.0,
+        "read_head": "joint",
         "classifier": "own",
+        "read": "reconstruction",
     }
     assert model.temperature == 1.0
     assert model.pretrained_cfg["architecture"] == "memwrap_evidence_test_resnet"
@@ -40,8 +41,8 @@ def test_wrap_keeps_weights_and_classifier(resnet: Any) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "name", "read_head", "classifier"),
     [
-        ({}, "memwrap_evidence_test_resnet", "probabilities", "own"),
-        ({"classifier": "vote"}, "memwrap_evidence_test_resnet", "probabilities", "vote"),
+        ({}, "memwrap_evidence_test_resnet", "joint", "own"),
+        ({"classifier": "vote"}, "memwrap_evidence_test_resnet", "joint", "vote"),
         ({"read_head": "logits"}, "memwrap_evidence_test_resnet", "logits", "own"),
         ({"read_head": "identity"}, "memwrap_test_resnet", "identity", "mlp"),
         ({"num_classes": 5, "classifier": "vote"}, "memwrap_baseline_test_resnet", "identity", "vote"),

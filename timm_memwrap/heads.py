@@ -10,7 +10,7 @@ from timm_memwrap.constants import HEAD
 from timm_memwrap.layers import BaselineMemory, LabelVote, MemoryWrapLayer
 from timm_memwrap.memory_args import OWN_READ_HEADS
 from timm_memwrap.memory_layer import MemoryLayer
-from timm_memwrap.read_heads import CentredLogits, PreLogits, Probabilities
+from timm_memwrap.read_heads import CentredLogits, Joint, PreLogits, Probabilities
 
 __all__ = ["CLASSIFIER_NAMES", "Calibration", "new_head"]
 
@@ -28,8 +28,9 @@ def new_head(
         "pre_logits": PreLogits(features),
         "probabilities": Probabilities(features, own),
         "logits": CentredLogits(own),
+        "joint": Joint(features, own),
     }
-    common = {"head": read_heads.get(name), "distance": memory_args["distance"], "scale": memory_args["scale"]}
+    common = {"head": read_heads.get(name), **{arg: memory_args[arg] for arg in ("distance", "scale", "read")}}
     if classifier_name == "vote":
         return LabelVote(width, num_classes, **common)
     classifier: nn.Module | None = own if name in OWN_READ_HEADS else None

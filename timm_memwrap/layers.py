@@ -36,6 +36,8 @@ class MemoryWrapLayer(MemoryLayer):
         distance: `"cosine"`, `"l2"` (squared, as published) or `"dot"`.
         scale: Factor on the similarities: larger reads fewer samples. 1.0 is as published; `"learned"` makes it a
             parameter, from 10.0.
+        read: `"sparsemax"`, as published: the weights are the sparsemax of the similarities. `"reconstruction"`: those
+            of the sparse mean of the samples that comes closest to the input, with keys of length 1 and no scale.
 
     Raises:
         ValueError: If an argument does not fit.
@@ -58,8 +60,9 @@ class MemoryWrapLayer(MemoryLayer):
         classifier: nn.Module | None = None,
         distance: str = "cosine",
         scale: float | str = 1.0,
+        read: str = "sparsemax",
     ) -> None:
-        super().__init__(encoder_output_dim, output_dim, head, distance, scale)
+        super().__init__(encoder_output_dim, output_dim, head, distance, scale, read)
         self.classifier = _checked_classifier(classifier, 2 * encoder_output_dim, output_dim)
 
     def classify(self, input_encoding: Tensor, memory_vector: Tensor) -> Tensor:
@@ -79,6 +82,7 @@ class BaselineMemory(MemoryLayer):
             predictions that are shares of its own for the samples: `C(sum w_i m_i) = sum w_i C(m_i)`.
         distance: As in `MemoryWrapLayer`.
         scale: As in `MemoryWrapLayer`.
+        read: As in `MemoryWrapLayer`.
 
     Raises:
         ValueError: If an argument does not fit.
@@ -92,8 +96,9 @@ class BaselineMemory(MemoryLayer):
         classifier: nn.Module | None = None,
         distance: str = "cosine",
         scale: float | str = 1.0,
+        read: str = "sparsemax",
     ) -> None:
-        super().__init__(encoder_output_dim, output_dim, head, distance, scale)
+        super().__init__(encoder_output_dim, output_dim, head, distance, scale, read)
         self.classifier = _checked_classifier(classifier, encoder_output_dim, output_dim)
 
     def classify(self, input_encoding: Tensor, memory_vector: Tensor) -> Tensor:
@@ -112,6 +117,7 @@ class LabelVote(MemoryLayer):
         head: As in `MemoryWrapLayer`.
         distance: As in `MemoryWrapLayer`.
         scale: As in `MemoryWrapLayer`.
+        read: As in `MemoryWrapLayer`.
 
     Raises:
         ValueError: If an argument does not fit.
@@ -127,8 +133,9 @@ class LabelVote(MemoryLayer):
         head: nn.Module | None = None,
         distance: str = "cosine",
         scale: float | str = 1.0,
+        read: str = "sparsemax",
     ) -> None:
-        super().__init__(encoder_output_dim, output_dim, head, distance, scale)
+        super().__init__(encoder_output_dim, output_dim, head, distance, scale, read)
 
     def value(self, memory_encoding: Tensor, labels: Tensor | None = None) -> Tensor:
         """Returns the labels `[M]`.

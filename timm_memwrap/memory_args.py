@@ -4,19 +4,20 @@ from typing import Any
 
 from timm_memwrap._utils import check_choice
 from timm_memwrap.attention import DISTANCES
+from timm_memwrap.reconstruction import check_read
 
 __all__ = ["CLASSIFIERS", "MEMORY_ARGS", "OWN_READ_HEADS", "READ_HEADS", "check_global_pool", "resolve_memory_args"]
 
 # Read heads that are trained with the memory, and those that read with the backbone's own, trained classifier.
 TRAINED_READ_HEADS = ("linear", "identity")
-OWN_READ_HEADS = ("pre_logits", "probabilities", "logits")
+OWN_READ_HEADS = ("joint", "probabilities", "pre_logits", "logits")
 READ_HEADS = (*TRAINED_READ_HEADS, *OWN_READ_HEADS)
-DEFAULT_OWN_READ_HEAD = "probabilities"
+DEFAULT_OWN_READ_HEAD = "joint"
 CLASSIFIERS = ("mlp", "linear", "own", "vote")
-MEMORY_ARGS = ("distance", "scale", "read_head", "classifier")
+MEMORY_ARGS = ("distance", "scale", "read_head", "classifier", "read")
 
 # By read head, chosen on held-out training images (hub_configs/README.md). Others have 1.0, as published.
-_SCALES = {"logits": 10.0, "pre_logits": 10.0, "probabilities": 20.0}
+_SCALES = {"logits": 10.0, "pre_logits": 10.0, "probabilities": 20.0, "joint": 20.0}
 
 
 def resolve_memory_args(
@@ -25,6 +26,7 @@ def resolve_memory_args(
     scale: float | str | None = None,
     read_head: str | None = None,
     classifier: str | None = None,
+    read: str | None = None,
 ) -> dict[str, Any]:
     """Fills in what is `None` of the arguments that shape how a memory is read.
 
@@ -32,15 +34,19 @@ def resolve_memory_args(
         memory_only: Whether the prediction is made from the memory alone.
         distance: `"cosine"`, `"l2"` or `"dot"`.
         scale: Factor on the similarities; `"learned"` makes it a parameter. `None` is 20.0 with
-            `read_head="probabilities"`, 10.0 with `"pre_logits"` and `"logits"`, else 1.0 as published.
+            `read_head="probabilities"` and `"joint"`, 10.0 with `"pre_logits"` and `"logits"`, else 1.0 as published,
+            and with `read="reconstruction"`, which has none.
         read_head: What projects query and key: `"linear"`, a layer of its own; `"identity"`, nothing, as in the
-            published code. Three read with the backbone's own classifier: `"pre_logits"` compares what goes into it,
-            which suits a backbone that was trained for these classes; `"probabilities"` the pre-logits and, to a fifth,
-            the probabilities that it predicts; `"logits"` its centred logits. `None` is `"identity"` for a vote, which
-            trains no layer, else `"linear"`.
+            published code. Four read with the backbone's own classifier: `"joint"` compares the pre-logits that go
+            into it and, to a seventh, its centred logits; `"probabilities"` the pre-logits and, to a fifth, the
+            probabilities that it predicts; `"pre_logits"` and `"logits"` one alone. `None` is `"identity"` for a vote,
+            which trains no layer, else `"linear"`.
         classifier: What makes logits of the memory vector: `"mlp"`, as published; `"linear"`, one layer; `"own"`, the
             backbone's; `"vote"`, the weights summed over the samples' labels, with `memory_only`. `None` is `"own"`
             for the read heads that read with it, else `"mlp"`.
+        read: How the samples are weighed: `"sparsemax"`, as published, by how similar each is to the input;
+            `"reconstruction"`, so that their weighted mean comes closest to it. `None` is `"reconstruction"` for the
+            read head `"joint"`, else `"sparsemax"`.
 
     Raises:
         ValueError: If an argument is unknown, or two do not fit each other.
@@ -66,7 +72,7 @@ def resolve_memory_args(
     if classifier == "own" and not own:
         raise ValueError(
             f"classifier='own' keeps the backbone's classifier, but read_head={read_head!r} is trained without one. "
-            f"Pass read_head='probabilities', 'pre_logits' or 'logits'."
+            f"Pass read_head='joint', 'probabilities', 'pre_logits' or 'logits'."
         )
     if classifier == "vote" and read_head == "pre_logits":
         raise ValueError(
@@ -78,9 +84,12 @@ def resolve_memory_args(
             "classifier='vote' classifies from the memory alone. Create 'memwrap_baseline_<name>', or pass "
             "memory_only=True to wrap."
         )
+    if read is None:
+        read = "reconstruction" if read_head == "joint" else "sparsemax"
     if scale is None:
-        scale = _SCALES.get(read_head, 1.0)
-    return {"distance": distance, "scale": scale, "read_head": read_head, "classifier": classifier}
+        scale = 1.0 if read == "reconstruction" else _SCALES.get(read_head, 1.0)
+    check_read(read, distance, scale)
+    return {"distance": distance, "scale": scale, "read_head": read_head, "classifier": classifier, "read": read}
 
 
 def check_global_pool(global_pool: str | None, num_classes: int) -> None:

@@ -26,8 +26,17 @@ from timm_memwrap.attention import (
     unit,
     wide,
 )
+from timm_memwrap.reconstruction import CANDIDATES, check_read, reconstruction_weights
 
-__all__ = ["MemoryLayer", "MemoryReadout", "PreparedMemory", "Read", "check_width", "is_factor", "mask_of"]
+__all__ = [
+    "MemoryLayer",
+    "MemoryReadout",
+    "PreparedMemory",
+    "Read",
+    "check_width",
+    "is_factor",
+    "mask_of",
+]
 
 # The scale as a parameter, and where it starts: at 1 the support grows with the memory, and explains nothing.
 LEARNED = "learned"
@@ -39,6 +48,9 @@ class Index(Protocol):
 
     def search(self, queries: Tensor, scale: float | Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Returns weights, positions and scaled scores `[B, K]`, strongest first, without gradient."""
+
+    def nearest(self, queries: Tensor, count: int, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Returns scores and positions `[B, K]` of the nearest samples, without gradient; hidden ones are masked."""
 
 
 class PreparedMemory(NamedTuple):
@@ -91,7 +103,13 @@ class MemoryLayer(nn.Module, ABC):
     """
 
     def __init__(
-        self, encoder_output_dim: int, output_dim: int, head: nn.Module | None, distance: str, scale: float | str
+        self,
+        encoder_output_dim: int,
+        output_dim: int,
+        head: nn.Module | None,
+        distance: str,
+        scale: float | str,
+        read: str,
     ) -> None:
         super().__init__()
         check_count("encoder_output_dim", encoder_output_dim)
@@ -102,9 +120,11 @@ class MemoryLayer(nn.Module, ABC):
             raise ValueError(
                 f"scale={scale!r} is not a factor. Pass a finite number above 0, or {LEARNED!r}; 1.0 is as published."
             )
+        check_read(read, distance, scale)
         self.encoder_output_dim = encoder_output_dim
         self.output_dim = output_dim
         self.distance = distance
+        self.reconstructs = read == "reconstruction"
         # By its logarithm it stays above 0, whatever the step.
         self.log_scale = nn.Parameter(torch.tensor(math.log(LEARNED_START))) if learned else None
         self._scale = None if learned else float(scale)
@@ -132,7 +152,8 @@ class MemoryLayer(nn.Module, ABC):
     def extra_repr(self) -> str:
         """Returns the arguments that `print(layer)` shows."""
         scale = LEARNED if self._scale is None else self._scale
-        return f"{self.encoder_output_dim}, {self.output_dim}, distance={self.distance!r}, scale={scale}"
+        how = "read='reconstruction'" if self.reconstructs else f"distance={self.distance!r}, scale={scale}"
+        return f"{self.encoder_output_dim}, {self.output_dim}, {how}"
 
     def query(self, encoding: Tensor) -> Tensor:
         """Makes queries `[B, D]` of input encodings, in float32 at least, under autocast too."""
@@ -229,6 +250,11 @@ class MemoryLayer(nn.Module, ABC):
     def _weigh_all(self, query: Tensor, memory: PreparedMemory, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
         """Returns the weights `[B, M]` of all samples, and their scores before the scale."""
         found = scores(query, memory.keys)
+        if self.reconstructs:
+            seen = found if hidden is None else found.masked_fill(mask_of(hidden, found), MASKED)
+            nearest, positions = seen.detach().topk(min(CANDIDATES, seen.shape[1]), dim=-1)
+            weights = _reconstruct(query, memory.keys, nearest, positions)
+            return torch.zeros_like(found).scatter(1, positions, weights), found
         scaled = self._scaled(found)
         if hidden is None:
             return content_weights(scaled), found
@@ -250,6 +276,13 @@ class MemoryLayer(nn.Module, ABC):
         return Read(vector, weights, positions, similarities(found, query, memory.keys))
 
     def _search(self, query: Tensor, memory: PreparedMemory, index: Index, hidden: Tensor | None) -> Read:
+        if self.reconstructs:
+            found, positions = index.nearest(query.detach(), CANDIDATES, hidden)
+            weights, order = _reconstruct(query, memory.keys, found, positions).sort(
+                dim=-1, descending=True, stable=True
+            )
+            weights, positions, found = trim(weights, positions.gather(1, order), found.gather(1, order))
+            return Read(self._sum_few(weights, positions, memory.values), weights, positions, found)
         scale = self.scale
         factor = scale.detach() if isinstance(scale, Tensor) else scale
         weights, positions, scaled = index.search(query.detach(), factor, hidden)
@@ -272,6 +305,11 @@ class MemoryLayer(nn.Module, ABC):
 
     def _sum_few(self, weights: Tensor, positions: Tensor, values: Tensor) -> Tensor:
         return sum_values(weights, positions, values)
+
+
+def _reconstruct(query: Tensor, keys: Keys, nearest: Tensor, positions: Tensor) -> Tensor:
+    """Returns the weights `[B, K]` of the nearest samples, of which those with a masked score are not to be seen."""
+    return reconstruction_weights(query, keys.vectors[positions], nearest <= MASKED / 2)
 
 
 def is_factor(value: object) -> bool:

@@ -57,6 +57,7 @@ class MemoryWrapModel(TimmInterface):
         scale: See `distance`.
         read_head: See `distance`.
         classifier: See `distance`.
+        read: See `distance`.
 
     Raises:
         ValueError: If an argument is unknown, or two do not fit each other.
@@ -74,13 +75,14 @@ class MemoryWrapModel(TimmInterface):
         scale: float | str | None = None,
         read_head: str | None = None,
         classifier: str | None = None,
+        read: str | None = None,
     ) -> None:
         super().__init__()
         # Order is format: the bank comes last, so that two state dicts of which one has no bank agree up to there.
         self.backbone = backbone
         self.num_classes = num_classes
         self.memory_only = memory_only
-        self.memory_args = resolve_memory_args(memory_only, distance, scale, read_head, classifier)
+        self.memory_args = resolve_memory_args(memory_only, distance, scale, read_head, classifier, read)
         self.encodes_logits = False
         self.head = self._new_head()
         self.calibration = Calibration()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from timm_memwrap.attention import unit
 
-__all__ = ["CentredLogits", "PreLogits", "Probabilities"]
+__all__ = ["CentredLogits", "Joint", "PreLogits", "Probabilities"]
 
 
 class PreLogits(nn.Module):
@@ -59,3 +59,22 @@ class Probabilities(nn.Module):
         probabilities = self.classifier(encoding).softmax(dim=-1)
         seen = math.sqrt(self.FEATURE_WEIGHT) * unit(encoding[..., : self.features])
         return torch.cat([seen, unit(probabilities)], dim=-1)
+
+
+class Joint(nn.Module):
+    """Compares what is seen and, to a seventh, what is predicted: the pre-logits and the centred logits."""
+
+    # Length of the logits beside the 1 of the pre-logits. The larger, the more the prediction depends on what the
+    # classifier says of an input instead of how it looks. Chosen on held-out training images, for reconstruction: from
+    # 0.25 to 1 the accuracy is that of the classifier, without logits a point less.
+    LOGIT_WEIGHT = 0.4
+
+    def __init__(self, features: int, classifier: nn.Module) -> None:
+        super().__init__()
+        self.features, self.classifier, self.logit_weight = features, classifier, self.LOGIT_WEIGHT
+
+    def forward(self, encoding: Tensor) -> Tensor:
+        """Returns `[N, D + C]`."""
+        logits = self.classifier(encoding)
+        predicted = self.logit_weight * unit(logits - logits.mean(dim=-1, keepdim=True))
+        return torch.cat([unit(encoding[..., : self.features]), predicted], dim=-1)

@@ -26,12 +26,13 @@ def wrap(
     scale: float | str | None = None,
     read_head: str | None = None,
     classifier: str | None = None,
+    read: str | None = None,
 ) -> MemoryWrapModel:
     """Makes a Memory Wrap model of a timm model in hand, its weights kept bit for bit.
 
-    A model with a trained classifier keeps it, and reads the memory with it: the logits are those of the weighted sum
-    of the memory samples that the classifier finds most like the input. There is nothing to train; build the memory
-    bank and predict. A model without a classifier (`num_classes=0`), or with `read_head="linear"` or `"identity"`,
+    A model with a trained classifier keeps it, and reads the memory with it: the logits are those of the weighted mean
+    of a few memory samples that comes closest to the input. There is nothing to train; build the memory bank and
+    predict. A model without a classifier (`num_classes=0`), or with `read_head="linear"` or `"identity"`,
     gets a new head to train.
 
     Args:
@@ -42,9 +43,10 @@ def wrap(
             with a vote, else no.
         distance: As in `MemoryWrapModel`.
         scale: As in `MemoryWrapModel`.
-        read_head: As in `MemoryWrapModel`. `None` is `"probabilities"` for a model with a classifier; else `"linear"`,
+        read_head: As in `MemoryWrapModel`. `None` is `"joint"` for a model with a classifier; else `"linear"`,
             or `"identity"` in a vote, which has nothing to train.
         classifier: As in `MemoryWrapModel`.
+        read: As in `MemoryWrapModel`.
 
     Raises:
         ValueError: If `model` is not a timm model in timm's registry, its classifier is not where timm has it, or the
@@ -80,7 +82,7 @@ def wrap(
     if memory_only is None:
         memory_only = own or classifier == "vote"
     # Before anything is copied or registered.
-    resolve_memory_args(memory_only, distance, scale, read_head, classifier)
+    resolve_memory_args(memory_only, distance, scale, read_head, classifier, read)
     if own and own_classes != num_classes:
         raise ValueError(
             f"read_head={read_head!r} keeps the model's classifier of {own_classes} classes, but "
@@ -94,7 +96,7 @@ def wrap(
 
     architecture = cfg.get("architecture", "")
     register_backbones([architecture])
-    wrapped = MemoryWrapModel(backbone, num_classes, memory_only, distance, scale, read_head, classifier)
+    wrapped = MemoryWrapModel(backbone, num_classes, memory_only, distance, scale, read_head, classifier, read)
     prefix = EVIDENCE_PREFIX if own else BASELINE_PREFIX if memory_only else PREFIX
     wrapped.pretrained_cfg = wrapped.default_cfg = {
         **registry.memory_cfg(cfg, prefix + architecture),

@@ -16,6 +16,9 @@ KINDS = {
     "memory only": lambda: timm.create_model("memwrap_baseline_test_resnet", num_classes=CLASSES),
     "l2": lambda: timm.create_model("memwrap_test_resnet", num_classes=CLASSES, distance="l2", scale=0.5),
     "wrapped": lambda: timm_memwrap.wrap(timm.create_model("test_resnet", num_classes=CLASSES)),
+    "probabilities": lambda: timm_memwrap.wrap(
+        timm.create_model("test_resnet", num_classes=CLASSES), read_head="probabilities"
+    ),
     "logits": lambda: timm_memwrap.wrap(timm.create_model("test_resnet", num_classes=CLASSES), read_head="logits"),
     # By logits: features of a grey image are zero in a fresh model, and there the cosine of features jumps.
     "vote": lambda: timm_memwrap.wrap(

@@ -177,3 +177,20 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     # All scores would be 400 MB.
     assert int(done.stdout) < 60_000
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("count", [1, 5, 40, 100])
+@pytest.mark.parametrize("hides", [False, True])
+def test_the_nearest_samples_are_those_of_all_scores(distance: str, count: int, hides: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = (torch.randn(rows, 6, generator=generator) for rows in (3, 50))
+    queries, prepared = unit(queries) if distance == "cosine" else queries, make_keys(keys, distance)
+    expected = scores(queries, prepared)
+    hidden = expected.topk(4).indices if hides else None
+    if hidden is not None:
+        expected = expected.scatter(1, hidden, MASKED)
+    found, positions = ExactIndex(prepared, at_least=2, block_size=8).nearest(queries, count, hidden)
+    torch.testing.assert_close(found, expected.topk(min(count, 50)).values)
+    torch.testing.assert_close(expected.gather(1, positions), found)
+    assert all(len(row.unique()) == len(row) for row in positions)

@@ -50,6 +50,17 @@ def test_hidden_samples_are_not_found() -> None:
     torch.testing.assert_close(_dense(found, 900), _dense(expected, 900), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("hides", [False, True])
+def test_a_flat_index_finds_the_nearest_samples(distance: str, hides: bool) -> None:
+    queries, keys = _data(distance)
+    hidden = scores(queries, keys).topk(7, dim=-1).indices if hides else None
+    found, positions = FaissIndex(keys).nearest(queries, 30, hidden)
+    expected, where = ExactIndex(keys).nearest(queries, 30, hidden)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+    assert torch.equal(positions, where)
+
+
 @pytest.mark.parametrize("kind", ["ivf", "hnsw"])
 def test_an_approximate_index_finds_more_with_more_effort(kind: str) -> None:
     queries, keys = _data(size=3000)

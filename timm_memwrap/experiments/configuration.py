@@ -23,7 +23,7 @@ class ComparisonConfig:
     """
 
     heads: list[str] = field(
-        default_factory=lambda: ["linear", "mlp", "knn", "nadaraya_watson", "published", "batch", "probabilities"]
+        default_factory=lambda: ["linear", "mlp", "knn", "nadaraya_watson", "published", "batch", "joint"]
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     samples_per_class: list[int] = field(default_factory=lambda: [1, 10, 100])

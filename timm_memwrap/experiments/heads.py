@@ -95,11 +95,16 @@ def _as_trained(model: nn.Module) -> MemoryWrapModel:
 
 
 def _wrapped(
-    layer: Callable[[int, int], LabelVote] | None = None, temperature: float = 1.0, **options: Any
+    layer: Callable[[int, int], LabelVote] | None = None,
+    temperature: float = 1.0,
+    logit_weight: float | None = None,
+    **options: Any,
 ) -> Callable[[nn.Module], MemoryWrapModel]:
     def read(model: nn.Module) -> MemoryWrapModel:
         wrapped = wrap(model, **options)
         wrapped.temperature = temperature
+        if logit_weight is not None:
+            wrapped.head.head.logit_weight = logit_weight
         if layer is not None:
             wrapped.head = layer(wrapped.encoding_size, wrapped.num_classes)
         return wrapped
@@ -119,9 +124,16 @@ HEADS: dict[str, Head] = {
     "batch": Head("batch", _as_trained),
     "queue": Head("queue", _as_trained),
     "vote": Head("plain", _wrapped(classifier="vote")),
-    **{name: Head("plain", _wrapped(read_head=name)) for name in ("logits", "pre_logits", "probabilities")},
+    **{name: Head("plain", _wrapped(read_head=name)) for name in ("logits", "pre_logits", "probabilities", "joint")},
 }
-_OPTIONS: dict[str, Callable[[str], Any]] = {"scale": float, "temperature": float, "classifier": str, "distance": str}
+_OPTIONS: dict[str, Callable[[str], Any]] = {
+    "scale": float,
+    "temperature": float,
+    "logit_weight": float,
+    "classifier": str,
+    "distance": str,
+    "read": str,
+}
 
 
 def parse_head(text: str) -> Head:

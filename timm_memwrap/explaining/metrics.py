@@ -278,9 +278,11 @@ def _measure(
     }
     counts = support.clamp(max=deleted)
     left_out = {name: logits.new_zeros(logits.shape) for name in ("deletion", "random")}
+    # Row by row, so that the size of a batch changes none.
+    draws = [rng.sample(range(len(bank)), count) for count in counts.tolist()]
     for count in counts.unique().tolist():
         rows = (counts == count).nonzero().squeeze(1)
-        drawn = torch.tensor([rng.sample(range(len(bank)), count) for _ in rows], device=positions.device)
+        drawn = torch.tensor([draws[row] for row in rows.tolist()], device=positions.device)
         left_out["deletion"][rows] = read_without(model, readout.encoding[rows], positions[rows, :count])
         left_out["random"][rows] = read_without(model, readout.encoding[rows], drawn)
     for name, left in left_out.items():

@@ -3,6 +3,8 @@
 Shapes: B queries, M memory samples, D width of a key, H samples hidden from a query, K samples kept per query.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,23 +49,11 @@ class ExactIndex:
             Weights `[B, K]`, strongest first, positions `[B, K]` of their samples, and their scaled scores `[B, K]`.
             Where a row ends in zeros, the positions mean nothing.
         """
-        keys, rows, size = self.keys, len(queries), len(self.keys.vectors)
-        block_size = max(4 * self.at_least, self.block_size or _BLOCK_SCORES // max(1, rows))
-        if keys.centre is not None:
-            queries = queries - keys.centre
+        rows = len(queries)
         best = queries.new_empty(rows, 0)
         positions = torch.empty(rows, 0, dtype=torch.long, device=queries.device)
         bound = queries.new_full((rows, 1), -torch.inf)
-        buffer = queries.new_empty(rows, min(block_size, size))
-        for start in range(0, size, block_size):
-            vectors = keys.vectors[start : start + block_size]
-            block = torch.mm(queries, vectors.T, out=buffer[:, : len(vectors)])
-            if keys.offsets is not None:
-                block += keys.offsets[start : start + block_size]
-            if not isinstance(scale, float) or scale != 1.0:
-                block *= scale
-            if hidden is not None:
-                _hide(block, hidden, start)
+        for start, block in self._blocks(queries, scale, hidden):
             found, where = _best_of_block(block, bound, self.at_least)
             if start and not bool((found[:, :1] > bound).any()):
                 continue
@@ -75,6 +65,47 @@ class ExactIndex:
             best, positions = best[:, :support], positions[:, :support]
         weights, positions, best = trim(content_weights(best), positions, best)
         return weights, positions, best
+
+    @torch.no_grad()
+    def nearest(self, queries: Tensor, count: int, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Finds the samples with the highest scores, without gradient.
+
+        Args:
+            queries: As in `search`.
+            count: How many K; all, if there are fewer.
+            hidden: As in `search`; where a row sees fewer than K, hidden ones follow with a masked score.
+
+        Returns:
+            Scores `[B, K]`, highest first, and positions `[B, K]`.
+        """
+        best = queries.new_empty(len(queries), 0)
+        positions = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
+        for start, block in self._blocks(queries, 1.0, hidden):
+            found, where = block.topk(min(count, block.shape[1]), dim=-1)
+            if best.shape[1] == count and not bool((found[:, :1] > best[:, -1:]).any()):
+                continue
+            best, order = torch.cat([best, found], dim=1).sort(dim=-1, descending=True, stable=True)
+            positions = torch.cat([positions, where + start], dim=1).gather(1, order)
+            best, positions = best[:, :count], positions[:, :count]
+        return best, positions
+
+    def _blocks(self, queries: Tensor, scale: float | Tensor, hidden: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+        """Yields where each block of samples begins, and the scaled scores of its samples, until the next is made."""
+        keys, rows, size = self.keys, len(queries), len(self.keys.vectors)
+        block_size = max(4 * self.at_least, self.block_size or _BLOCK_SCORES // max(1, rows))
+        if keys.centre is not None:
+            queries = queries - keys.centre
+        buffer = queries.new_empty(rows, min(block_size, size))
+        for start in range(0, size, block_size):
+            vectors = keys.vectors[start : start + block_size]
+            block = torch.mm(queries, vectors.T, out=buffer[:, : len(vectors)])
+            if keys.offsets is not None:
+                block += keys.offsets[start : start + block_size]
+            if not isinstance(scale, float) or scale != 1.0:
+                block *= scale
+            if hidden is not None:
+                _hide(block, hidden, start)
+            yield start, block
 
 
 def _best_of_block(block: Tensor, bound: Tensor, at_least: int) -> tuple[Tensor, Tensor]:

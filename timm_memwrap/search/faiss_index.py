@@ -80,13 +80,7 @@ class FaissIndex:
         self, queries: Tensor, scale: float | Tensor = 1.0, hidden: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Finds the samples with positive weight among those that the index finds, as `ExactIndex.search` does."""
-        if self.keys.centre is not None:
-            queries = queries - self.keys.centre
-        if self.keys.offsets is not None:
-            # A one, which meets the keys' offsets.
-            queries = F.pad(queries, (0, 1), value=1.0)
-        queries = queries.float()
-        size = self._index.ntotal
+        queries, size = self._searched(queries), self._index.ntotal
         k = min(self.at_least + (0 if hidden is None else hidden.shape[-1]), size)
         best, positions, last = self._ask(queries, k, scale, hidden)
         while k < size:
@@ -101,6 +95,22 @@ class FaissIndex:
             )
         weights, positions, best = trim(content_weights(best), positions, best)
         return weights, positions, best
+
+    @torch.no_grad()
+    def nearest(self, queries: Tensor, count: int, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Finds the samples with the highest scores among those that the index finds, as `ExactIndex.nearest` does."""
+        k = min(count + (0 if hidden is None else hidden.shape[-1]), self._index.ntotal)
+        best, positions, _ = self._ask(self._searched(queries), k, 1.0, hidden)
+        return best[:, :count], positions[:, :count]
+
+    def _searched(self, queries: Tensor) -> Tensor:
+        """Returns queries as the index takes them."""
+        if self.keys.centre is not None:
+            queries = queries - self.keys.centre
+        if self.keys.offsets is not None:
+            # A one, which meets the keys' offsets.
+            queries = F.pad(queries, (0, 1), value=1.0)
+        return queries.float()
 
     def _ask(
         self, queries: Tensor, k: int, scale: float | Tensor, hidden: Tensor | None

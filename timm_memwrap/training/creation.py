@@ -233,7 +233,7 @@ def _reset_classifier(model: nn.Module, num_classes: int) -> None:
 
 
 def _memory_args(config: ModelConfig) -> dict[str, Any]:
-    return _given(**{name: getattr(config, name) for name in ("distance", "scale", "read_head", "classifier")})
+    return _given(**{name: getattr(config, name) for name in MEMORY_ARGS})
 
 
 @torch.no_grad()
