@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from timm_memwrap.data import data_config, image_mode, one_by_one, small_images, to_batch, to_picture
+from timm_memwrap.data import data_config, enlarged, image_mode, one_by_one, small_images, to_batch, to_picture
 from timm_memwrap.model import MemoryWrapModel
 
 MakeModel = Callable[..., MemoryWrapModel]
@@ -53,6 +53,16 @@ def test_small_images_that_are_small_stay_as_they_are(make_model: MakeModel, in_
     assert torch.equal(found, pictures.to(torch.uint8))
     shown = to_picture(model, _normalised(model, pictures)[0])
     assert torch.equal(torch.from_numpy(shown.copy()), pictures[0].to(torch.uint8).expand(3, -1, -1).permute(1, 2, 0))
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_enlarged_small_images_are_the_inputs_again(make_model: MakeModel, in_chans: int) -> None:
+    model = make_model(in_chans=in_chans)
+    pictures = torch.randint(256, (2, in_chans, 32, 20)).float()
+    inputs = _normalised(model, pictures)
+    assert torch.allclose(enlarged(small_images(inputs, model), model, (32, 20)), inputs, atol=1e-6)
+    larger = enlarged(small_images(inputs, model), model, (96, 60))
+    assert torch.allclose(larger[..., 1::3, 1::3], inputs, atol=1e-5)
 
 
 def test_images_that_cannot_be_shown_are_refused(make_model: MakeModel) -> None:

@@ -34,4 +34,6 @@ class Result:
 
 
 def _plain(value: Any) -> Any:
-    return [part.to_dict() for part in value] if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return [_plain(part) for part in value]
+    return value.to_dict() if isinstance(value, Result) else value
