@@ -82,7 +82,7 @@ class Page:
             axes.imshow(picture, interpolation="nearest" if max(picture.shape[:2]) < 100 else "antialiased")
         if card.frame is not None:
             self.frame(x, top, size, card.frame, card.dashed)
-        y = top + size + 0.07 - card.lines[0].gap * LINE
+        y = top + size + 0.07 - (card.lines[0].gap * LINE if card.lines else 0)
         for line in card.lines:
             y += line.gap * LINE
             if line.share is None:

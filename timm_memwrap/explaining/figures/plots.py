@@ -17,7 +17,15 @@ from timm_memwrap.model import MemoryWrapModel
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["plot_explanation", "plot_explanations", "plot_heatmaps", "plot_memory_report"]
+__all__ = [
+    "draw_legend",
+    "input_card",
+    "plot_explanation",
+    "plot_explanations",
+    "plot_heatmaps",
+    "plot_memory_report",
+    "sample_card",
+]
 
 # In inches: between pictures, around the page, and pictures of an input in a grid, a memory sample, either above its
 # heatmap, and an input alone.
@@ -64,19 +72,19 @@ def plot_explanations(
     _draw_titles(page, left)
     for row, (image, explanation, label) in enumerate(zip(several, explanations, true, strict=True)):
         top, x = 0.5 + row * row_height, left
-        page.card(_MARGIN, top, _INPUT, to_picture(model, image), _input_card(explanation, label, names))
+        page.card(_MARGIN, top, _INPUT, to_picture(model, image), input_card(explanation, label, names))
         page.text(left - 1.1 * _GAP, top + _INPUT / 2, "←", size=16, color=GREY, ha="center", va="center")
         drawn = explanation.samples[:columns]
         for sample in drawn:
             picture = picture_of(model, sample.image, sample.id, stored)
-            page.card(x, top, _SAMPLE, picture, _sample_card(sample))
+            page.card(x, top, _SAMPLE, picture, sample_card(sample))
             x += _SAMPLE + _GAP
         rest = explanation.support_size - len(drawn)
         if rest:
             share = max(0.0, 1 - sum(sample.weight for sample in drawn))
             text = f"+ {rest}\nmore\n{share:.0%}"
             page.text(x - 0.5 * _GAP + 0.05, top + _SAMPLE / 2, text, size=7, color=GREY, va="center")
-    _draw_legend(page)
+    draw_legend(page)
     return page.finish(path, dpi)
 
 
@@ -107,7 +115,7 @@ def plot_explanation(
     columns = max(1, *(min(top_k, len(samples)) for _, samples, _ in groups))
     left, row_height = _MARGIN + _ALONE + 2 * _GAP, _SAMPLE + 5.3 * LINE + 0.45
     page = Page(max(left + columns * (_SAMPLE + _GAP) + _MARGIN, 7.2), 0.22 + 2 * row_height + 0.55)
-    page.card(_MARGIN, 0.45, _ALONE, to_picture(model, several[0]), _input_card(explanation, true, names))
+    page.card(_MARGIN, 0.45, _ALONE, to_picture(model, several[0]), input_card(explanation, true, names))
     page.text(_MARGIN, 0.45 + _ALONE + 3.6 * LINE, _without_memory(explanation, names), size=7.5, color=GREY)
     for row, (title, samples, color) in enumerate(groups):
         top = 0.22 + row * row_height
@@ -115,12 +123,12 @@ def plot_explanation(
         if not samples:
             page.text(left, top + 0.25, "None among the samples that the prediction used.", size=8, color=GREY)
         for column, sample in enumerate(samples[:columns]):
-            card, picture = _sample_card(sample), picture_of(model, sample.image, sample.id, stored)
+            card, picture = sample_card(sample), picture_of(model, sample.image, sample.id, stored)
             flips = sample.prediction_without != explanation.prediction
             style = ("black", "bold") if flips else (GREY, "normal")
             card.lines.append(Line(f"without it:\n{_without(explanation, sample, names)}", 7, *style, gap=1.05))
             page.card(left + column * (_SAMPLE + _GAP), top + 0.23, _SAMPLE, picture, card)
-    _draw_legend(page)
+    draw_legend(page)
     return page.finish(path, dpi)
 
 
@@ -208,14 +216,14 @@ def plot_heatmaps(
         top = 0.5 + row * row_height
         page.text(left - 1.1 * _GAP, top + _HEAT / 2, "←", size=16, color=GREY, ha="center", va="center")
         inputs = (attribution.image, *attribution.memory_images)
-        cards = (_input_card(explanation, label, names), *map(_sample_card, explanation.samples))
+        cards = (input_card(explanation, label, names), *map(sample_card, explanation.samples))
         heat = zip(inputs, cards, overlays(model, attribution), attribution.shares, strict=True)
         for column, (image, card, overlay, share) in enumerate(heat):
             x = left + (column - 1) * (_HEAT + _GAP) if column else _MARGIN
             page.card(x, top, _HEAT, to_picture(model, image), card)
             below = Card([Line(f"{share:.0%} of the heat", color=GREY)])
             page.card(x, top + _HEAT + 3.5 * LINE, _HEAT, overlay, below)
-    _draw_legend(page, heat=True)
+    draw_legend(page, heat=True)
     return page.finish(path, dpi)
 
 
@@ -225,7 +233,7 @@ def _short(text: str, most: int = 18) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-def _input_card(explanation: Explanation, label: int | None, names: list[str]) -> Card:
+def input_card(explanation: Explanation, label: int | None, names: list[str]) -> Card:
     """Makes the card of an input: the predicted class, and whether that is right if the label is known."""
     lines = [Line(f"{_short(explanation.class_name)} {explanation.probability:.0%}", 9, weight="bold")]
     if label is not None:
@@ -236,7 +244,7 @@ def _input_card(explanation: Explanation, label: int | None, names: list[str]) -
     return Card(lines)
 
 
-def _sample_card(sample: MemorySample) -> Card:
+def sample_card(sample: MemorySample) -> Card:
     """Makes the card of a memory sample: its weight and the class that the model sees in it."""
     color, mark = (BLUE, "") if sample.is_example else (ORANGE, "≠ ")
     labelled = f"labelled {_short(sample.class_name, 14)}" if sample.label != sample.prediction else ""
@@ -268,7 +276,7 @@ def _draw_titles(page: Page, left: float) -> None:
     page.text(left, 0.14, "from these remembered training images, strongest first", size=9, weight="bold")
 
 
-def _draw_legend(page: Page, heat: bool = False) -> None:
+def draw_legend(page: Page, heat: bool = False) -> None:
     """Draws what the frames mean, and either the bars or the heat."""
     y, box = page.height - 0.42, LINE
     page.frame(_MARGIN, y, box, BLUE, dashed=False)
