@@ -1,8 +1,10 @@
 """Explanations: which memory samples a prediction used, how far to trust them, and figures of them."""
 
 from timm_memwrap.explaining.calibration import calibrate, fit_temperature
+from timm_memwrap.explaining.correspondences import Correspondence
 from timm_memwrap.explaining.counterfactuals import CounterfactualMetrics, evaluate_counterfactuals, im1, im2
 from timm_memwrap.explaining.explanation import Explanation, MemorySample, explain
+from timm_memwrap.explaining.figures.correspondences import plot_correspondences
 from timm_memwrap.explaining.figures.html import write_html
 from timm_memwrap.explaining.figures.plots import plot_explanation, plot_explanations, plot_heatmaps, plot_memory_report
 from timm_memwrap.explaining.heatmaps import Attribution, attribute
@@ -16,5 +18,6 @@ __all__ = [
     "evaluate_counterfactuals", "CounterfactualMetrics", "im1", "im2", "randomisation_check",
     "memory_report", "MemoryReport", "SampleUse", "plot_memory_report",
     "attribute", "Attribution", "plot_heatmaps",
+    "Correspondence", "plot_correspondences",
     "write_html",
 ]  # fmt: skip

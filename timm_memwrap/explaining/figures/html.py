@@ -13,9 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from timm_memwrap._utils import write_text
-from timm_memwrap.data import SampleImages, class_names, picture_of, to_picture
+from timm_memwrap.data import SampleImages, batches_of, class_names, picture_of, to_picture
+from timm_memwrap.explaining.correspondences import sample_input
 from timm_memwrap.explaining.explanation import Explanation, MemorySample
-from timm_memwrap.explaining.figures.pictures import aligned, overlays
+from timm_memwrap.explaining.figures.pictures import MATCHES, aligned, overlays
 from timm_memwrap.explaining.heatmaps import Attribution
 from timm_memwrap.model import MemoryWrapModel
 
@@ -79,13 +80,14 @@ def write_html(
         lstrip_blocks=True,
         finalize=_text,
     )
-    environment.filters |= {"percent": _percent, "points": _points}
+    environment.filters |= {"percent": _percent, "points": _points, "share": "{:.2%}".format}
     html = environment.get_template("explanations.html.jinja").render(
         title=title,
         architecture=model.pretrained_cfg.get("architecture", type(model.backbone).__name__),
         memory_size=len(model.memory_bank),
         stale=model.memory_is_stale(),
         heatmaps=attributions is not None,
+        match_colors=MATCHES,
         classes=dict(enumerate(class_names(model))),
         inputs=[_input(model, stored, *parts) for parts in zip(names, several, explanations, true, heat, strict=True)],
     )
@@ -125,6 +127,7 @@ def _input(
     groups = [(heading, [row(one) for one in samples if one.position not in shown]) for heading, samples in more]
     return {
         "name": name,
+        "matches": _matches(model, stored, image, explanation),
         "picture": _data_url(to_picture(model, image), _INPUT_SIZE),
         "overlay": heat[0],
         "share": shares[0],
@@ -133,6 +136,25 @@ def _input(
         "samples": [row(*parts) for parts in zip(explanation.samples, heat[1:], shares[1:], strict=True)],
         "groups": [(heading, rows) for heading, rows in groups if rows],
     }
+
+
+def _matches(
+    model: MemoryWrapModel, stored: SampleImages | None, image: Any, explanation: Explanation
+) -> list[dict[str, Any]]:
+    """Returns the samples with correspondences, each beside the input, both as the model gets them."""
+    matched = [sample for sample in explanation.samples if sample.correspondences]
+    if not matched:
+        return []
+    (model_input,) = batches_of(model, [image])[0]
+    size, picture = (model_input.shape[-2], model_input.shape[-1]), to_picture(model, model_input)
+    return [
+        {
+            "sample": sample,
+            "input": _data_url(picture, _SAMPLE_SIZE),
+            "picture": _data_url(to_picture(model, sample_input(model, stored, sample.position, size)), _SAMPLE_SIZE),
+        }
+        for sample in matched
+    ]
 
 
 def _data_url(picture: np.ndarray, size: int) -> str:

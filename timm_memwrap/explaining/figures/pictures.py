@@ -13,10 +13,12 @@ from timm_memwrap.explaining.explanation import Explanation, explain
 from timm_memwrap.explaining.heatmaps import Attribution
 from timm_memwrap.model import MemoryWrapModel
 
-__all__ = ["HEAT", "aligned", "overlays"]
+__all__ = ["HEAT", "MATCHES", "aligned", "overlays"]
 
 # Yellow: differs from grey in hue and brightness with any common colour vision, and from the colours of the frames.
 HEAT = (255, 214, 10)
+# Of boxes, which have numbers too. They differ from the colours of the frames.
+MATCHES = ("#F0E442", "#56B4E9", "#00B386", "#CC79A7", "#E69F00")
 
 
 def aligned(
