@@ -62,29 +62,35 @@ def explain_files(
     top_k: int = 5,
     memory: Any = None,
     heatmaps: str | None = None,
+    correspondences: int = 0,
     out: str | os.PathLike | None = None,
     progress: bool = True,
     inference: Inference = Inference(),  # noqa: B008  (frozen)
 ) -> list[Explanation]:
     """Explains what `find_images` found, and writes an HTML report to `out`, with heatmaps of a method of `attribute`.
 
-    `memory` are the images that the memory was built from, for a model that holds none.
+    `memory` are the images that the memory was built from, for a model that holds none. `correspondences` is as in
+    `explain`.
     """
     paths, names = [path for path, _ in images], [name for _, name in images]
-    if heatmaps is None:
-        batches = inference.batches(paths, partial(as_batch, data_config(model)))
-        shown = tqdm(batches, desc="Explaining", unit="batch", disable=not progress)
-        explanations, attributions = [each for batch in shown for each in explain(model, batch, top_k)], None
-    elif memory is None or out is None:
+    if heatmaps is not None and (memory is None or out is None):
         raise ValueError(
             f"heatmaps={heatmaps!r} needs the images that the memory was built from, and a report to show them in: "
             f"pass --memory_data and --out too."
         )
-    else:
+    # With heatmaps, in the batches of `attribute`, so that both are of the same samples to the last bit.
+    batches = inference.batches(paths, partial(as_batch, data_config(model))) if heatmaps is None else [paths]
+    shown = tqdm(batches, desc="Explaining", unit="batch", disable=not progress)
+    explanations = [
+        each
+        for batch in shown
+        for each in explain(model, batch, top_k, correspondences=correspondences, dataset=memory)
+    ]
+    attributions = None
+    if heatmaps is not None:
         attributions = attribute(
             model, paths, memory, heatmaps, top_k, batch_size=inference.batch_size, progress=progress
         )
-        explanations = [attribution.explanation for attribution in attributions]
     if out is not None:
         write_html(model, paths, explanations, out, names=names, attributions=attributions, dataset=memory)
     return explanations
