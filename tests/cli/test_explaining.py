@@ -87,6 +87,20 @@ def test_explain_shows_heatmaps(place: Path, tmp_path: Path, capsys: pytest.Capt
     assert not out.exists()
 
 
+def test_explain_shows_correspondences(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, file = tmp_path / "report.html", tmp_path / "report.json"
+    args = ["explain", str(place / "model"), str(place / "data/test"), "--correspondences", "2", "--out", str(out)]
+    assert main(args) == 1
+    assert "--memory_data" in capsys.readouterr().err
+    args += ["--memory_data", str(place / "data/train"), "--json", str(file), "--heatmaps", "saliency"]
+    assert main([*args, "--progress", "false"]) == 0
+    html = out.read_text(encoding="utf-8")
+    assert "Where they match" in html
+    assert "of the heat" in html
+    found = [match for image in json.loads(file.read_text()) for match in image["samples"][0]["correspondences"]]
+    assert 6 <= len(found) <= 12
+
+
 def test_json_alone_is_printed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = ["--data", str(place / "data"), "--progress", "false"]
     for args in (

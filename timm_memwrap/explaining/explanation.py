@@ -12,6 +12,7 @@ from torch import Tensor
 
 from timm_memwrap._utils import check_count, evaluating, printable
 from timm_memwrap.data import batches_of, class_names
+from timm_memwrap.explaining.correspondences import Correspondence, Matcher
 from timm_memwrap.explaining.reading import no_class_leads, own_predictions, read_nothing, read_without, snapshot
 from timm_memwrap.explaining.results import Result
 from timm_memwrap.memory_bank import SampleId
@@ -37,6 +38,7 @@ class MemorySample(Result):
         influence: Probability of the predicted class minus what it would be without this sample.
         prediction_without: The prediction without this sample; `None` if no class then leads.
         image: Its picture, uint8 `[3 or 1, H, W]`, if the bank holds one.
+        correspondences: Which of its places look like which of the input, strongest first, if asked for.
     """
 
     position: int
@@ -51,6 +53,7 @@ class MemorySample(Result):
     influence: float
     prediction_without: int | None
     image: Tensor | None = field(default=None, repr=False, compare=False)
+    correspondences: tuple[Correspondence, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,9 @@ class Explanation(Result):
         return printable(text)
 
 
-def explain(model: MemoryWrapModel, images: Any, top_k: int = 5) -> list[Explanation]:
+def explain(
+    model: MemoryWrapModel, images: Any, top_k: int = 5, correspondences: int = 0, dataset: Any = None
+) -> list[Explanation]:
     """Explains the prediction for each image by the memory samples that it used.
 
     Each image is encoded once, and what the prediction would be without a sample is read. The model's mode is restored.
@@ -100,9 +105,14 @@ def explain(model: MemoryWrapModel, images: Any, top_k: int = 5) -> list[Explana
         images: A batch `[B, C, H, W]` or an image `[C, H, W]`, normalised as in training; PIL images or paths, which
             get the model's own evaluation transform; or a list of images, PIL images or paths.
         top_k: How many samples to return, and how many examples and counterfactuals.
+        correspondences: How many places to look for at most that an input and a sample have in common. Both are encoded
+            for it once more.
+        dataset: Where to find the samples' pictures for that, by id: the dataset that the bank was built from, or a
+            mapping from id to image. `None` for the small ones in the bank.
 
     Raises:
-        ValueError: If the bank is empty, there are no images, or `top_k` is below 1.
+        ValueError: If the bank is empty, there are no images, `top_k` is below 1, or correspondences are asked for and
+            there is no picture of a sample.
 
     Example:
         ```python
@@ -118,11 +128,15 @@ def explain(model: MemoryWrapModel, images: Any, top_k: int = 5) -> list[Explana
     """
     model = snapshot(model)
     check_count("top_k", top_k)
+    check_count("correspondences", correspondences, at_least=0)
+    matcher = Matcher(model, correspondences, dataset) if correspondences else None
     with evaluating(model):
-        return [found for batch in batches_of(model, images) for found in explain_batch(model, batch, top_k)]
+        return [found for batch in batches_of(model, images) for found in explain_batch(model, batch, top_k, matcher)]
 
 
-def explain_batch(model: MemoryWrapModel, images: Tensor, top_k: int) -> list[Explanation]:
+def explain_batch(
+    model: MemoryWrapModel, images: Tensor, top_k: int, matcher: Matcher | None = None
+) -> list[Explanation]:
     """Explains predictions for model inputs `[B, C, H, W]`, with a model in evaluation mode and no gradients."""
     readout, names = model.read(model.encode(images)), class_names(model)
     probability, prediction = readout.logits.float().softmax(dim=-1).max(dim=-1)
@@ -134,7 +148,7 @@ def explain_batch(model: MemoryWrapModel, images: Tensor, top_k: int) -> list[Ex
         "prediction_without_memory": _leaders(nothing),
         "probability_without_memory": _probability_of(prediction, nothing).tolist(),
     }
-    samples = _samples(model, readout, probability, prediction, top_k)
+    samples = _samples(model, readout, probability, prediction, top_k, images, matcher)
     return [
         Explanation(
             class_name=names[row["prediction"]],
@@ -148,7 +162,13 @@ def explain_batch(model: MemoryWrapModel, images: Tensor, top_k: int) -> list[Ex
 
 
 def _samples(
-    model: MemoryWrapModel, readout: MemoryReadout, probability: Tensor, prediction: Tensor, top_k: int
+    model: MemoryWrapModel,
+    readout: MemoryReadout,
+    probability: Tensor,
+    prediction: Tensor,
+    top_k: int,
+    images: Tensor,
+    matcher: Matcher | None,
 ) -> list[list[MemorySample]]:
     """Returns for each input the samples that are among the `top_k` of all, of examples or of counterfactuals."""
     bank, names, ids = model.memory_bank, class_names(model), model.memory_bank.ids
@@ -170,6 +190,9 @@ def _samples(
         "influence": (probability[inputs] - _probability_of(prediction[inputs], without)).tolist(),
         "prediction_without": _leaders(without),
         "image": [None] * len(inputs) if bank.images is None else bank.images[positions].cpu(),
+        "correspondences": [()] * len(inputs)
+        if matcher is None
+        else matcher.match(images, inputs.tolist(), positions.tolist()),
     }
     samples = [list[MemorySample]() for _ in range(len(weights))]
     for i, row in zip(inputs.tolist(), _rows(columns), strict=True):
