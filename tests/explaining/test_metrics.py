@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 from torch.utils.data import DataLoader, TensorDataset
 
 from timm_memwrap.explaining import evaluate_explanations, im1, im2, randomisation_check
@@ -69,6 +70,8 @@ def naive(model: MemoryWrapModel, images: torch.Tensor, labels: torch.Tensor, de
         note("identical_class_rate", own_labels[weights[0][1]] == prediction)
         if not right:
             note("identical_class_rate_wrong", own_labels[weights[0][1]] == prediction)
+            note("true_class_shown_wrong", label in [own_labels[i] for _, i in weights[:5]])
+            note("true_class_contends_wrong", sum(logits > logits[label]) < 3)
         if examples:
             position = examples[0][1]
             if model.memory_args["classifier"] == "own":
@@ -89,6 +92,10 @@ def naive(model: MemoryWrapModel, images: torch.Tensor, labels: torch.Tensor, de
             confidence = _mean([columns["probability"][i] for i in rows])
             gaps += len(rows) * abs(confidence - _mean([columns["accuracy"][i] for i in rows]))
     columns["calibration_error"] = [gaps / len(images)]
+    columns["error_ranking"] = [roc_auc_score(columns["accuracy"], columns["probability"])]
+    order = sorted(range(len(images)), key=lambda i: -columns["probability"][i])
+    risks = [1 - _mean([columns["accuracy"][i] for i in order[:k]]) for k in range(1, len(images) + 1)]
+    columns["risk_coverage_area"] = [_mean(risks)]
     del columns["probability"]
     return {name: _mean(values) for name, values in columns.items()}
 

@@ -17,6 +17,7 @@ from timm_memwrap._utils import check_count, evaluating, printable
 from timm_memwrap.bank_memory import are_same
 from timm_memwrap.data import BATCH_SIZE, SampleImages, class_names
 from timm_memwrap.explaining.explanation import explain
+from timm_memwrap.explaining.ranking import area_under_risk_coverage, auroc
 from timm_memwrap.explaining.reading import (
     encodings_of,
     no_class_leads,
@@ -41,6 +42,8 @@ _logger = logging.getLogger(__name__)
 
 # Classes in a printed table.
 _SHOWN = 20
+# As many samples and contenders as `explain` shows by default.
+_STRONGEST, _CONTENDERS = 5, 3
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,17 @@ class ExplanationMetrics(Result):
         count: Number of inputs N.
         accuracy: Share of inputs whose prediction is their label.
         accuracy_without_memory: The same if nothing were read. As high as `accuracy`, the memory is decoration.
-        explanation_accuracy: Share of inputs whose strongest sample is an example (La Rosa et al. 2022, Section 5).
+        true_class_shown_wrong: Among wrong predictions, the share with a sample of the true class among the five
+            strongest: how often the evidence shows what it is instead.
+        true_class_contends_wrong: Among wrong predictions, the share whose true class is one of the three most
+            probable, of which `explain` shows samples as contenders.
+        error_ranking: How often a right prediction has a higher probability than a wrong one (AUROC; 0.5 is chance).
+        risk_coverage_area: Mean share of errors among the most probable predictions, over all shares of them (AURC,
+            Geifman et al. 2019, https://arxiv.org/abs/1805.08206). Lower is better.
+        calibration_error: Expected calibration error over 15 bins of equal width (Guo et al. 2017,
+            https://arxiv.org/abs/1706.04599).
+        explanation_accuracy: Share of inputs whose strongest sample is an example (La Rosa et al. 2022, Section 5). It
+            cannot tell evidence from decoration: the similarity contains what the classifier predicts.
         accuracy_example: Accuracy on these inputs (the published `explanation_accuracy.py`).
         accuracy_counterfactual: Accuracy on the others (ibid.).
         input_nonrepresentativeness: Mean absolute difference between the logits of the input and of its strongest
@@ -94,14 +107,17 @@ class ExplanationMetrics(Result):
         deleted: How many samples were left out.
         in_memory: Number of inputs that are in the memory themselves, and find themselves there: they flatter all other
             figures.
-        calibration_error: Expected calibration error over 15 bins of equal width (Guo et al. 2017,
-            https://arxiv.org/abs/1706.04599).
         by_class: Each class: its inputs, and its share in the memory.
     """
 
     count: int
     accuracy: float
     accuracy_without_memory: float
+    true_class_shown_wrong: float | None
+    true_class_contends_wrong: float | None
+    error_ranking: float | None
+    risk_coverage_area: float
+    calibration_error: float
     explanation_accuracy: float
     accuracy_example: float | None
     accuracy_counterfactual: float | None
@@ -117,7 +133,6 @@ class ExplanationMetrics(Result):
     random_drop: float
     deleted: int
     in_memory: int
-    calibration_error: float
     by_class: tuple[ClassMetrics, ...]
 
     def __str__(self) -> str:
@@ -188,6 +203,7 @@ class ExplanationMeter:
         values = {name: torch.cat([batch[name] for batch in self._batches]) for name in self._batches[0]}
         right, example, probability = values["accuracy"], values["explanation_accuracy"], values.pop("probability")
         labels, in_memory, identical = values.pop("labels"), values.pop("in_memory"), values["identical_class_rate"]
+        wrong = {name: _mean(values.pop(name)[~right]) for name in ("true_class_shown", "true_class_contends")}
         counts = self.model.memory_bank.class_counts
         return ExplanationMetrics(
             count=len(right),
@@ -203,7 +219,10 @@ class ExplanationMeter:
                     for of_class in [labels == label]
                 ]
             ),
+            error_ranking=auroc(probability, right),
+            risk_coverage_area=area_under_risk_coverage(probability, right),
             calibration_error=expected_calibration_error(probability, right),
+            **{f"{name}_wrong": rate for name, rate in wrong.items()},
             **{name: _mean(column) for name, column in values.items()},
         )
 
@@ -269,6 +288,10 @@ def _measure(
         "probability": probability,
         "explanation_accuracy": same[:, 0],
         "identical_class_rate": bank_labels[positions[:, 0]] == prediction,
+        "true_class_shown": ((bank_labels[positions] == labels.unsqueeze(1)) & used)[:, :_STRONGEST].any(dim=1),
+        "true_class_contends": (logits.topk(min(_CONTENDERS, logits.shape[1])).indices == labels.unsqueeze(1)).any(
+            dim=1
+        ),
         "labels": labels,
         "in_memory": are_same(readout.encoding, encodings[nearest]),
         "support_size": support,

@@ -1,0 +1,44 @@
+"""How well a number ranks: right predictions before wrong ones, known images before unknown ones.
+
+Shapes: N images.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["area_under_risk_coverage", "auroc"]
+
+
+def auroc(scores: Tensor, positive: Tensor) -> float | None:
+    """Computes how often a positive has a higher score than a negative, ties counting half; 0.5 is chance.
+
+    That is the area under the ROC curve (Hanley and McNeil 1982). `None` if all are positive, or all negative.
+
+    Args:
+        scores: Scores `[N]`.
+        positive: Which are positive, bool `[N]`.
+    """
+    count = int(positive.sum())
+    pairs = count * (len(positive) - count)
+    if not pairs:
+        return None
+    _, place, ties = scores.unique(return_inverse=True, return_counts=True)
+    # Equal scores share the mean of their ranks.
+    ranks = ties.cumsum(0).double() - (ties - 1).double() / 2
+    return float((ranks[place[positive]].sum() - count * (count + 1) / 2) / pairs)
+
+
+def area_under_risk_coverage(confidence: Tensor, right: Tensor) -> float:
+    """Computes the mean share of wrong predictions among the k most confident, over all k (AURC; lower is better).
+
+    Source: Geifman et al. 2019, https://arxiv.org/abs/1805.08206. Among equal confidences the order is not defined, so
+    each has the same share of errors.
+
+    Args:
+        confidence: Confidences `[N]`, at least one.
+        right: Which predictions are right, bool `[N]`.
+    """
+    _, place, ties = (-confidence).unique(return_inverse=True, return_counts=True)
+    wrong = torch.zeros(len(ties), dtype=torch.float64).index_add_(0, place, (~right).double())
+    errors = (wrong / ties).repeat_interleave(ties).cumsum(0)
+    return float((errors / torch.arange(1, len(errors) + 1)).mean())
