@@ -1,7 +1,9 @@
 """Searches for the samples of a memory that a query reads: one call, `search`, whatever is behind it."""
 
+from timm_memwrap.search.by_class import lengths_of as lengths_of
+from timm_memwrap.search.by_class import nearest_by_class as nearest_by_class
 from timm_memwrap.search.exact import ExactIndex as ExactIndex
 from timm_memwrap.search.faiss_index import FaissIndex as FaissIndex
 from timm_memwrap.search.faiss_index import check_index as check_index
 
-__all__ = ["ExactIndex", "FaissIndex", "check_index"]
+__all__ = ["ExactIndex", "FaissIndex", "check_index", "lengths_of", "nearest_by_class"]
