@@ -1,6 +1,7 @@
 """Explanations: which memory samples a prediction used, how far to trust them, and figures of them."""
 
 from timm_memwrap.explaining.calibration import calibrate, fit_temperature
+from timm_memwrap.explaining.contenders import Contender, NearSample
 from timm_memwrap.explaining.correspondences import Correspondence
 from timm_memwrap.explaining.counterfactuals import CounterfactualMetrics, evaluate_counterfactuals, im1, im2
 from timm_memwrap.explaining.explanation import Explanation, MemorySample, explain
@@ -12,7 +13,7 @@ from timm_memwrap.explaining.metrics import ExplanationMetrics, evaluate_explana
 from timm_memwrap.explaining.report import MemoryReport, SampleUse, memory_report
 
 __all__ = [
-    "explain", "Explanation", "MemorySample", "plot_explanation", "plot_explanations",
+    "explain", "Explanation", "MemorySample", "Contender", "NearSample", "plot_explanation", "plot_explanations",
     "evaluate_explanations", "ExplanationMetrics",
     "calibrate", "fit_temperature",
     "evaluate_counterfactuals", "CounterfactualMetrics", "im1", "im2", "randomisation_check",

@@ -1,4 +1,4 @@
-"""Explains predictions by the memory samples that they used.
+"""Explains predictions by the memory samples that they used, and by those of what they may be instead.
 
 Shapes: B inputs, M memory samples, C classes, K samples read per input.
 """
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from timm_memwrap._utils import check_count, evaluating, printable
 from timm_memwrap.data import batches_of, class_names
+from timm_memwrap.explaining.contenders import Contender, find_contenders
 from timm_memwrap.explaining.correspondences import Correspondence, Matcher
 from timm_memwrap.explaining.reading import no_class_leads, own_predictions, read_nothing, read_without, snapshot
 from timm_memwrap.explaining.results import Result
@@ -19,6 +20,9 @@ from timm_memwrap.memory_bank import SampleId
 from timm_memwrap.model import MemoryReadout, MemoryWrapModel
 
 __all__ = ["Explanation", "MemorySample", "explain", "explain_batch"]
+
+# As many of each contender are enough to see what its class looks like.
+_NEAR = 3
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ class Explanation(Result):
         support_size: Number of samples that the prediction used, shown or not.
         prediction_without_memory: The prediction if nothing were read; `None` if no class then leads.
         probability_without_memory: Probability of the predicted class if nothing were read.
+        contenders: The most probable classes, the predicted one first, each with the samples labelled as it that look
+            most like the input.
     """
 
     prediction: int
@@ -81,6 +87,16 @@ class Explanation(Result):
     support_size: int
     prediction_without_memory: int | None
     probability_without_memory: float
+    contenders: tuple[Contender, ...] = ()
+
+    @property
+    def most_alike(self) -> Contender | None:
+        """The contender whose samples look most like the input, by mean similarity; `None` if there are no samples.
+
+        Where it is not the predicted class, that is a reason to doubt the prediction.
+        """
+        known = [contender for contender in self.contenders if contender.samples]
+        return max(known, key=lambda contender: contender.similarity or 0.0, default=None)
 
     def __str__(self) -> str:
         """Returns a one-line summary."""
@@ -90,11 +106,21 @@ class Explanation(Result):
         )
         more = self.support_size - len(self.samples)
         text = f"{self.class_name} ({self.probability:.0%}) from {shown}{f' and {more} more' if more > 0 else ''}"
+        if len(self.contenders) > 1:
+            second = self.contenders[1]
+            text += f"; next {second.class_name} ({second.probability:.0%})"
+        if self.most_alike is not None and self.most_alike.prediction != self.prediction:
+            text += f"; looks more like {self.most_alike.class_name}"
         return printable(text)
 
 
 def explain(
-    model: MemoryWrapModel, images: Any, top_k: int = 5, correspondences: int = 0, dataset: Any = None
+    model: MemoryWrapModel,
+    images: Any,
+    top_k: int = 5,
+    contenders: int = 3,
+    correspondences: int = 0,
+    dataset: Any = None,
 ) -> list[Explanation]:
     """Explains the prediction for each image by the memory samples that it used.
 
@@ -105,14 +131,16 @@ def explain(
         images: A batch `[B, C, H, W]` or an image `[C, H, W]`, normalised as in training; PIL images or paths, which
             get the model's own evaluation transform; or a list of images, PIL images or paths.
         top_k: How many samples to return, and how many examples and counterfactuals.
+        contenders: How many of the most probable classes to return with the samples labelled as them that look most
+            like the input: up to three of each, or `top_k` if that is less. Beyond the number of classes, all of them.
         correspondences: How many places to look for at most that an input and a sample have in common. Both are encoded
             for it once more.
         dataset: Where to find the samples' pictures for that, by id: the dataset that the bank was built from, or a
             mapping from id to image. `None` for the small ones in the bank.
 
     Raises:
-        ValueError: If the bank is empty, there are no images, `top_k` is below 1, or correspondences are asked for and
-            there is no picture of a sample.
+        ValueError: If the bank is empty, there are no images, `top_k` is below 1, a count below 0, or correspondences
+            are asked for and there is no picture of a sample.
 
     Example:
         ```python
@@ -128,18 +156,21 @@ def explain(
     """
     model = snapshot(model)
     check_count("top_k", top_k)
+    check_count("contenders", contenders, at_least=0)
     check_count("correspondences", correspondences, at_least=0)
     matcher = Matcher(model, correspondences, dataset) if correspondences else None
     with evaluating(model):
-        return [found for batch in batches_of(model, images) for found in explain_batch(model, batch, top_k, matcher)]
+        batches = batches_of(model, images)
+        return [found for batch in batches for found in explain_batch(model, batch, top_k, contenders, matcher)]
 
 
 def explain_batch(
-    model: MemoryWrapModel, images: Tensor, top_k: int, matcher: Matcher | None = None
+    model: MemoryWrapModel, images: Tensor, top_k: int, contenders: int = 3, matcher: Matcher | None = None
 ) -> list[Explanation]:
     """Explains predictions for model inputs `[B, C, H, W]`, with a model in evaluation mode and no gradients."""
     readout, names = model.read(model.encode(images)), class_names(model)
-    probability, prediction = readout.logits.float().softmax(dim=-1).max(dim=-1)
+    probabilities, classes = readout.logits.float().softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    probability, prediction = probabilities[:, 0], classes[:, 0]
     nothing = read_nothing(model, readout.encoding)
     columns = {
         "prediction": prediction.tolist(),
@@ -147,6 +178,11 @@ def explain_batch(
         "support_size": (readout.weights > 0).sum(dim=1).tolist(),
         "prediction_without_memory": _leaders(nothing),
         "probability_without_memory": _probability_of(prediction, nothing).tolist(),
+        "contenders": [()] * len(images)
+        if contenders == 0
+        else find_contenders(
+            model, readout.encoding, probabilities[:, :contenders], classes[:, :contenders], min(_NEAR, top_k)
+        ),
     }
     samples = _samples(model, readout, probability, prediction, top_k, images, matcher)
     return [

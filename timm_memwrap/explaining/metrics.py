@@ -244,7 +244,7 @@ def randomisation_check(model: MemoryWrapModel, images: Any, memory: Any, top_k:
     Raises:
         ValueError: If the bank is empty, or one of its samples is not in `memory`.
     """
-    before, samples = explain(model, images, top_k), SampleImages(model, memory)
+    before, samples = explain(model, images, top_k, contenders=0), SampleImages(model, memory)
     shuffled, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
     with evaluating(shuffled):
         for parameter in shuffled.backbone.parameters():
@@ -254,7 +254,7 @@ def randomisation_check(model: MemoryWrapModel, images: Any, memory: Any, top_k:
         ids, (_, labels) = bank.ids, bank.filled()
         inputs = ([samples.input(i) for i in ids[at : at + BATCH_SIZE]] for at in range(0, len(ids), BATCH_SIZE))
         bank.replace(torch.cat([shuffled.encode(torch.stack(part)) for part in inputs]), labels, ids)
-    after = explain(shuffled, images, top_k)
+    after = explain(shuffled, images, top_k, contenders=0)
     shown = [[{sample.position for sample in one.samples} for one in explanations] for explanations in (before, after)]
     shares = [len(a & b) / len(a) for a, b in zip(*shown, strict=True)]
     return sum(shares) / len(shares)

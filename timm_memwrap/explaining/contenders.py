@@ -1,0 +1,101 @@
+"""The classes that a prediction may be instead, each with the memory samples of it that look most like the input.
+
+Shapes: B inputs, C classes, R contenders per input, K samples per contender.
+"""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from timm_memwrap.attention import wide
+from timm_memwrap.bank_memory import BankMemory
+from timm_memwrap.data import class_names
+from timm_memwrap.explaining.results import Result
+from timm_memwrap.memory_bank import SampleId
+from timm_memwrap.model import MemoryWrapModel
+from timm_memwrap.search import lengths_of, nearest_by_class
+
+__all__ = ["Contender", "NearSample", "find_contenders"]
+
+
+@dataclass(frozen=True)
+class NearSample(Result):
+    """A memory sample that looks like an input, whether the prediction used it or not.
+
+    Args:
+        position: Position in the memory bank.
+        id: What names the sample in its data set.
+        similarity: Cosine similarity of its pre-logits to those of the input. What the model predicts plays no part in
+            it, so it may speak against the prediction.
+        label: Its label.
+        class_name: Name of its label.
+        image: Its picture, uint8 `[3 or 1, H, W]`, if the bank holds one.
+    """
+
+    position: int
+    id: SampleId
+    similarity: float
+    label: int
+    class_name: str
+    image: Tensor | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Contender(Result):
+    """A class that an input may be of, and what the memory holds of it.
+
+    Args:
+        prediction: The class.
+        class_name: Its name.
+        probability: Its probability.
+        samples: The samples that bear its label and look most like the input, nearest first; none if the memory has
+            none.
+    """
+
+    prediction: int
+    class_name: str
+    probability: float
+    samples: tuple[NearSample, ...]
+
+    @property
+    def similarity(self) -> float | None:
+        """Mean similarity of its samples to the input; `None` if it has none."""
+        return sum(sample.similarity for sample in self.samples) / len(self.samples) if self.samples else None
+
+
+def find_contenders(
+    model: MemoryWrapModel, encoding: Tensor, probabilities: Tensor, classes: Tensor, count: int
+) -> list[tuple[Contender, ...]]:
+    """Returns contenders for each of encodings `[B, E]`.
+
+    Args:
+        model: A model with a memory bank.
+        encoding: What `model.encode` returned.
+        probabilities: Probabilities `[B, R]` of the contenders.
+        classes: Their classes `[B, R]`, in the order in which they are returned.
+        count: How many samples K of each.
+    """
+    bank, width = model.memory_bank, model.head_hidden_size
+    (encodings, labels), names, ids = bank.filled(), class_names(model), bank.ids
+    queries = wide(encoding)[:, :width]
+    # Kept while the bank stays, since it takes a pass over it.
+    known = bank.derived if isinstance(bank.derived, BankMemory) else None
+    lengths = None if known is None else known.lengths
+    if lengths is None or lengths.dtype != queries.dtype:
+        lengths = lengths_of(encodings, width, queries.dtype)
+        if known is not None:
+            known.lengths = lengths
+    similarities, positions = nearest_by_class(queries, encodings, lengths, labels, classes, count)
+    found = positions >= 0
+    at = positions[found]
+    images = [None] * len(at) if bank.images is None else bank.images[at].cpu()
+    rows = zip(at.tolist(), similarities[found].tolist(), labels[at].tolist(), images, strict=True)
+    samples = (NearSample(i, ids[i], similarity, label, names[label], image) for i, similarity, label, image in rows)
+    # `samples` are in the order of inputs, contenders and similarity; each contender takes as many as it has.
+    return [
+        tuple(
+            Contender(label, names[label], probability, tuple([next(samples) for _ in range(size)]))
+            for label, probability, size in zip(*row, strict=True)
+        )
+        for row in zip(classes.tolist(), probabilities.tolist(), found.sum(dim=-1).tolist(), strict=True)
+    ]
