@@ -10,7 +10,7 @@ from timm_memwrap._utils import optional_import, replacing
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["BLUE", "GREY", "LINE", "ORANGE", "PALE", "Card", "Line", "Page"]
+__all__ = ["BLUE", "GREY", "LINE", "ORANGE", "PALE", "Card", "Line", "Page", "short"]
 
 # Okabe and Ito's palette: told apart with any common colour vision, and in grey by their brightness.
 BLUE, ORANGE, GREY, PALE = "#0072B2", "#D55E00", "#666666", "#EEEEEE"
@@ -98,3 +98,9 @@ class Page:
             with replacing(path) as temporary:
                 self.figure.savefig(temporary, dpi=dpi)
         return self.figure
+
+
+def short(text: str, most: int = 18) -> str:
+    """Returns text on one line, with an ellipsis in place of what is beyond `most` characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from timm_memwrap.data import SampleImages, class_names, picture_of, to_picture
 from timm_memwrap.explaining.explanation import Explanation, MemorySample
-from timm_memwrap.explaining.figures.page import BLUE, GREY, LINE, ORANGE, PALE, Card, Line, Page
+from timm_memwrap.explaining.figures.page import BLUE, GREY, LINE, ORANGE, PALE, Card, Line, Page, short
 from timm_memwrap.explaining.figures.pictures import HEAT, aligned, overlays
 from timm_memwrap.explaining.heatmaps import Attribution
 from timm_memwrap.explaining.report import MemoryReport, SampleUse
@@ -109,7 +109,7 @@ def plot_explanation(
         raise ValueError(f"{1 + len(more)} images for one explanation. Call plot_explanations for several.")
     stored, names = None if dataset is None else SampleImages(model, dataset), class_names(model)
     groups = (
-        (f"Examples: the model sees “{_short(explanation.class_name, 24)}” in them too", explanation.examples, BLUE),
+        (f"Examples: the model sees “{short(explanation.class_name, 24)}” in them too", explanation.examples, BLUE),
         ("Counterfactuals: it sees another class in them", explanation.counterfactuals, ORANGE),
     )
     columns = max(1, *(min(top_k, len(samples)) for _, samples, _ in groups))
@@ -227,19 +227,13 @@ def plot_heatmaps(
     return page.finish(path, dpi)
 
 
-def _short(text: str, most: int = 18) -> str:
-    """Returns text on one line, with an ellipsis in place of what is beyond `most` characters."""
-    text = " ".join(text.split())
-    return text if len(text) <= most else f"{text[: most - 1]}…"
-
-
 def input_card(explanation: Explanation, label: int | None, names: list[str]) -> Card:
     """Makes the card of an input: the predicted class, and whether that is right if the label is known."""
-    lines = [Line(f"{_short(explanation.class_name)} {explanation.probability:.0%}", 9, weight="bold")]
+    lines = [Line(f"{short(explanation.class_name)} {explanation.probability:.0%}", 9, weight="bold")]
     if label is not None:
         right = label == explanation.prediction
         true = names[label] if 0 <= label < len(names) else f"class {label}"
-        verdict = "✓ right" if right else f"✗ wrong, it is {_short(true, 14)}"
+        verdict = "✓ right" if right else f"✗ wrong, it is {short(true, 14)}"
         lines.append(Line(verdict, 8, BLUE if right else ORANGE, gap=1.15))
     return Card(lines)
 
@@ -247,27 +241,27 @@ def input_card(explanation: Explanation, label: int | None, names: list[str]) ->
 def sample_card(sample: MemorySample) -> Card:
     """Makes the card of a memory sample: its weight and the class that the model sees in it."""
     color, mark = (BLUE, "") if sample.is_example else (ORANGE, "≠ ")
-    labelled = f"labelled {_short(sample.class_name, 14)}" if sample.label != sample.prediction else ""
+    labelled = f"labelled {short(sample.class_name, 14)}" if sample.label != sample.prediction else ""
     lines = [
         Line(f"{sample.weight:.0%}" if sample.weight >= 0.01 else "<1%", 7.5, color, share=sample.weight),
-        Line(f"{mark}{_short(sample.predicted_class_name, 15)}", 8, color, gap=0.9),
+        Line(f"{mark}{short(sample.predicted_class_name, 15)}", 8, color, gap=0.9),
         Line(labelled, 7, GREY),
     ]
-    return Card(lines, _short(str(sample.id), 40), color, dashed=not sample.is_example)
+    return Card(lines, short(str(sample.id), 40), color, dashed=not sample.is_example)
 
 
 def _use_card(sample: SampleUse, most: float, color: str, dashed: bool) -> Card:
     """Makes the card of how a memory sample was used, with bars of which the longest stands for `most`."""
-    seen = _short(sample.predicted_class_name, 14) if sample.disputed else "the same"
+    seen = short(sample.predicted_class_name, 14) if sample.disputed else "the same"
     misleading, helping = (value / most if most else 0.0 for value in (sample.misleading, sample.helping))
     lines = [
-        Line(f"labelled {_short(sample.class_name, 13)}"),
+        Line(f"labelled {short(sample.class_name, 13)}"),
         Line(f"seen as {seen}", color="black" if sample.disputed else GREY),
         Line(f"{sample.misleading:.1f}", color=ORANGE, share=misleading, gap=1.2),
         Line(f"{sample.helping:.1f}", color=BLUE, share=helping, gap=0.9),
-        Line(_short(str(sample.id), 17), 6.5, GREY, gap=1.05),
+        Line(short(str(sample.id), 17), 6.5, GREY, gap=1.05),
     ]
-    return Card(lines, _short(str(sample.id), 40), color, dashed)
+    return Card(lines, short(str(sample.id), 40), color, dashed)
 
 
 def _draw_titles(page: Page, left: float) -> None:
@@ -298,14 +292,14 @@ def _without(explanation: Explanation, sample: MemorySample, names: list[str]) -
     if sample.prediction_without is None:
         return "no class"
     if sample.prediction_without != explanation.prediction:
-        return _short(names[sample.prediction_without], 15)
-    return f"{_short(explanation.class_name, 12)} {explanation.probability - sample.influence:.0%}"
+        return short(names[sample.prediction_without], 15)
+    return f"{short(explanation.class_name, 12)} {explanation.probability - sample.influence:.0%}"
 
 
 def _without_memory(explanation: Explanation, names: list[str]) -> str:
     if explanation.prediction_without_memory is None:
         return "Without its memory\nit could not tell."
-    without = _short(names[explanation.prediction_without_memory])
+    without = short(names[explanation.prediction_without_memory])
     if explanation.prediction_without_memory != explanation.prediction:
         return f"Without its memory\n“{without}”."
     return f"Without its memory\nstill “{without}” ({explanation.probability_without_memory:.0%})."
