@@ -74,6 +74,33 @@ def test_explain_prints_a_table_and_writes_a_report(
     assert f"Written: {out}" in printed
 
 
+@pytest.mark.parametrize("contenders", [0, 1, 2])
+def test_explain_shows_as_many_contenders_as_asked_for(
+    place: Path,
+    model: timm_memwrap.MemoryWrapModel,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    contenders: int,
+) -> None:
+    out, image = tmp_path / "report.html", place / "data/test/bee/0.png"
+    args = ["explain", str(place / "model"), str(image), "--contenders", str(contenders), "--out", str(out)]
+    # Also with heatmaps, which are of explanations of their own.
+    args += ["--memory_data", str(place / "data/train"), "--heatmaps", "saliency", "--progress", "false"]
+    assert main(args) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    (expected,) = explain(model, [image], contenders=contenders)
+    assert len(expected.contenders) == contenders
+    assert ("may be" in printed) == (contenders > 0)
+    html = out.read_text(encoding="utf-8")
+    assert ('<ol class="contenders">' in html) == (contenders > 0)
+    assert html.count('<div class="near">') == contenders
+    for contender in expected.contenders:
+        near = ", ".join(f"{sample.id} {sample.similarity:.2f}" for sample in contender.samples)
+        mark = "most alike: " if contender == expected.most_alike else ""
+        row = f"{contender.class_name} {contender.probability:.1%} {contender.similarity:.3f} {mark}{near}"
+        assert row in printed
+
+
 def test_explain_shows_heatmaps(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "report.html"
     args = ["explain", str(place / "model"), str(place / "data/test"), "--heatmaps", "saliency", "--out", str(out)]

@@ -26,6 +26,7 @@ def explain(
     top_k: int = 5,
     memory_data: str | None = None,
     heatmaps: str | None = None,
+    contenders: int = 3,
     correspondences: int = 0,
     json: str | None = None,
     progress: bool = IN_TERMINAL,
@@ -41,6 +42,8 @@ def explain(
         memory_data: What the memory was built from, if the model holds no images: an image folder itself, or data as in
             evaluate, of which the training split is taken.
         heatmaps: Heatmaps in the report: integrated_gradients, input_x_gradient or saliency; needs memory_data and out.
+        contenders: How many of the most probable classes to show, each with the remembered images that look most like
+            the input; 0 for none.
         correspondences: How many places to mark at most that an image and a remembered image have in common.
         json: File to write the explanations to as JSON, or - to print that instead of tables.
         progress: Whether to show progress bars; by default in a terminal.
@@ -50,7 +53,9 @@ def explain(
     found = find_images(images, inference.unreadable)
     model = from_pretrained(source).to(inference.find_device())
     memory = None if memory_data is None else open_remembered(memory_data)
-    explanations = explain_files(model, found, top_k, memory, heatmaps, correspondences, out, progress, inference)
+    explanations = explain_files(
+        model, found, top_k, memory, heatmaps, contenders, correspondences, out, progress, inference
+    )
     named = [(name, each) for (_, name), each in zip(found, explanations, strict=True)]
     texts = [describe(model, name, each) for name, each in named]
     if out is not None:

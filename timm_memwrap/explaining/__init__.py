@@ -5,6 +5,7 @@ from timm_memwrap.explaining.contenders import Contender, NearSample
 from timm_memwrap.explaining.correspondences import Correspondence
 from timm_memwrap.explaining.counterfactuals import CounterfactualMetrics, evaluate_counterfactuals, im1, im2
 from timm_memwrap.explaining.explanation import Explanation, MemorySample, explain
+from timm_memwrap.explaining.figures.contenders import plot_contenders
 from timm_memwrap.explaining.figures.correspondences import plot_correspondences
 from timm_memwrap.explaining.figures.html import write_html
 from timm_memwrap.explaining.figures.plots import plot_explanation, plot_explanations, plot_heatmaps, plot_memory_report
@@ -13,7 +14,8 @@ from timm_memwrap.explaining.metrics import ExplanationMetrics, evaluate_explana
 from timm_memwrap.explaining.report import MemoryReport, SampleUse, memory_report
 
 __all__ = [
-    "explain", "Explanation", "MemorySample", "Contender", "NearSample", "plot_explanation", "plot_explanations",
+    "explain", "Explanation", "MemorySample", "plot_explanation", "plot_explanations",
+    "Contender", "NearSample", "plot_contenders",
     "evaluate_explanations", "ExplanationMetrics",
     "calibrate", "fit_temperature",
     "evaluate_counterfactuals", "CounterfactualMetrics", "im1", "im2", "randomisation_check",

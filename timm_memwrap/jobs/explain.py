@@ -62,6 +62,7 @@ def explain_files(
     top_k: int = 5,
     memory: Any = None,
     heatmaps: str | None = None,
+    contenders: int = 3,
     correspondences: int = 0,
     out: str | os.PathLike | None = None,
     progress: bool = True,
@@ -69,7 +70,7 @@ def explain_files(
 ) -> list[Explanation]:
     """Explains what `find_images` found, and writes an HTML report to `out`, with heatmaps of a method of `attribute`.
 
-    `memory` are the images that the memory was built from, for a model that holds none. `correspondences` is as in
+    `memory` are the images that the memory was built from, for a model that holds none. The counts are as in
     `explain`.
     """
     paths, names = [path for path, _ in images], [name for _, name in images]
@@ -82,9 +83,7 @@ def explain_files(
     batches = inference.batches(paths, partial(as_batch, data_config(model))) if heatmaps is None else [paths]
     shown = tqdm(batches, desc="Explaining", unit="batch", disable=not progress)
     explanations = [
-        each
-        for batch in shown
-        for each in explain(model, batch, top_k, correspondences=correspondences, dataset=memory)
+        each for batch in shown for each in explain(model, batch, top_k, contenders, correspondences, dataset=memory)
     ]
     attributions = None
     if heatmaps is not None:
@@ -119,4 +118,14 @@ def describe(model: MemoryWrapModel, name: str, explanation: Explanation) -> str
     rest = explanation.support_size - len(explanation.samples)
     if rest > 0:
         lines.append(f"  {max(0.0, 1 - sum(sample.weight for sample in explanation.samples)):6.1%}  {rest} more")
+    if explanation.contenders:
+        lines.append(
+            f"  {'may be':16}  {'probability':>11}  {'alike':>6}  images that look most like it, with similarity"
+        )
+    for contender in explanation.contenders:
+        near = ", ".join(f"{str(sample.id)[-28:]} {sample.similarity:.2f}" for sample in contender.samples)
+        alike = "" if contender.similarity is None else f"{contender.similarity:.3f}"
+        mark = "most alike: " if contender == explanation.most_alike else ""
+        head = f"  {contender.class_name[:16]:16}  {contender.probability:11.1%}  {alike:>6}"
+        lines.append(f"{head}  {mark}{near or 'none remembered'}")
     return "\n".join(map(printable, lines))

@@ -18,7 +18,7 @@ from PIL import Image
 from torch.utils.data import TensorDataset
 
 from timm_memwrap import explain
-from timm_memwrap.explaining import attribute, write_html
+from timm_memwrap.explaining import Explanation, attribute, write_html
 from timm_memwrap.model import MemoryWrapModel
 
 PLAIN = ["ant", "bee", "cow", "doe"]
@@ -68,6 +68,12 @@ def _write(
     return path.read_text(encoding="utf-8")
 
 
+def _shown(explanation: Explanation) -> int:
+    """Counts the pictures of memory samples: those of the contenders are shown beside each other, once more."""
+    used = {*explanation.samples, *explanation.examples, *explanation.counterfactuals}
+    return len(used) + sum(len(contender.samples) for contender in explanation.contenders)
+
+
 def test_it_says_what_the_explanations_say(
     make_model: Callable[..., MemoryWrapModel], make_images: Callable[..., torch.Tensor], tmp_path: Path
 ) -> None:
@@ -92,8 +98,17 @@ def test_it_says_what_the_explanations_say(
             points = round(-100 * sample.influence)
             said = f"{'−' if points < 0 else '+'}{abs(points)}" if points else "±0"  # noqa: RUF001
             assert f"({said} points)" in page.text
-    shown = sum(len({*e.samples, *e.examples, *e.counterfactuals}) for e in explanations)
+    shown = sum(map(_shown, explanations))
     assert len(page.images) == len(page.alts) == 2 + shown
+    for explanation in explanations:
+        best = explanation.most_alike
+        for contender in explanation.contenders:
+            said = "looks most like the input" if contender == best else "on average"
+            near = " ".join(f"{sample.similarity:.2f} {sample.id}" for sample in contender.samples)
+            percent = "<1%" if contender.probability < 0.01 else f"{contender.probability:.0%}"
+            assert f"{contender.class_name} {percent} {near} {said}: {contender.similarity:.3f}" in page.text
+        doubted = sum(e.most_alike.prediction != e.prediction for e in explanations)
+        assert page.text.count("but it looks more like") == doubted
     assert all(alt for alt in page.alts)
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]
 
@@ -108,7 +123,7 @@ def test_pictures_are_inside(
         model, make_images(2), explanations, tmp_path / "r.html", attributions=found, dataset=memory, top_k=2
     )
     page = _Parsed(path.read_text(encoding="utf-8"))
-    shown = sum(len({*e.samples, *e.examples, *e.counterfactuals}) for e in explanations)
+    shown = sum(map(_shown, explanations))
     overlaid = sum(1 + len(e.samples) for e in explanations)
     assert len(page.images) == 2 + shown + overlaid
     assert "no picture" not in page.text

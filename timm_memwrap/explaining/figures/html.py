@@ -14,8 +14,10 @@ from torch import Tensor
 
 from timm_memwrap._utils import write_text
 from timm_memwrap.data import SampleImages, batches_of, class_names, picture_of, to_picture
+from timm_memwrap.explaining.contenders import NearSample
 from timm_memwrap.explaining.correspondences import sample_input
 from timm_memwrap.explaining.explanation import Explanation, MemorySample
+from timm_memwrap.explaining.figures.page import percent
 from timm_memwrap.explaining.figures.pictures import MATCHES, aligned, overlays
 from timm_memwrap.explaining.heatmaps import Attribution
 from timm_memwrap.model import MemoryWrapModel
@@ -80,7 +82,7 @@ def write_html(
         lstrip_blocks=True,
         finalize=_text,
     )
-    environment.filters |= {"percent": _percent, "points": _points, "share": "{:.2%}".format}
+    environment.filters |= {"percent": percent, "points": _points, "share": "{:.2%}".format}
     html = environment.get_template("explanations.html.jinja").render(
         title=title,
         architecture=model.pretrained_cfg.get("architecture", type(model.backbone).__name__),
@@ -114,15 +116,26 @@ def _input(
         heat = [*(_data_url(picture, _INPUT_SIZE) for picture in overlays(model, attribution))]
         shares = attribution.shares
 
-    def row(sample: MemorySample, overlay: str | None = None, share: float = 0.0) -> dict[str, Any]:
+    def picture_row(sample: MemorySample | NearSample) -> dict[str, Any]:
         picture = picture_of(model, sample.image, sample.id, stored)
-        url = None if picture is None else _data_url(picture, _SAMPLE_SIZE)
-        return {"sample": sample, "picture": url, "overlay": overlay, "share": share}
+        return {"sample": sample, "picture": None if picture is None else _data_url(picture, _SAMPLE_SIZE)}
+
+    def row(sample: MemorySample, overlay: str | None = None, share: float = 0.0) -> dict[str, Any]:
+        return {**picture_row(sample), "overlay": overlay, "share": share}
 
     shown = {sample.position for sample in explanation.samples}
     more = [
         ("More examples: the model sees the predicted class in them too", explanation.examples),
         ("More counterfactuals: the model sees another class in them", explanation.counterfactuals),
+    ]
+    best = explanation.most_alike
+    contenders = [
+        {
+            "contender": contender,
+            "rows": [picture_row(sample) for sample in contender.samples],
+            "most_alike": contender == best,
+        }
+        for contender in explanation.contenders
     ]
     groups = [(heading, [row(one) for one in samples if one.position not in shown]) for heading, samples in more]
     return {
@@ -134,6 +147,8 @@ def _input(
         "explanation": explanation,
         "label": label,
         "samples": [row(*parts) for parts in zip(explanation.samples, heat[1:], shares[1:], strict=True)],
+        "contenders": contenders,
+        "looks_more_like": None if best is None or best.prediction == explanation.prediction else best,
         "groups": [(heading, rows) for heading, rows in groups if rows],
     }
 
@@ -175,10 +190,6 @@ def _is_control(char: str) -> bool:
     if char in "\t\n":
         return False
     return unicodedata.category(char) in ("Cc", "Cs") or unicodedata.bidirectional(char) in _BIDI_CONTROLS
-
-
-def _percent(value: float) -> str:
-    return "<1%" if 0 < value < 0.01 else f"{value:.0%}"
 
 
 def _points(value: float) -> str:

@@ -10,7 +10,7 @@ from timm_memwrap._utils import optional_import, replacing
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["BLUE", "GREY", "LINE", "ORANGE", "PALE", "Card", "Line", "Page", "short"]
+__all__ = ["BLUE", "GREY", "LINE", "ORANGE", "PALE", "Card", "Line", "Page", "percent", "short"]
 
 # Okabe and Ito's palette: told apart with any common colour vision, and in grey by their brightness.
 BLUE, ORANGE, GREY, PALE = "#0072B2", "#D55E00", "#666666", "#EEEEEE"
@@ -98,6 +98,11 @@ class Page:
             with replacing(path) as temporary:
                 self.figure.savefig(temporary, dpi=dpi)
         return self.figure
+
+
+def percent(value: float) -> str:
+    """Returns a share in percent, without making a little of it none."""
+    return "<1%" if 0 < value < 0.01 else f"{value:.0%}"
 
 
 def short(text: str, most: int = 18) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from timm_memwrap.data import SampleImages, class_names, picture_of, to_picture
 from timm_memwrap.explaining.explanation import Explanation, MemorySample
-from timm_memwrap.explaining.figures.page import BLUE, GREY, LINE, ORANGE, PALE, Card, Line, Page, short
+from timm_memwrap.explaining.figures.page import BLUE, GREY, LINE, ORANGE, PALE, Card, Line, Page, percent, short
 from timm_memwrap.explaining.figures.pictures import HEAT, aligned, overlays
 from timm_memwrap.explaining.heatmaps import Attribution
 from timm_memwrap.explaining.report import MemoryReport, SampleUse
@@ -243,7 +243,7 @@ def sample_card(sample: MemorySample) -> Card:
     color, mark = (BLUE, "") if sample.is_example else (ORANGE, "≠ ")
     labelled = f"labelled {short(sample.class_name, 14)}" if sample.label != sample.prediction else ""
     lines = [
-        Line(f"{sample.weight:.0%}" if sample.weight >= 0.01 else "<1%", 7.5, color, share=sample.weight),
+        Line(percent(sample.weight), 7.5, color, share=sample.weight),
         Line(f"{mark}{short(sample.predicted_class_name, 15)}", 8, color, gap=0.9),
         Line(labelled, 7, GREY),
     ]
