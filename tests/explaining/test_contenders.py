@@ -81,7 +81,8 @@ def test_there_are_three_samples_each_or_top_k_if_that_is_less(
 def test_whatever_the_read_compares_they_are_near_by_the_cosine_of_the_pre_logits(
     make_images: Callable[..., torch.Tensor], name: str, distance: str
 ) -> None:
-    model = timm.create_model(name, num_classes=4, distance=distance).eval()
+    read = {"read": "sparsemax"} if "evidence" in name else {}
+    model = timm.create_model(name, num_classes=4, distance=distance, **read).eval()
     data = TensorDataset(make_images(12, seed=1), torch.arange(12) % 4)
     timm_memwrap.build_memory_bank(model, data, size=None, progress=False)
     _check(model, make_images(3), 3)
