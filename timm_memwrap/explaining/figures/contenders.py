@@ -63,7 +63,7 @@ def plot_contenders(
         card = input_card(explanation, label, names)
         best = explanation.most_alike
         if best is not None and best.prediction != explanation.prediction:
-            card.lines.append(Line(f"but looks more like {short(best.class_name, 12)}", 7.5, ORANGE, gap=1.15))
+            card.lines.insert(1, Line(f"but looks more like {short(best.class_name, 12)}", 7.5, ORANGE, gap=1.15))
         page.card(_MARGIN, top, _INPUT, to_picture(model, image), card)
         for i, contender in enumerate(explanation.contenders):
             x, y = left + i % panels * (_WIDTH + _GAP), top + i // panels * (_HEIGHT + _GAP)
