@@ -28,15 +28,7 @@ from timm_memwrap.attention import (
 )
 from timm_memwrap.reconstruction import CANDIDATES, check_read, reconstruction_weights
 
-__all__ = [
-    "MemoryLayer",
-    "MemoryReadout",
-    "PreparedMemory",
-    "Read",
-    "check_width",
-    "is_factor",
-    "mask_of",
-]
+__all__ = ["MemoryLayer", "MemoryReadout", "PreparedMemory", "Read", "check_width", "is_factor", "mask_of"]
 
 # The scale as a parameter, and where it starts: at 1 the support grows with the memory, and explains nothing.
 LEARNED = "learned"

@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 import timm_memwrap
 from timm_memwrap.attention import DISTANCES
 from timm_memwrap.memory_args import CLASSIFIERS, READ_HEADS
+from timm_memwrap.reconstruction import READS
 
 CLASSES = 3
 # Between the smallest and the largest number that a float32 holds.
@@ -25,6 +26,7 @@ ARGUMENTS = st.fixed_dictionaries(
         "scale": FACTORS | st.just("learned"),
         "read_head": st.sampled_from(READ_HEADS),
         "classifier": st.sampled_from(CLASSIFIERS),
+        "read": st.sampled_from(READS),
     },
 )
 CASES = {
