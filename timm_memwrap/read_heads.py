@@ -71,10 +71,10 @@ class Joint(nn.Module):
 
     def __init__(self, features: int, classifier: nn.Module) -> None:
         super().__init__()
-        self.features, self.classifier, self.logit_weight = features, classifier, self.LOGIT_WEIGHT
+        self.pre_logits, self.logits = PreLogits(features), CentredLogits(classifier)
+        self.logit_weight = self.LOGIT_WEIGHT
 
     def forward(self, encoding: Tensor) -> Tensor:
         """Returns `[N, D + C]`."""
-        logits = self.classifier(encoding)
-        predicted = self.logit_weight * unit(logits - logits.mean(dim=-1, keepdim=True))
-        return torch.cat([unit(encoding[..., : self.features]), predicted], dim=-1)
+        seen, predicted = unit(self.pre_logits(encoding)), unit(self.logits(encoding))
+        return torch.cat([seen, self.logit_weight * predicted], dim=-1)

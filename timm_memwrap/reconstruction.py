@@ -53,58 +53,55 @@ def reconstruction_weights(queries: Tensor, keys: Tensor, unseen: Tensor | None 
         return keys.new_zeros(keys.shape[:2])
     seen = torch.ones_like(keys[..., 0]) if unseen is None else (~unseen).to(keys.dtype)
     # As the weights sum to 1, the distance is the length of the weighted mean of differences.
-    differences = (keys - queries.unsqueeze(1)) * seen.unsqueeze(-1)
+    differences = keys - queries.unsqueeze(1)
     gram = differences @ differences.mT
-    weights = _solve(gram.detach(), seen)
-    if not (torch.is_grad_enabled() and gram.requires_grad):
-        return weights
-    # A Newton step on the support, which ends where it starts: of value 0, and with the gradient of the solution.
-    support = (weights > 0).to(weights.dtype)
-    slope = _times(gram, weights)
-    return weights - _times(_projected_inverse(gram.detach(), support), slope - slope.detach())
+    weights = _solve(gram.detach(), seen.unsqueeze(-1))
+    if torch.is_grad_enabled() and gram.requires_grad:
+        # A Newton step on the support, which ends where it starts: of value 0, and with the gradient of the solution.
+        slope = gram @ weights
+        weights = weights - _projected_inverse(gram.detach(), (weights > 0).to(gram.dtype)) @ (slope - slope.detach())
+    return weights.squeeze(-1)
 
 
 def _solve(gram: Tensor, seen: Tensor) -> Tensor:
-    """Minimises `w' gram w` over the weights of the candidates that are seen `[B, K]`."""
-    count = seen.sum(dim=1, keepdim=True).clamp(min=1)
+    """Minimises `w' gram w` over the weights `[B, K, 1]` of the candidates that are seen `[B, K, 1]`."""
+    count = _count(seen)
     mean = seen / count
-    centred = _centre(gram, seen)
+    centred = _project(gram, seen)
     # Well above rounding, also where all candidates are one.
-    damping = (_DAMPING * _trace(centred) + torch.finfo(gram.dtype).eps ** 0.5 * _trace(gram)) / count + _TINY
+    rounding = torch.finfo(gram.dtype).eps ** 0.5 * _trace(gram * seen)
+    damping = (_DAMPING * _trace(centred) + rounding) / count + _TINY
     eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    inverse = _inverse(centred + damping.unsqueeze(-1) * eye)
-    start = _RELAXATION * (mean - _times(inverse, _centre_rows(_times(gram, mean), seen))).unsqueeze(-1)
-    step = _RELAXATION * (_centre(inverse * damping.unsqueeze(-1), seen) - eye / 2)
+    inverse = _inverse(centred + damping * eye)
+    start = _RELAXATION * (mean - inverse @ _centre(gram @ mean, seen))
+    step = _RELAXATION * (_project(inverse * damping, seen) - eye / 2)
     # The weights are the positive part of the point, and the dual variables the negative one, so that the sum and the
     # difference of the two are the point and its absolute value.
-    point = mean.unsqueeze(-1)
+    point = mean
     for _ in range(_STEPS):
         point = torch.baddbmm(torch.add(start, point, alpha=1 - _RELAXATION / 2), step, point.abs())
-    weights = point.squeeze(-1).clamp(min=0)
+    weights = point.clamp(min=0)
     # Written so that NaN stays.
     weights = weights.masked_fill(weights < _LEAST_WEIGHT, 0.0)
     return weights / weights.sum(dim=1, keepdim=True).clamp(min=_LEAST_WEIGHT)
 
 
+def _count(seen: Tensor) -> Tensor:
+    return seen.sum(dim=1, keepdim=True).clamp(min=1)
+
+
 def _trace(matrix: Tensor) -> Tensor:
-    return matrix.diagonal(dim1=1, dim2=2).sum(dim=1, keepdim=True)
+    return matrix.diagonal(dim1=1, dim2=2).sum(dim=1)[:, None, None]
 
 
-def _times(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+def _centre(columns: Tensor, seen: Tensor) -> Tensor:
+    """Subtracts from columns `[B, K, N]` their means over what is seen `[B, K, 1]`, and leaves 0 elsewhere."""
+    return (columns - (columns * seen).sum(dim=1, keepdim=True) / _count(seen)) * seen
 
 
-def _centre_rows(vectors: Tensor, seen: Tensor) -> Tensor:
-    """Subtracts from vectors `[B, K]` their mean over what is seen `[B, K]`, and leaves 0 elsewhere."""
-    return (vectors - (vectors * seen).sum(dim=1, keepdim=True) / seen.sum(dim=1, keepdim=True).clamp(min=1)) * seen
-
-
-def _centre(matrix: Tensor, seen: Tensor) -> Tensor:
-    """Projects a matrix `[B, K, K]`, from both sides, to changes of weights that keep their sum."""
-    count = seen.sum(dim=1).clamp(min=1)[:, None, None]
-    rows = seen.unsqueeze(-1)
-    matrix = (matrix - (matrix * rows).sum(dim=1, keepdim=True) / count) * rows
-    return (matrix - (matrix * rows.mT).sum(dim=2, keepdim=True) / count) * rows.mT
+def _project(matrix: Tensor, seen: Tensor) -> Tensor:
+    """Projects symmetric matrices `[B, K, K]`, from both sides, to changes of weights that keep their sum."""
+    return _centre(_centre(matrix, seen).mT, seen)
 
 
 def _inverse(matrix: Tensor) -> Tensor:
@@ -117,11 +114,11 @@ def _inverse(matrix: Tensor) -> Tensor:
 
 
 def _projected_inverse(gram: Tensor, support: Tensor) -> Tensor:
-    """Inverts a matrix on the changes of weights `[B, K]` within the support that keep their sum."""
-    centred = _centre(gram, support)
-    size = _trace(centred).unsqueeze(-1) + _TINY
+    """Inverts a matrix on the changes of weights within the support `[B, K, 1]` that keep their sum."""
+    centred = _project(gram, support)
+    size = _trace(centred) + _TINY
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     # Outside it is the identity, and inside a little more than 0 where samples are copies.
-    outside = eye - _centre(eye.expand_as(centred), support)
+    outside = eye - _project(eye.expand_as(centred), support)
     inverse = torch.linalg.inv_ex(centred / size + outside + torch.finfo(gram.dtype).eps * eye).inverse
-    return _centre(inverse, support) / size
+    return _project(inverse, support) / size
