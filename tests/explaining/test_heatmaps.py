@@ -234,6 +234,22 @@ def test_frozen_models_and_callers_without_gradients_get_the_same(
     assert torch.allclose(found.memory_heatmaps, expected.memory_heatmaps, atol=1e-6)
 
 
+def test_explanations_that_are_there_are_not_made_again(
+    make_model: Callable[..., MemoryWrapModel], make_images: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, images, memory = make_model("wrapped"), make_images(2), _memory(make_images)
+    explanations = explain(model, images, top_k=2)
+    expected = attribute(model, images, memory, "saliency", top_k=2, progress=False)
+    monkeypatch.delattr("timm_memwrap.explaining.heatmaps.explain_batch")
+    found = attribute(model, images, memory, "saliency", explanations=explanations, progress=False)
+    for one, other, given in zip(found, expected, explanations, strict=True):
+        assert one.explanation is given
+        assert torch.equal(one.heatmap, other.heatmap)
+        assert torch.equal(one.memory_heatmaps, other.memory_heatmaps)
+    with pytest.raises(ValueError, match="1 explanations for 2 images"):
+        attribute(model, images, memory, "saliency", explanations=explanations[:1], progress=False)
+
+
 def test_another_class_can_be_asked_for(
     make_model: Callable[..., MemoryWrapModel], make_images: Callable[..., torch.Tensor]
 ) -> None:

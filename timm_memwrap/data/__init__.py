@@ -3,7 +3,7 @@
 from timm_memwrap.data.classes import class_names, known_class_names
 from timm_memwrap.data.images import Images, split_off
 from timm_memwrap.data.opening import DIGITS, open_dataset, open_remembered, open_source
-from timm_memwrap.data.pictures import SampleImages, enlarged, picture_of, small_images, to_picture
+from timm_memwrap.data.pictures import SampleImages, enlarged, normalisation, picture_of, small_images, to_picture
 from timm_memwrap.data.reading import SUFFIXES, ImageError, read_picture
 from timm_memwrap.data.samples import Samples, encoded_batches, size_of
 from timm_memwrap.data.transforms import BATCH_SIZE, batches_of, data_config, image_mode, one_by_one, to_batch
@@ -23,6 +23,7 @@ __all__ = [
     "enlarged",
     "image_mode",
     "known_class_names",
+    "normalisation",
     "one_by_one",
     "open_dataset",
     "open_remembered",

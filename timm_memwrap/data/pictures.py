@@ -18,7 +18,7 @@ from timm_memwrap.data.classes import file_name
 from timm_memwrap.data.transforms import data_config, opened, to_batch
 from timm_memwrap.memory_bank import SampleId
 
-__all__ = ["SampleImages", "enlarged", "picture_of", "small_images", "to_picture"]
+__all__ = ["SampleImages", "enlarged", "normalisation", "picture_of", "small_images", "to_picture"]
 
 _SMALL = 64  # pixels
 
@@ -49,19 +49,19 @@ def small_images(images: Tensor, model: nn.Module) -> Tensor:
 
 def enlarged(images: Tensor, model: nn.Module, size: tuple[int, int]) -> Tensor:
     """Makes model inputs `[N, C, *size]` of what `small_images` made of some: as they were, but out of focus."""
-    mean, std = _normalisation(model)
+    mean, std = normalisation(model)
     inputs = (images.cpu().float() / 255 - mean) / std
     return F.interpolate(inputs, size, mode="bilinear").to(next(model.parameters()))
 
 
 def _pixels(images: Tensor, model: nn.Module) -> Tensor:
     """Undoes the normalisation of model inputs `[..., C, H, W]`; returns uint8 on the CPU."""
-    mean, std = _normalisation(model)
+    mean, std = normalisation(model)
     images = images.detach().cpu().float() * std + mean
     return (images.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def _normalisation(model: nn.Module) -> tuple[Tensor, Tensor]:
+def normalisation(model: nn.Module) -> tuple[Tensor, Tensor]:
     """Returns mean and standard deviation `[C, 1, 1]` of the pixels."""
     config = data_config(model)
     mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))

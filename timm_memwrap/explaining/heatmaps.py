@@ -4,7 +4,7 @@ Shapes: C channels, M memory samples, K memory samples attributed to, P points o
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from timm_memwrap._utils import check_choice, check_count, evaluating, optional_import
-from timm_memwrap.data import SampleImages, batches_of, class_names, data_config
+from timm_memwrap.data import SampleImages, batches_of, class_names, normalisation
 from timm_memwrap.explaining.explanation import Explanation, explain_batch
 from timm_memwrap.explaining.reading import snapshot
 from timm_memwrap.model import MemoryWrapModel
@@ -85,6 +85,7 @@ def attribute(
     memory: Any,
     method: str = "integrated_gradients",
     top_k: int = 5,
+    explanations: Sequence[Explanation] | None = None,
     target: int | None = None,
     baseline: str = "black",
     n_steps: int = 50,
@@ -108,6 +109,7 @@ def attribute(
             2016, https://arxiv.org/abs/1605.01713) or `"saliency"`, the absolute gradient (Simonyan et al. 2013,
             https://arxiv.org/abs/1312.6034).
         top_k: How many of the strongest samples to attribute to.
+        explanations: What `explain` returned for the images; `None` to call it.
         target: The class; `None` for the predicted one.
         baseline: Where Integrated Gradients starts: `"black"` images, or `"mean"`, grey ones that normalise to 0.
         n_steps: Points on its path.
@@ -116,8 +118,8 @@ def attribute(
 
     Raises:
         ImportError: If captum is not installed.
-        ValueError: If the bank is empty, an argument is not valid, or a memory sample is not in `memory` or is not the
-            image that the bank was built from.
+        ValueError: If the bank is empty, an argument is not valid, images and explanations differ in number, or a
+            memory sample is not in `memory` or is not the image that the bank was built from.
     """
     model = snapshot(model)
     check_choice("method", method, METHODS)
@@ -138,26 +140,28 @@ def attribute(
         return explainer.attribute(tuple([point.requires_grad_() for point in points]))
 
     batches, stored, result = batches_of(model, images), SampleImages(model, memory), []
+    inputs = [image for batch in batches for image in batch]
+    if explanations is not None and len(explanations) != len(inputs):
+        raise ValueError(f"{len(explanations)} explanations for {len(inputs)} images. Pass one for each, or None.")
     # The path and its two ends, or one pass with gradient and one without.
-    passes = sum(map(len, batches)) * (n_steps + 2 if method == "integrated_gradients" else 2)
+    passes = len(inputs) * (n_steps + 2 if method == "integrated_gradients" else 2)
     with evaluating(model), tqdm(total=passes, desc="Heatmaps", unit="pass", disable=not progress) as bar:
-        for batch in batches:
-            for image, explanation in zip(batch, explain_batch(model, batch, top_k), strict=True):
-                asked = explanation.prediction if target is None else target
-                memory_images = _memory_images(model, explanation, stored, image)
-                score = _score_of(model, [sample.position for sample in explanation.samples], asked, bar)
-                with torch.inference_mode(False), torch.enable_grad():
-                    # Copies: inference tensors have no gradient, and the caller's must not get one.
-                    points = tuple([part.clone().unsqueeze(0) for part in (image, *memory_images)])
-                    starts = tuple([_baseline(model, point, baseline) for point in points])
-                    with torch.no_grad():
-                        high = float(score(*points))
-                        low = float(score(*starts)) if method == "integrated_gradients" else None
-                    first, *others = (heatmap.detach()[0] for heatmap in heatmaps_of(score, points, starts))
-                name, heat = class_names(model)[asked], torch.stack(others)
-                result.append(
-                    Attribution(explanation, method, asked, name, high, low, image, first, memory_images, heat)
-                )
+        if explanations is None:
+            explanations = [found for batch in batches for found in explain_batch(model, batch, top_k)]
+        for image, explanation in zip(inputs, explanations, strict=True):
+            asked = explanation.prediction if target is None else target
+            memory_images = _memory_images(model, explanation, stored, image)
+            score = _score_of(model, [sample.position for sample in explanation.samples], asked, bar)
+            with torch.inference_mode(False), torch.enable_grad():
+                # Copies: inference tensors have no gradient, and the caller's must not get one.
+                points = tuple([part.clone().unsqueeze(0) for part in (image, *memory_images)])
+                starts = tuple([_baseline(model, point, baseline) for point in points])
+                with torch.no_grad():
+                    high = float(score(*points))
+                    low = float(score(*starts)) if method == "integrated_gradients" else None
+                first, *others = (heatmap.detach()[0] for heatmap in heatmaps_of(score, points, starts))
+            name, heat = class_names(model)[asked], torch.stack(others)
+            result.append(Attribution(explanation, method, asked, name, high, low, image, first, memory_images, heat))
     gaps = [(a.completeness_gap, a.score - a.baseline_score) for a in result if a.baseline_score is not None]
     missed = sum(abs(gap or 0.0) > _MOST_GAP * abs(change) for gap, change in gaps)
     if missed:
@@ -195,8 +199,7 @@ def _score_of(model: MemoryWrapModel, positions: list[int], target: int, bar: tq
 def _baseline(model: MemoryWrapModel, like: Tensor, baseline: str) -> Tensor:
     if baseline == "mean":
         return torch.zeros_like(like)
-    config = data_config(model)
-    mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    mean, std = normalisation(model)
     return (-mean / std).to(like).expand_as(like).clone()
 
 

@@ -79,8 +79,7 @@ def explain_files(
             f"heatmaps={heatmaps!r} needs the images that the memory was built from, and a report to show them in: "
             f"pass --memory_data and --out too."
         )
-    # With heatmaps, in the batches of `attribute`, so that both are of the same samples to the last bit.
-    batches = inference.batches(paths, partial(as_batch, data_config(model))) if heatmaps is None else [paths]
+    batches = inference.batches(paths, partial(as_batch, data_config(model)))
     shown = tqdm(batches, desc="Explaining", unit="batch", disable=not progress)
     explanations = [
         each for batch in shown for each in explain(model, batch, top_k, contenders, correspondences, dataset=memory)
@@ -88,7 +87,13 @@ def explain_files(
     attributions = None
     if heatmaps is not None:
         attributions = attribute(
-            model, paths, memory, heatmaps, top_k, batch_size=inference.batch_size, progress=progress
+            model,
+            paths,
+            memory,
+            heatmaps,
+            explanations=explanations,
+            batch_size=inference.batch_size,
+            progress=progress,
         )
     if out is not None:
         write_html(model, paths, explanations, out, names=names, attributions=attributions, dataset=memory)

@@ -12,7 +12,7 @@ from timm_memwrap.explaining.correspondences import Box, sample_input
 from timm_memwrap.explaining.explanation import Explanation, explain
 from timm_memwrap.explaining.figures.page import GREY, LINE, Card, Page
 from timm_memwrap.explaining.figures.pictures import MATCHES, aligned
-from timm_memwrap.explaining.figures.plots import draw_legend, input_card, sample_card
+from timm_memwrap.explaining.figures.plots import draw_legend, draw_titles, input_card, sample_card
 from timm_memwrap.model import MemoryWrapModel
 
 if TYPE_CHECKING:
@@ -57,8 +57,7 @@ def plot_correspondences(
     # Each input stands above each of its samples, so that both can be compared at one look.
     left, row_height = _MARGIN + _INPUT + 1.6 * _GAP, 2 * _PICTURE + 4 * LINE + 0.3
     page = Page(max(left + columns * (_PICTURE + _GAP) + _MARGIN, 7.6), 0.72 + len(inputs) * row_height + 0.4)
-    page.text(_MARGIN, 0.14, "Predicted", size=9, weight="bold")
-    page.text(left, 0.14, "from these remembered training images, strongest first", size=9, weight="bold")
+    draw_titles(page, left)
     page.text(left, 0.36, "Boxes with the same number: places that look alike to the model", size=8, color=GREY)
     for row, (image, explanation, label) in enumerate(zip(inputs, explanations, true, strict=True)):
         top = 0.72 + row * row_height

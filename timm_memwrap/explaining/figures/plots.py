@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "draw_legend",
+    "draw_titles",
     "input_card",
     "plot_explanation",
     "plot_explanations",
@@ -69,7 +70,7 @@ def plot_explanations(
     left, row_height = _MARGIN + _INPUT + 2.2 * _GAP, _INPUT + 3 * LINE + 0.12
     width = left + columns * (_SAMPLE + _GAP) + 0.35 + _MARGIN
     page = Page(max(width, 7.2), 0.5 + len(several) * row_height + 0.62)
-    _draw_titles(page, left)
+    draw_titles(page, left)
     for row, (image, explanation, label) in enumerate(zip(several, explanations, true, strict=True)):
         top, x = 0.5 + row * row_height, left
         page.card(_MARGIN, top, _INPUT, to_picture(model, image), input_card(explanation, label, names))
@@ -211,7 +212,7 @@ def plot_heatmaps(
     left, row_height = _MARGIN + _HEAT + 2.2 * _GAP, 2 * _HEAT + 5.4 * LINE + 0.3
     width = left + columns * (_HEAT + _GAP) + _MARGIN
     page = Page(max(width, 7.6), 0.5 + len(attributions) * row_height + 0.4)
-    _draw_titles(page, left)
+    draw_titles(page, left)
     for row, (attribution, explanation, label) in enumerate(zip(attributions, explanations, true, strict=True)):
         top = 0.5 + row * row_height
         page.text(left - 1.1 * _GAP, top + _HEAT / 2, "←", size=16, color=GREY, ha="center", va="center")
@@ -264,7 +265,7 @@ def _use_card(sample: SampleUse, most: float, color: str, dashed: bool) -> Card:
     return Card(lines, short(str(sample.id), 40), color, dashed)
 
 
-def _draw_titles(page: Page, left: float) -> None:
+def draw_titles(page: Page, left: float) -> None:
     """Writes what stands in the rows: inputs, and from `left` on memory samples."""
     page.text(_MARGIN, 0.14, "Predicted", size=9, weight="bold")
     page.text(left, 0.14, "from these remembered training images, strongest first", size=9, weight="bold")
