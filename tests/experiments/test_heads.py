@@ -10,6 +10,7 @@ import torch
 from timm_memwrap.experiments.configuration import Comparison
 from timm_memwrap.experiments.heads import HEADS, RUNS, NearestNeighbours, SoftmaxVote, parse_head, recipe_of
 from timm_memwrap.layers import LabelVote
+from timm_memwrap.read_heads import Joint
 
 WIDTH, CLASSES = 6, 3
 
@@ -90,6 +91,7 @@ def test_heads_of_the_plain_training_keep_its_weights(name: str) -> None:
         ("logits:scale", "'scale' in comparison.heads is not an option"),
         ("logits:speed=5", "'speed=5' in comparison.heads is not an option"),
         ("logits:scale=fast", "'scale=fast' in comparison.heads is not an option"),
+        ("probabilities:logit_weight=1", "only the head 'joint' has a logit_weight"),
     ],
 )
 def test_what_is_no_head_is_said(text: str, message: str) -> None:
@@ -106,3 +108,9 @@ def test_trainings_differ_in_their_memory_alone(run: str) -> None:
     recipe.training.seed = recipe.data.subset_seed = 0
     assert (recipe.training, recipe.data) == (config.training, config.data)
     assert recipe.model.name == config.model.name
+
+
+def test_the_weight_of_the_logits_is_that_asked_for() -> None:
+    plain = timm.create_model("test_resnet", num_classes=3)
+    weights = [parse_head(text).read(plain).head.head.logit_weight for text in ("joint", "joint:logit_weight=0.25")]
+    assert weights == [Joint.LOGIT_WEIGHT, 0.25]

@@ -147,6 +147,8 @@ def parse_head(text: str) -> Head:
         return HEADS[name]
     if name not in OWN_READ_HEADS:
         raise ValueError(f"{text!r} in comparison.heads: {name!r} takes no options, {', '.join(OWN_READ_HEADS)} do.")
+    if name != "joint" and any(option.startswith("logit_weight=") for option in options):
+        raise ValueError(f"{text!r} in comparison.heads: only the head 'joint' has a logit_weight.")
     given: dict[str, Any] = {}
     for option in options:
         key, _, value = option.partition("=")
