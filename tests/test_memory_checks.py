@@ -46,7 +46,7 @@ READS: dict[str, Callable[[MemoryWrapModel], object]] = {
 }
 
 
-@pytest.mark.parametrize("variant", ["mlp", "linear identity l2", "probabilities", "vote"])
+@pytest.mark.parametrize("variant", ["mlp", "linear identity l2", "probabilities", "joint", "vote"])
 @pytest.mark.parametrize("change", [_foreign, _other_labels])
 @pytest.mark.parametrize("read", READS)
 def test_a_bank_of_another_model_is_not_read(variant: str, change: Callable, read: str, tmp_path: Path) -> None:

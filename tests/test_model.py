@@ -323,7 +323,7 @@ def test_logits_are_a_tensor_of_their_own(variant: str) -> None:
 
 def test_take_the_memory_away_and_nothing_is_left() -> None:
     """A memory-only prediction of a memory without content is the same for every input."""
-    for variant in ("baseline", "logits", "pre_logits", "probabilities", "vote", "logits vote"):
+    for variant in ("baseline", "logits", "pre_logits", "probabilities", "joint", "vote", "logits vote"):
         model = fill(new_model(variant))
         bank = model.memory_bank
         with torch.no_grad():
@@ -395,7 +395,7 @@ def test_samples_to_hide_are_refused_where_the_memory_is_the_batch_or_empty() ->
     assert fill(model)(new_images(), hidden=hidden).isfinite().all()
 
 
-@pytest.mark.parametrize("variant", ["mlp", "baseline", "logits", "vote", "probabilities"])
+@pytest.mark.parametrize("variant", ["mlp", "baseline", "logits", "vote", "probabilities", "joint"])
 def test_temperature_divides_logits_and_changes_nothing_else(variant: str) -> None:
     model = fill(new_model(variant))
     model.temperature = 1.0
@@ -418,7 +418,7 @@ def test_a_temperature_that_is_not_a_divisor_is_refused(temperature: Any) -> Non
     assert model.temperature == 1.0
 
 
-@pytest.mark.parametrize("variant", ["mlp", "probabilities", "vote"])
+@pytest.mark.parametrize("variant", ["mlp", "probabilities", "joint", "vote"])
 def test_the_temperature_travels_in_the_state_dict(variant: str) -> None:
     model, other = new_model(variant), new_model(variant)
     model.temperature = 2.5
