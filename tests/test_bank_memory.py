@@ -109,7 +109,7 @@ def test_prepared_keys_are_those_of_the_present_weights_and_bank(variant: str, c
 
 
 @pytest.mark.parametrize("mode", ["training", "evaluation"])
-@pytest.mark.parametrize("variant", ["mlp", "probabilities"])
+@pytest.mark.parametrize("variant", ["mlp", "probabilities", "joint"])
 def test_after_a_fused_step_the_bank_is_stale_and_keys_are_made_again(mode: str, variant: str) -> None:
     """Fused optimizers write weights without raising the version counters. In evaluation: with frozen statistics."""
     model = fill(new_model(variant))
@@ -161,7 +161,7 @@ def test_keys_are_prepared_once_in_evaluation(
 
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize("variant", ["mlp", "probabilities", "vote"])
+@pytest.mark.parametrize("variant", ["mlp", "probabilities", "joint", "vote"])
 def test_keys_are_prepared_once_when_compiled(
     variant: str, known: bool, grad: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,20 +227,21 @@ def test_a_gradient_flows_through_the_query_and_not_into_the_bank(
     variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And is the same whether all samples are scored or some are searched for."""
-    model = fill(new_model(variant))
+    # In double precision: the logarithm of a small share of a vote makes much of rounding.
+    model = fill(new_model(variant)).double()
     gradients = []
     for most in (4096, 0):
         monkeypatch.setattr("timm_memwrap.bank_memory.DENSE_SIZE", most)
         model.memory_bank.derived = None
         model.zero_grad()
-        images = new_images().requires_grad_()
+        images = new_images().double().requires_grad_()
         model(images).square().sum().backward()
         searches = isinstance(model.memory_bank.derived.memory.key_index, ExactIndex)
         assert searches == (most == 0)
         gradients.append([images.grad, *(p.grad for p in model.parameters() if p.grad is not None)])
     assert gradients[0][0].any()
     for dense_gradient, sparse_gradient in zip(*gradients, strict=True):
-        torch.testing.assert_close(sparse_gradient, dense_gradient, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(sparse_gradient, dense_gradient)
 
 
 @pytest.mark.parametrize("most", [4096, 0])
@@ -365,7 +366,7 @@ def _asked(model: MemoryWrapModel, monkeypatch: pytest.MonkeyPatch) -> list[list
     return asked
 
 
-@pytest.mark.parametrize("variant", ["mlp", "probabilities", "vote"])
+@pytest.mark.parametrize("variant", ["mlp", "probabilities", "joint", "vote"])
 def test_own_predictions_are_computed_once_and_for_the_samples_asked_for(
     variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -384,7 +385,7 @@ def test_own_predictions_are_computed_once_and_for_the_samples_asked_for(
 
 
 @pytest.mark.parametrize("change", [change for change in CHANGES if change not in ("double", "half and back")])
-@pytest.mark.parametrize("variant", ["mlp", "probabilities"])
+@pytest.mark.parametrize("variant", ["mlp", "probabilities", "joint"])
 def test_own_predictions_are_dropped_with_the_weights_and_samples_that_they_were_made_of(
     variant: str, change: str
 ) -> None:
