@@ -23,7 +23,7 @@ ROOMS = (
     ("heads", "bank_memory"),
     ("timm_interface", "tracing"),
     ("model",),
-    ("memory_checks", "registry", "whole_model"),
+    ("memory_checks", "familiarity", "registry", "whole_model"),
     ("factory",),
     ("wrapping",),
     ("data",),

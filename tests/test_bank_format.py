@@ -1,6 +1,7 @@
 """The buffers of a bank and the JSON among them: what is taken, and what is refused with its name."""
 
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,15 @@ from timm_memwrap.bank_format import (
     REQUIRED,
     Meaning,
     Provenance,
+    Reference,
     check_state,
     parse_state,
     plain_ids,
     plain_names,
 )
 
-MEANING = Meaning(["a", 2], ["cat", "狗"], Provenance("animals", "balanced", 3, 50, "abc"))
+REFERENCE = Reference("joint", 7, [i / 100 for i in range(101)])
+MEANING = Meaning(["a", 2], ["cat", "狗"], Provenance("animals", "balanced", 3, 50, "abc"), REFERENCE)
 
 
 def _state() -> dict[str, Tensor]:
@@ -61,6 +64,17 @@ def test_meaning_comes_back_as_it_was(meaning: Meaning) -> None:
         ({"provenance": {"seed": "1"}}, "provenance"),
         ({"provenance": {"population": True}}, "provenance"),
         ({"provenance": {"encoder": None}}, "provenance"),
+        ({"reference": []}, "reference"),
+        ({"reference": {"count": 7}}, "reference"),
+        ({"reference": {"count": True, "quantiles": REFERENCE.quantiles}}, "reference"),
+        ({"reference": {"count": 7, "quantiles": REFERENCE.quantiles[::-1]}}, "reference"),
+        ({"reference": {"count": 7, "quantiles": [*REFERENCE.quantiles[1:], math.inf]}}, "reference"),
+        ({"reference": {"count": 7, "quantiles": [*REFERENCE.quantiles[1:], 10**400]}}, "reference"),
+        ({"reference": {"count": 7, "quantiles": [math.nan, *REFERENCE.quantiles[1:]]}}, "reference"),
+        ({"reference": {"count": 7, "quantiles": REFERENCE.quantiles[1:]}}, "reference"),
+        ({"reference": {"count": 0, "quantiles": REFERENCE.quantiles}}, "reference"),
+        ({"reference": {"read": 1}}, "reference"),
+        ({"reference": {"weather": "fine"}}, "reference"),
     ],
 )
 def test_meaning_of_another_kind_is_refused(change: dict[str, Any], quoted: str) -> None:

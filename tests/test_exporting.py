@@ -25,7 +25,7 @@ import timm
 import torch
 from torch import Tensor
 
-from timm_memwrap import MemoryWrapModel, exporting, save_pretrained
+from timm_memwrap import MemoryWrapModel, explain, exporting, save_pretrained
 from timm_memwrap.cli import main
 from timm_memwrap.exporting import FORMATS, METADATA_KEY, ExportError, ExportReport, default_path, export_model
 from timm_memwrap.memory_args import OWN_READ_HEADS, READ_HEADS
@@ -113,6 +113,12 @@ def dense_weights(model: MemoryWrapModel, images: Tensor) -> Tensor:
     return torch.zeros(len(images), len(model.memory_bank)).scatter(1, readout.positions, readout.weights)
 
 
+def dense_similarities(model: MemoryWrapModel, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        readout = model(images, return_readout=True)
+    return torch.zeros(len(images), len(model.memory_bank)).scatter(1, readout.positions, readout.similarities)
+
+
 def assert_computes_the_same(path: Path, model: MemoryWrapModel, size: tuple[int, ...] = SIZE) -> None:
     run = load(path)
     for batch in (1, 2, 5):
@@ -124,8 +130,12 @@ def assert_computes_the_same(path: Path, model: MemoryWrapModel, size: tuple[int
             logits, expected = logits.exp(), expected.exp()
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
         if evidence:
-            weights, indices = evidence
+            weights, indices, similarities, familiar = evidence
             dense = dense_weights(model, images)
+            alike = dense_similarities(model, images).gather(1, indices)[weights > 1e-4]
+            torch.testing.assert_close(similarities[weights > 1e-4], alike, rtol=1e-4, atol=1e-4)
+            explained = [each.familiarity for each in explain(model, images, contenders=0)]
+            torch.testing.assert_close(familiar, torch.tensor(explained), rtol=0, atol=2e-2)
             strongest = dense.sort(dim=1, descending=True).values[:, : weights.shape[1]]
             torch.testing.assert_close(weights, strongest, rtol=0, atol=1e-4)
             torch.testing.assert_close(weights, dense.gather(1, indices), rtol=0, atol=1e-4)
@@ -310,6 +320,8 @@ def test_names_and_dimensions_of_onnx(exported: Exported) -> None:
         "logits": ["batch", CLASSES],
         "weights": ["batch", 3],
         "indices": ["batch", 3],
+        "similarities": ["batch", 3],
+        "familiarity": ["batch"],
     }
 
 
@@ -369,13 +381,24 @@ def test_what_computes_something_else_is_refused(format: str, tmp_path: Path, mo
 
 
 @each_format_onnx_slow
-@pytest.mark.parametrize("wrong", ["weights", "indices"])
-def test_wrong_evidence_is_refused(wrong: str, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "change"),
+    [
+        ("weights", lambda found: found / 2),
+        ("indices", lambda found: found.flip(1)),
+        ("similarities", lambda found: -found),
+        ("familiarity", lambda found: 1 - found),
+    ],
+)
+def test_wrong_evidence_is_refused(
+    wrong: str, change: Callable[[Tensor], Tensor], format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     forward = exporting._Exported.forward
 
     def other_evidence(self: Any, image: Tensor) -> tuple[Tensor, ...]:
-        logits, weights, indices = forward(self, image)
-        return (logits, weights / 2, indices) if wrong == "weights" else (logits, weights, indices.flip(1))
+        names = ("logits", "weights", "indices", "similarities", "familiarity")
+        outputs = dict(zip(names, forward(self, image), strict=True))
+        return tuple((outputs | {wrong: change(outputs[wrong])}).values())
 
     monkeypatch.setattr(exporting._Exported, "forward", other_evidence)
     with pytest.raises(ExportError, match="differs from the model by"):
@@ -413,7 +436,7 @@ def test_a_broken_write_leaves_what_was_there(format: str, tmp_path: Path, monke
 def test_export_replaces_the_file(format: str, tmp_path: Path, exported: Exported) -> None:
     first, model = exported(format)
     path = shutil.copy(first, tmp_path / f"model{FORMATS[format]}")
-    assert len(load(path)(random_images(2))) == 3
+    assert len(load(path)(random_images(2))) == 5
     assert export(model, tmp_path, format).path == path
     assert len(load(path)(random_images(2))) == 1
 
@@ -575,8 +598,8 @@ def test_command(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_command_with_options(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "pets", "--out", "a.pt2", "--format", "export", "--with-evidence", "--top-k", "2"]) == 0
-    assert "logits, weights, indices" in capsys.readouterr().out
-    logits, weights, indices = load(saved.parent / "a.pt2")(random_images(1, (3, 160, 160)))
+    assert "logits, weights, indices, similarities, familiarity" in capsys.readouterr().out
+    logits, weights, indices, *_ = load(saved.parent / "a.pt2")(random_images(1, (3, 160, 160)))
     assert logits.shape == (1, CLASSES)
     assert weights.shape == indices.shape == (1, 2)
 
@@ -615,7 +638,7 @@ def test_indices_point_at_the_samples_that_explain_names(tmp_path: Path) -> None
     model = remember(create(kind="memwrap_evidence"))
     path = export(model, tmp_path, "export", with_evidence=True, top_k=3).path
     images = random_images(3)
-    logits, weights, indices = load(path)(images)
+    logits, weights, indices, *_ = load(path)(images)
     metadata = metadata_of(path)
     for row, explanation in enumerate(explain(model, images, top_k=3)):
         assert metadata["class_names"][int(logits[row].argmax())] == explanation.class_name

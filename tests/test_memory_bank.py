@@ -41,7 +41,8 @@ def _bank(size: int = 6, width: int = 4, images: bool = False, start: int = 0) -
 
 def _snapshot(bank: MemoryBank) -> dict[str, Any]:
     tensors = {name: None if (t := getattr(bank, name)) is None else t.clone() for name in BUFFERS}
-    return {**tensors, "ids": bank.ids, "class_names": bank.class_names, "provenance": bank.provenance}
+    meaning = {name: getattr(bank, name) for name in ("ids", "class_names", "provenance", "reference")}
+    return {**tensors, **meaning}
 
 
 def _assert_same(one: MemoryBank, other: MemoryBank | dict[str, Any]) -> None:

@@ -71,6 +71,8 @@ def test_weights_and_similarities_are_those_of_a_loop(how: str, distance: str, s
     weights = sparsemax(scale * similarity, dim=-1)
     torch.testing.assert_close(_dense(read), weights, atol=1e-4, rtol=0)
     torch.testing.assert_close(read.vector, weights @ memory, atol=1e-4, rtol=1e-4)
+    compared = (F.normalize(queries), F.normalize(keys)) if distance == "cosine" else (queries, keys)
+    torch.testing.assert_close(read.remainder, (compared[0] - weights @ compared[1]).norm(dim=1), atol=1e-4, rtol=1e-4)
     used = read.weights > 0
     expected = similarity.gather(1, read.positions)
     torch.testing.assert_close(read.similarities[used], expected[used], atol=1e-4, rtol=1e-4)
@@ -104,6 +106,19 @@ def test_a_reconstruction_is_of_the_nearest_samples(how: str, kind: str, hides: 
     torch.testing.assert_close(read.weights.sum(dim=1), torch.ones(5))
     expected = layer.read(layer.query(inputs), _prepare(layer, "dense", size), hidden)
     torch.testing.assert_close(read.vector, expected.vector, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(read.remainder, (queries - _dense(read, size) @ keys).norm(dim=1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("how", READS)
+def test_what_is_remembered_leaves_no_remainder(how: str) -> None:
+    layer = BaselineMemory(WIDTH, CLASSES, read="reconstruction").eval()
+    # Fewer samples than dimensions, so that others do not make up one of them.
+    inputs, _ = _memory(6)
+    with torch.no_grad():
+        memory = _prepare(layer, how, 6)
+        assert layer.read(layer.query(inputs[:5]), memory).remainder.amax() < 1e-3
+        hidden = torch.arange(5).unsqueeze(1)
+        assert layer.read(layer.query(inputs[:5]), memory, hidden).remainder.amin() > 0.05
 
 
 @pytest.mark.parametrize("how", ["dense", "sparse"])

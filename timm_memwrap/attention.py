@@ -18,6 +18,7 @@ __all__ = [
     "MASKED",
     "Keys",
     "content_weights",
+    "distances",
     "float32_island",
     "make_keys",
     "scores",
@@ -115,6 +116,14 @@ def similarities(scores: Tensor, queries: Tensor, keys: Keys) -> Tensor:
         return scores
     assert keys.centre is not None
     return scores - keys.constant - (queries - keys.centre).square().sum(dim=-1, keepdim=True)
+
+
+def distances(queries: Tensor, keys: Keys, sums: Tensor) -> Tensor:
+    """Computes how far queries `[B, D]` are from the weighted means of keys whose sums `[B, D]` are given, `[B]`."""
+    if keys.centre is not None:
+        # The vectors are twice the encodings; see `make_keys`.
+        queries, sums = queries - keys.centre, sums / 2
+    return torch.linalg.vector_norm(queries - sums, dim=-1)
 
 
 def content_weights(similarity: Tensor) -> Tensor:

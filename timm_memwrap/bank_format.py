@@ -4,6 +4,7 @@ Shapes: M memory samples, D width of an encoding.
 """
 
 import json
+import math
 import operator
 from collections import Counter
 from collections.abc import Iterable
@@ -15,7 +16,18 @@ from torch import Tensor
 
 from timm_memwrap.constants import BANK_FORMAT_VERSION
 
-__all__ = ["BUFFERS", "DTYPES", "REQUIRED", "Meaning", "Provenance", "SampleId", "check_state", "parse_state"]
+__all__ = [
+    "BUFFERS",
+    "DTYPES",
+    "QUANTILES",
+    "REQUIRED",
+    "Meaning",
+    "Provenance",
+    "Reference",
+    "SampleId",
+    "check_state",
+    "parse_state",
+]
 
 # name: (dtype, number of dimensions)
 BUFFERS = {
@@ -27,6 +39,9 @@ BUFFERS = {
 REQUIRED = ("encodings", "labels", "meaning")
 # What encodings may be stored in. All but the first lose digits; a read is in float32 whatever they are stored in.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Values that a reference is described by.
+QUANTILES = 101
 
 SampleId = int | str
 
@@ -55,12 +70,28 @@ class Provenance:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """How near the samples came to held-out images: what the familiarity of an input is measured against.
+
+    Args:
+        read: How the samples were read. Of another way to read them it says nothing.
+        count: Number of held-out images; 0 without a reference.
+        quantiles: 101 quantiles of the remainder over them, from the least to the largest.
+    """
+
+    read: str = ""
+    count: int = 0
+    quantiles: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Meaning:
     """What of a bank is not a number. Travels as JSON in a uint8 buffer, so that stock timm restores it."""
 
     ids: list[SampleId] = field(default_factory=list)
     class_names: list[str] = field(default_factory=list)
     provenance: Provenance = field(default_factory=Provenance)
+    reference: Reference = field(default_factory=Reference)
 
     def to_tensor(self) -> Tensor:
         """Returns the JSON as bytes."""
@@ -82,6 +113,7 @@ class Meaning:
                 f"{BANK_FORMAT_VERSION}. Upgrade timm-memwrap, or build the bank again with build_memory_bank."
             )
         ids, names, provenance = data.get("ids"), data.get("class_names"), data.get("provenance")
+        reference = data.get("reference", {})
         valid = (
             isinstance(ids, list)
             and all(isinstance(i, int | str) and not isinstance(i, bool) for i in ids)
@@ -89,12 +121,15 @@ class Meaning:
             and all(isinstance(name, str) for name in names)
             and isinstance(provenance, dict)
             and all(_is_valid(provenance, key) for key in _PROVENANCE)
+            and _is_reference(reference)
         )
         if not valid:
             raise ValueError(
-                "The memory bank's ids, class_names or provenance are missing or of another type. The file is damaged."
+                "The memory bank's ids, class_names, provenance or reference are missing or of another type. The file "
+                "is damaged."
             )
-        return cls(ids, names, Provenance(**{k: v for k, v in provenance.items() if k in _PROVENANCE}))
+        kept = {k: v for k, v in provenance.items() if k in _PROVENANCE}
+        return cls(ids, names, Provenance(**kept), Reference(**reference))
 
 
 _PROVENANCE = {f.name: type(f.default) for f in fields(Provenance)}
@@ -105,6 +140,23 @@ def _is_valid(provenance: dict[str, Any], key: str) -> bool:
     if kind is str:
         return isinstance(value, str)
     return (value is None and kind is not int) or (isinstance(value, int) and not isinstance(value, bool))
+
+
+def _is_reference(reference: Any) -> bool:
+    """Returns whether parsed JSON is a `Reference`: of no images, or numbers that can be compared with."""
+    empty = asdict(Reference())
+    if not isinstance(reference, dict) or not reference.keys() <= empty.keys():
+        return False
+    read, count, quantiles = {**empty, **reference}.values()
+    return (
+        isinstance(read, str)
+        and isinstance(count, int)
+        and not isinstance(count, bool)
+        and isinstance(quantiles, list)
+        and len(quantiles) == (QUANTILES if count else 0)
+        and all(isinstance(value, float) and math.isfinite(value) for value in quantiles)
+        and quantiles == sorted(quantiles)
+    )
 
 
 def plain_ids(ids: Iterable[Any]) -> list[SampleId]:

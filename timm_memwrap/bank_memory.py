@@ -40,6 +40,7 @@ class BankMemory:
     predictions: Tensor | None = None  # [M], -1 where nobody has asked
     groups: Tensor | None = None  # [M], the same number for samples that are identical; None where nobody has asked
     lengths: Tensor | None = None  # [M], of the pre-logits; None where nobody has asked
+    quantiles: Tensor | None = None  # of what reads of its own samples leave out; None where nobody has asked
 
     def predict(self, positions: Tensor, own_logits: Callable[[Tensor], Tensor]) -> Tensor:
         """Returns predictions for positions of any shape, made once for each from the logits `[P, C]` of `[P]`."""

@@ -24,6 +24,7 @@ from torch.export import Dim, ExportedProgram
 
 from timm_memwrap._utils import check_choice, check_count, optional_import, replacing
 from timm_memwrap.data import data_config, known_class_names
+from timm_memwrap.familiarity import familiarity, reference_quantiles
 from timm_memwrap.hub import from_pretrained
 from timm_memwrap.hub.privacy import public_bank
 from timm_memwrap.memory_bank import MemoryBank
@@ -39,6 +40,9 @@ FORMATS = {"onnx": ".onnx", "export": ".pt2"}
 # Where the JSON about the memory is: in ONNX's metadata_props, and with ".json" among the extra files of a ".pt2".
 METADATA_KEY = "timm_memwrap"
 _INPUT_KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+
+# Names of the outputs with evidence, behind the logits.
+_EVIDENCE = ("weights", "indices", "similarities", "familiarity")
 
 # A size of 1 may be taken for a constant when a graph is traced, so it is traced with another and checked with it.
 _TRACED_BATCH, _CHECKED_BATCHES = 2, (1, 3)
@@ -73,14 +77,17 @@ class _Exported(nn.Module):
     def __init__(self, model: MemoryWrapModel, top_k: int | None) -> None:
         super().__init__()
         self.model, self.top_k = model, top_k
+        self.quantiles = reference_quantiles(model) if top_k else None
         self.memory = model.head.prepare(*model.memory_bank.filled())
         model.memory_bank = MemoryBank()
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Classifies images `[B, C, H, W]`: logits `[B, C]`, and on request weights and indices `[B, K]`."""
+        """Classifies images `[B, C, H, W]`: logits `[B, C]`, and on request what they read."""
         readout = self.model.read(self.model.encode(image), memory=self.memory)
-        evidence = (readout.weights[:, : self.top_k], readout.positions[:, : self.top_k]) if self.top_k else ()
-        return readout.logits, *evidence
+        if self.quantiles is None:
+            return (readout.logits,)
+        samples = (readout.weights, readout.positions, readout.similarities)
+        return readout.logits, *(each[:, : self.top_k] for each in samples), familiarity(readout, self.quantiles)
 
 
 def export_model(
@@ -105,7 +112,8 @@ def export_model(
         path: The file to write: `.onnx`, or `.pt2` for `torch.export`.
         format: `"onnx"` or `"export"`.
         with_evidence: Whether the file also returns the content `weights` `[B, K]` of the `top_k` strongest samples,
-            and their `indices` `[B, K]` in the memory. All weights sum to 1, so these tell how much is not shown.
+            their `indices` `[B, K]` in the memory and their `similarities` `[B, K]`, and the `familiarity` `[B]` of the
+            input, as `explain` does. All weights sum to 1, so these tell how much is not shown.
         top_k: How many samples K; all, if the bank holds fewer.
         input_size: Size `(C, H, W)` of an image; `None` for the one in the model's `pretrained_cfg`.
         opset: ONNX opset version; `None` for the exporter's default.
@@ -138,8 +146,9 @@ def export_model(
     with torch.no_grad():
         expected = [_expected(model, batch, size) for batch in _CHECKED_BATCHES]
         metadata = json.dumps(_describe(model, size))
-        program = _trace(_Exported(model, top_k if with_evidence else None).eval(), size)
-    outputs = ["logits", "weights", "indices"] if with_evidence else ["logits"]
+        exported = _Exported(model, top_k if with_evidence else None).eval()
+        program = _trace(exported, size)
+    outputs = ["logits", *(_EVIDENCE if with_evidence else ())]
 
     with replacing(path) as temporary:
         if format == "onnx":
@@ -147,7 +156,11 @@ def export_model(
         else:
             run = _write_program(program, temporary, metadata)
         votes = model.memory_args["classifier"] == "vote"
-        difference = max(_difference(run(images), readout, votes) for images, readout in expected) if run else None
+        difference = None
+        if run is not None:
+            difference = max(
+                _difference(run(images), readout, exported.quantiles, votes, tolerance) for images, readout in expected
+            )
         # Written so that NaN is refused too.
         if difference is not None and not difference <= tolerance:
             raise ExportError(
@@ -197,6 +210,8 @@ def _describe(model: MemoryWrapModel, size: tuple[int, ...]) -> dict[str, Any]:
         "class_names": known_class_names(model),
         "input": {key: config[key] for key in _INPUT_KEYS},
         "memory": {"ids": bank.ids, "labels": labels, "predictions": predictions, **asdict(bank.provenance)},
+        # 0 if the memory's own samples stand in for held-out images.
+        "calibrated_on": bank.reference.count,
     }
 
 
@@ -264,17 +279,31 @@ def _expected(model: MemoryWrapModel, batch: int, size: tuple[int, ...]) -> tupl
         raise ValueError(f"input_size={size} does not fit: {error}. Pass (channels, height, width).") from error
 
 
-def _difference(outputs: list[Tensor], readout: MemoryReadout, votes: bool) -> float:
+def _difference(
+    outputs: list[Tensor], readout: MemoryReadout, quantiles: Tensor | None, votes: bool, tolerance: float
+) -> float:
     """Returns the largest difference between what a file computed and what the model read."""
     (logits, *evidence), expected = outputs, readout.logits
     if votes:
         # The logarithm of a share near zero says nothing but its rounding.
         logits, expected = logits.exp(), expected.exp()
     differences = [logits - expected]
-    if evidence:
-        weights, indices = evidence
+    if quantiles is not None:
+        weights, indices, similarities, familiar = evidence
         size = max(int(indices.max()) + 1, int(readout.positions.max()) + 1, weights.shape[1])
-        dense = readout.weights.new_zeros(len(weights), size).scatter(1, readout.positions, readout.weights)
+        dense, alike = (
+            values.new_zeros(len(weights), size).scatter(1, readout.positions, values)
+            for values in (readout.weights, readout.similarities)
+        )
         # Samples that tie may come in any order: each must have its weight, and the weights be the largest.
         differences += [weights - dense.gather(1, indices), weights - dense.topk(weights.shape[1], dim=1).values]
+        # Relative, since they may be distances; those without weight are not among what the model returns.
+        wrong = (similarities - alike.gather(1, indices)) * (weights > 0)
+        differences.append(wrong / readout.similarities.abs().amax().clamp(min=1))
+        # Where the quantiles are close, familiarity makes much of rounding.
+        least, most = (
+            familiarity(readout._replace(remainder=readout.remainder + shift), quantiles)
+            for shift in (tolerance, -tolerance)
+        )
+        differences += [(least - familiar).clamp(min=0), (familiar - most).clamp(min=0)]
     return max(float(difference.abs().max()) for difference in differences)

@@ -21,6 +21,7 @@ from timm_memwrap.bank_format import (
     REQUIRED,
     Meaning,
     Provenance,
+    Reference,
     SampleId,
     check_state,
     parse_state,
@@ -30,7 +31,7 @@ from timm_memwrap.bank_format import (
 from timm_memwrap.fingerprint import Watch
 from timm_memwrap.tensor_files import read_tensors, write_tensors
 
-__all__ = ["MemoryBank", "Provenance", "SampleId", "largest_label"]
+__all__ = ["MemoryBank", "Provenance", "Reference", "SampleId", "largest_label"]
 
 _logger = logging.getLogger(__name__)
 
@@ -115,6 +116,11 @@ class MemoryBank(nn.Module):
         return self._parsed_meaning().provenance
 
     @property
+    def reference(self) -> Reference:
+        """How near the samples came to held-out images; of no images until `calibrate` is called."""
+        return self._parsed_meaning().reference
+
+    @property
     def class_counts(self) -> dict[int, int]:
         """Number of samples by label."""
         return dict(sorted(Counter([] if self.labels is None else self.labels.tolist()).items()))
@@ -180,7 +186,7 @@ class MemoryBank(nn.Module):
             state[name] = None if new is None or old is None else torch.cat([old, new.detach().to(old)])
         meaning = self._parsed_meaning()
         provenance = dataclasses.replace(meaning.provenance, appended=meaning.provenance.appended + len(labels))
-        self._set(state, dataclasses.replace(meaning, ids=[*meaning.ids, *plain_ids(ids)], provenance=provenance))
+        self._set(state, Meaning([*meaning.ids, *plain_ids(ids)], meaning.class_names, provenance))
 
     def remove(self, ids: Iterable[SampleId]) -> "MemoryBank":
         """Forgets the samples with these ids, and returns itself.
@@ -211,7 +217,7 @@ class MemoryBank(nn.Module):
         state = {name: None if tensor is None else tensor[index] for name, tensor in self._state().items()}
         before, provenance = self.class_counts, meaning.provenance
         provenance = dataclasses.replace(provenance, removed=provenance.removed + len(self) - len(kept))
-        self._set(state, dataclasses.replace(meaning, ids=[meaning.ids[i] for i in kept], provenance=provenance))
+        self._set(state, Meaning([meaning.ids[i] for i in kept], meaning.class_names, provenance))
         if gone := [label for label in before if label not in self.class_counts]:
             names = dict(enumerate(meaning.class_names))
             _logger.warning(
@@ -260,6 +266,11 @@ class MemoryBank(nn.Module):
         self.filled()
         names = plain_names(class_names)
         self._set(self._state(), dataclasses.replace(self._parsed_meaning(), class_names=names))
+
+    def set_reference(self, reference: Reference) -> None:
+        """Records how near the samples came to held-out images. It is dropped when samples come or go."""
+        self.filled()
+        self._set(self._state(), dataclasses.replace(self._parsed_meaning(), reference=reference))
 
     def set_encoder(self, encoder: str) -> None:
         """Records which encoder encoded the samples, by its fingerprint."""

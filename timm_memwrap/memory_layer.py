@@ -16,6 +16,7 @@ from timm_memwrap.attention import (
     MASKED,
     Keys,
     content_weights,
+    distances,
     float32_island,
     make_keys,
     scores,
@@ -62,12 +63,15 @@ class Read(NamedTuple):
         positions: Positions `[B, K]` of these samples in the memory; they mean nothing where the weight is zero.
         similarities: Similarities `[B, K]` to these samples, before the scale: the cosine, the inner product, or minus
             the squared distance.
+        remainder: What the samples do not account for, `[B]`: the distance of the query to the weighted mean of their
+            keys, 0 if they make up the input. Without gradient.
     """
 
     vector: Tensor
     weights: Tensor
     positions: Tensor
     similarities: Tensor
+    remainder: Tensor
 
 
 class MemoryReadout(NamedTuple):
@@ -78,6 +82,7 @@ class MemoryReadout(NamedTuple):
         weights: Content weights `[B, K]`, strongest first; rows with less support end in zeros.
         positions: Positions `[B, K]` of those samples in the memory set; they mean nothing where the weight is zero.
         similarities: Similarities `[B, K]` to these samples, in the read's own metric and before its scale.
+        remainder: Distance `[B]` of the input to the weighted mean of these samples, in the space of the keys.
         encoding: Encodings of the inputs `[B, E]`.
     """
 
@@ -85,6 +90,7 @@ class MemoryReadout(NamedTuple):
     weights: Tensor
     positions: Tensor
     similarities: Tensor
+    remainder: Tensor
     encoding: Tensor
 
 
@@ -260,12 +266,13 @@ class MemoryLayer(nn.Module, ABC):
         vector = self._sum_all(weights, memory.values)
         if not ranked:
             nothing = weights[:, :0]
-            return Read(vector, nothing, nothing.long(), nothing)
+            return Read(vector, nothing, nothing.long(), nothing, nothing)
+        remainder = distances(query.detach(), memory.keys, weights.detach() @ memory.keys.vectors.detach())
         weights, positions = weights.sort(dim=-1, descending=True, stable=True)
         found = found.gather(1, positions)
         if not (self.training or torch.compiler.is_compiling()):
             weights, positions, found = trim(weights, positions, found)
-        return Read(vector, weights, positions, similarities(found, query, memory.keys))
+        return Read(vector, weights, positions, similarities(found, query, memory.keys), remainder)
 
     def _search(self, query: Tensor, memory: PreparedMemory, index: Index, hidden: Tensor | None) -> Read:
         if self.reconstructs:
@@ -274,7 +281,7 @@ class MemoryLayer(nn.Module, ABC):
                 dim=-1, descending=True, stable=True
             )
             weights, positions, found = trim(weights, positions.gather(1, order), found.gather(1, order))
-            return Read(self._sum_few(weights, positions, memory.values), weights, positions, found)
+            return self._read_few(query, memory, weights, positions, found)
         scale = self.scale
         factor = scale.detach() if isinstance(scale, Tensor) else scale
         weights, positions, scaled = index.search(query.detach(), factor, hidden)
@@ -286,8 +293,14 @@ class MemoryLayer(nn.Module, ABC):
             unread = weights == 0
             found = scores_at(query, memory.keys, positions)
             weights = content_weights(self._scaled(found).masked_fill(unread, MASKED)).masked_fill(unread, 0.0)
+        return self._read_few(query, memory, weights, positions, similarities(found, query, memory.keys))
+
+    def _read_few(
+        self, query: Tensor, memory: PreparedMemory, weights: Tensor, positions: Tensor, found: Tensor
+    ) -> Read:
         vector = self._sum_few(weights, positions, memory.values)
-        return Read(vector, weights, positions, similarities(found, query, memory.keys))
+        mean = sum_values(weights.detach(), positions, memory.keys.vectors.detach())
+        return Read(vector, weights, positions, found, distances(query.detach(), memory.keys, mean))
 
     def _scaled(self, found: Tensor) -> Tensor:
         return found if self._scale == 1.0 else found * self.scale

@@ -21,7 +21,7 @@ from timm_memwrap.fingerprint import WatchedFingerprint
 from timm_memwrap.heads import Calibration, new_head
 from timm_memwrap.memory_args import resolve_memory_args
 from timm_memwrap.memory_bank import MemoryBank, largest_label
-from timm_memwrap.memory_layer import MemoryReadout, PreparedMemory, is_factor
+from timm_memwrap.memory_layer import MemoryReadout, PreparedMemory, Read, is_factor
 from timm_memwrap.search import check_index
 from timm_memwrap.timm_interface import TimmInterface, add_prefix
 from timm_memwrap.tracing import forward_features, is_traced, trace_read
@@ -199,7 +199,7 @@ class MemoryWrapModel(TimmInterface):
         Args:
             positions: Positions `[P]` in the bank.
         """
-        known, (encodings, _) = self._bank_memory(), self.memory_bank.filled()
+        known, (encodings, _) = self.prepared_bank(), self.memory_bank.filled()
         memory, parts = known.memory, []
         with torch.no_grad():
             for part in positions.split(max(1, _MOST_SCORES // len(memory.keys.vectors))):
@@ -219,7 +219,7 @@ class MemoryWrapModel(TimmInterface):
         """
         if positions is None:
             positions = torch.arange(len(self.memory_bank), device=self.memory_bank.filled()[1].device)
-        return self._bank_memory().predict(positions, self.own_logits)
+        return self.prepared_bank().predict(positions, self.own_logits)
 
     def encoder_fingerprint(self, rehash: bool = False) -> str:
         """Returns the fingerprint of the weights that encode images.
@@ -341,9 +341,8 @@ class MemoryWrapModel(TimmInterface):
 
     def _read(self, encoding: Tensor, memory: Any, hidden: Any, ranked: bool) -> MemoryReadout:
         memory, hidden = self._memory_set(encoding, memory, hidden)
-        vector, weights, positions, similarities = self.head.read(self.head.query(encoding), memory, hidden, ranked)
-        logits = self.calibration(self.head.classify(encoding, vector))
-        return MemoryReadout(logits, weights, positions, similarities, encoding)
+        read: Read = self.head.read(self.head.query(encoding), memory, hidden, ranked)
+        return MemoryReadout(self.calibration(self.head.classify(encoding, read.vector)), *read[1:], encoding)
 
     def _memory_set(self, encoding: Tensor, memory: Any, hidden: Tensor | None) -> tuple[PreparedMemory, Tensor | None]:
         """Chooses the memory set, and what of it each input must not see."""
@@ -362,7 +361,7 @@ class MemoryWrapModel(TimmInterface):
             self._training_queue().append(encoding)
             return self.head.prepare(encoding), torch.arange(encoding.shape[0], device=encoding.device).unsqueeze(1)
         if len(self.memory_bank):
-            return self._bank_memory(encoding).memory, hidden
+            return self.prepared_bank(encoding).memory, hidden
         if self.queue is not None and self.memory_args["classifier"] != "vote":
             queued = self.queue.encodings.to(wide(encoding).dtype)
             return self.head.prepare(queued), self.queue.empty_entries(encoding.shape[0])
@@ -370,7 +369,8 @@ class MemoryWrapModel(TimmInterface):
             self._warned = warn_of_empty_memory()
         return empty_memory(self.head, encoding), None
 
-    def _bank_memory(self, like: Tensor | None = None) -> BankMemory:
+    def prepared_bank(self, like: Tensor | None = None) -> BankMemory:
+        """Returns what reads of the bank use, made once for these weights and samples."""
         others = classifiers_of(self.backbone) if self.keeps_classifier else ()
         dtype = wide(next(self.backbone.parameters()) if like is None else like).dtype
         return bank_memory(self.memory_bank, self.head, others, dtype, self._index_args, self.check_bank)

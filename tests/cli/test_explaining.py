@@ -14,7 +14,7 @@ import timm_memwrap
 from timm_memwrap import explain
 from timm_memwrap.cli import main
 from timm_memwrap.data import open_source
-from timm_memwrap.explaining import evaluate_explanations, memory_report
+from timm_memwrap.explaining import evaluate_explanations, evaluate_unknown, memory_report
 from timm_memwrap.jobs.explain import find_images
 
 CLASSES = ["ant", "bee", "cow"]
@@ -154,6 +154,36 @@ def test_evaluate_prints_and_writes_the_metrics_by_the_names_of_the_classes(
     # The classes stand in the folder itself.
     assert main(["evaluate", str(place / "model"), "--data", str(place / "data/test"), "--split", ""]) == 0
     assert capsys.readouterr().out == f"{expected}\n"
+
+
+def test_evaluate_tells_known_from_unknown_images(
+    place: Path, model: timm_memwrap.MemoryWrapModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unknown = tmp_path / "unknown" / "stripes"
+    unknown.mkdir(parents=True)
+    pictures = [Image.linear_gradient("L").resize((32, 32)).rotate(30 * i).convert("RGB") for i in range(3)]
+    for i, picture in enumerate(pictures):
+        picture.save(unknown / f"{i}.png")
+    args = ["evaluate", str(place / "model"), "--data", str(place / "data"), "--split", "test"]
+    assert main([*args, "--unknown", str(unknown.parent), "--json", "-"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    by_hand = [(Image.open(path), CLASSES.index(path.parent.name)) for path, _ in find_images([place / "data/test"])]
+    expected = evaluate_unknown(model, by_hand, pictures, progress=False).to_dict()
+    assert {name: found[name] for name in expected} == expected
+    assert (found["known"], found["unknown"]) == (6, 3)
+    assert main([*args, "--unknown", str(tmp_path / "none")]) != 0
+    assert "There is no" in capsys.readouterr().err
+
+
+def test_explain_calls_images_unfamiliar_if_asked_to(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo = str(tmp_path / "noise.png")
+    Image.effect_noise((32, 32), 250).convert("RGB").save(photo)
+    assert main(["explain", str(place / "model"), photo, "--abstain", "1"]) == 0
+    assert ": unfamiliar (" in capsys.readouterr().out
+    assert main(["explain", str(place / "model"), photo]) == 0
+    assert ": unfamiliar (" not in capsys.readouterr().out
 
 
 def test_report_prints_and_draws(

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import timm_memwrap
 from timm_memwrap.explaining import fit_temperature
+from timm_memwrap.familiarity import fit_reference
 from timm_memwrap.model import MemoryWrapModel
 
 
@@ -53,6 +54,7 @@ def test_calibrating_changes_the_temperature_alone(
     assert temperature == model.temperature
     torch.testing.assert_close(after.logits * temperature, before.logits)
     assert torch.equal(after.weights, before.weights)
+    assert model.memory_bank.reference == fit_reference(model, before.remainder)
     assert not model.memory_is_stale()
 
 
@@ -78,6 +80,7 @@ def test_without_a_wrong_prediction_the_temperature_stays(
     with caplog.at_level(logging.WARNING):
         assert timm_memwrap.calibrate(model, TensorDataset(images, labels), progress=False) == 3.0
     assert "All 6 images" in caplog.text
+    assert model.memory_bank.reference.count == 6, "familiarity asks for no errors"
 
 
 def test_nothing_to_calibrate_with_is_refused(
@@ -103,3 +106,12 @@ def test_a_stale_memory_is_warned_of(
     with caplog.at_level(logging.WARNING):
         timm_memwrap.calibrate(model, _labelled(make_images), progress=False)
     assert "stale" in caplog.text
+
+
+def test_calibrated_familiarity_is_uniform_over_images_like_those_given(
+    make_model: Callable[..., MemoryWrapModel], make_images: Callable[..., torch.Tensor]
+) -> None:
+    model = make_model("wrapped")
+    timm_memwrap.calibrate(model, _labelled(make_images, 200), progress=False)
+    found = sorted(each.familiarity for each in timm_memwrap.explain(model, make_images(200, seed=11), contenders=0))
+    assert max(abs(value - (i + 0.5) / 200) for i, value in enumerate(found)) < 0.15

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from timm_memwrap import explain
+from timm_memwrap.familiarity import familiarity, fit_reference, reference_quantiles
 from timm_memwrap.model import MemoryWrapModel
 
 
@@ -23,6 +24,18 @@ def _probabilities(model: MemoryWrapModel, image: torch.Tensor, kept: list[int])
     model.memory_bank.select(kept)
     with torch.no_grad():
         return model(image.unsqueeze(0))[0].softmax(dim=0)
+
+
+def _carried(model: MemoryWrapModel, image: torch.Tensor, read: torch.Tensor) -> float | None:
+    """Returns the share of the plain classifier's margin that is left in the logits of the read."""
+    if model.memory_args["classifier"] != "own":
+        return None
+    with torch.no_grad():
+        plain = model.backbone(image.unsqueeze(0))[0].tolist()
+    prediction = int(read.argmax())
+    other = max((i for i in range(len(plain)) if i != prediction), key=lambda i: plain[i])
+    margin = plain[prediction] - plain[other]
+    return float(read[prediction] - read[other]) / margin if margin > 0 else None
 
 
 def test_it_agrees_with_the_model_read_one_image_at_a_time(
@@ -37,6 +50,9 @@ def test_it_agrees_with_the_model_read_one_image_at_a_time(
         assert explanation.probability == pytest.approx(float(probabilities.max()), abs=1e-5)
         weights = {int(i): float(w) for i, w in zip(readout.positions[0], readout.weights[0], strict=True) if w > 1e-5}
         similarities = dict(zip(readout.positions[0].tolist(), readout.similarities[0].tolist(), strict=True))
+        quantiles = reference_quantiles(model)
+        assert explanation.familiarity == pytest.approx(float(familiarity(readout, quantiles)), abs=1e-3)
+        assert explanation.carried == pytest.approx(_carried(model, image, readout.logits[0]), abs=1e-3)
         assert explanation.support_size == len(weights)
         by_weight = sorted(weights, key=lambda i: -weights[i])
         assert [sample.position for sample in explanation.samples] == by_weight[:3]
@@ -236,3 +252,33 @@ def test_a_stale_memory_is_said_once_a_call(
         explain(model, make_images(2))
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "stale" in caplog.text
+
+
+def test_it_abstains_only_if_asked_to(
+    make_model: Callable[..., MemoryWrapModel], make_images: Callable[..., torch.Tensor]
+) -> None:
+    model, images = make_model("wrapped"), make_images(8)
+    usual = explain(model, images)
+    least = sorted(each.familiarity for each in usual)[3]
+    asked = explain(model, images, abstain=least)
+    assert not any(each.unfamiliar for each in usual)
+    assert sum(each.unfamiliar for each in asked) == 3
+    for one, other in zip(usual, asked, strict=True):
+        assert other.prediction == one.prediction
+        assert other.unfamiliar == (one.familiarity < least)
+        assert other.title == ("unfamiliar" if other.unfamiliar else one.class_name)
+        assert str(other).startswith(other.title)
+    for wrong in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"abstain=.*between 0 and 1"):
+            explain(model, images, abstain=wrong)
+
+
+def test_what_is_unlike_the_memory_is_a_doubt(
+    make_model: Callable[..., MemoryWrapModel], make_images: Callable[..., torch.Tensor]
+) -> None:
+    model = make_model("wrapped")
+    model.memory_bank.set_reference(fit_reference(model, torch.linspace(0, 1e-3, 50)))
+    for explanation in explain(model, make_images(3), contenders=0):
+        assert explanation.familiarity == 0.0
+        assert explanation.doubts == ["it is more unlike the memory than 100% of known images"]
+        assert explanation.doubts[0] in str(explanation)

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -48,9 +49,14 @@ def naive(model: MemoryWrapModel, images: torch.Tensor, labels: torch.Tensor, de
     def note(name: str, value: float) -> None:
         columns.setdefault(name, []).append(float(value))
 
+    # Without held-out images, the samples themselves, each read with itself hidden.
+    left_out = [float(model.read(bank.encodings[[i]], hidden=torch.tensor([[i]])).remainder) for i in range(len(bank))]
+    levels = np.linspace(0, 1, 101)
+
     for image, label in zip(images, labels.tolist(), strict=True):
         encoding = model.encode(image.unsqueeze(0))[0]
         readout = model.read(encoding.unsqueeze(0))
+        note("unfamiliar_rate", np.interp(float(readout.remainder), np.quantile(left_out, levels), levels) > 0.95)
         logits = readout.logits[0]
         probabilities = logits.softmax(dim=0)
         prediction = int(logits.argmax())

@@ -4,7 +4,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from timm_memwrap.explaining.ranking import area_under_risk_coverage, auroc
+from timm_memwrap.explaining.ranking import area_under_risk_coverage, auroc, fpr_at_95
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -36,3 +36,13 @@ def test_equal_confidences_share_their_errors() -> None:
     expected = area_under_risk_coverage(torch.ones(5), right)
     assert expected == pytest.approx(0.4)
     assert area_under_risk_coverage(torch.ones(5), right.flip(0)) == expected
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_false_positive_rate_is_that_of_the_highest_threshold_that_keeps_95_percent(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(50, (90,), generator=generator) / 50
+    positive = torch.rand(90, generator=generator) < 0.6
+    kept = [t for t in scores[positive].tolist() if (scores[positive] >= t).float().mean() >= 0.95]
+    expected = (scores[~positive] >= max(kept)).float().mean()
+    assert fpr_at_95(scores, positive) == pytest.approx(float(expected))

@@ -48,8 +48,8 @@ def test_push_pull_inspect(
         "classes 3",
         f"parameters {sum(p.numel() for p in model.parameters()):,}",
     ]
-    assert lines[5:9] == ["from pets: all of 12", "images not inside", "fingerprint fits the weights", "by class"]
-    assert lines[9:] == ["cat 4", "dog 4", "a|b <i>*c*</i> 4"]
+    assert lines[5:9] == ["from pets: all of 12", "images not inside", "fingerprint fits the weights", "calibrated no"]
+    assert lines[9:] == ["by class", "cat 4", "dog 4", "a|b <i>*c*</i> 4"]
 
 
 def test_inspect_says_stale_and_empty(

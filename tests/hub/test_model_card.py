@@ -15,6 +15,7 @@ from torch import Tensor
 import timm_memwrap
 from timm_memwrap import MemoryWrapModel
 from timm_memwrap.hub.model_card import make_card, update_memory
+from timm_memwrap.memory_bank import Reference
 
 DETAILS = {
     "description": "A model of **pets**.",
@@ -92,6 +93,12 @@ def test_the_memory_is_described_as_it_is_pushed(hub: Hub, token: str, model: Me
     assert "| Chosen | all |" in card
     assert "| Images | not inside" in card
     assert "| cat | 4 |" in card
+    assert "| Familiarity | not calibrated on held-out images |" in card
+    model.memory_bank.set_reference(Reference("read", 1500, [0.01 * i for i in range(101)]))
+    timm_memwrap.push_to_hub(model, "me/calibrated")
+    files = hub.repos["me/calibrated"].files()
+    assert "| Familiarity | measured against 1,500 held-out images |" in files["README.md"].decode()
+    assert timm_memwrap.from_pretrained("me/calibrated").memory_bank.reference == model.memory_bank.reference
     timm_memwrap.push_to_hub(model, "me/with-images", include_images=True)
     assert "small pictures of the samples are inside" in hub.repos["me/with-images"].files()["README.md"].decode()
 

@@ -10,7 +10,14 @@ from timm_memwrap.data import open_remembered, open_source
 from timm_memwrap.experiments.configuration import Comparison
 from timm_memwrap.experiments.plots import plot_rows
 from timm_memwrap.experiments.timing import table
-from timm_memwrap.explaining import evaluate_explanations, memory_report, plot_memory_report
+from timm_memwrap.explaining import (
+    ExplanationMetrics,
+    UnknownMetrics,
+    evaluate_explanations,
+    evaluate_unknown,
+    memory_report,
+    plot_memory_report,
+)
 from timm_memwrap.hub import from_pretrained
 from timm_memwrap.jobs.explain import describe, explain_files, find_images
 from timm_memwrap.jobs.inference import Inference
@@ -28,6 +35,7 @@ def explain(
     heatmaps: str | None = None,
     contenders: int = 3,
     correspondences: int = 0,
+    abstain: float = 0.0,
     json: str | None = None,
     progress: bool = IN_TERMINAL,
     **options: Any,
@@ -45,6 +53,7 @@ def explain(
         contenders: How many of the most probable classes to show, each with the remembered images that look most like
             the input; 0 for none.
         correspondences: How many places to mark at most that an image and a remembered image have in common.
+        abstain: Familiarity below which an image is called unfamiliar instead of a class, e.g. 0.05; 0 for never.
         json: File to write the explanations to as JSON, or - to print that instead of tables.
         progress: Whether to show progress bars; by default in a terminal.
         **options: As of Inference.
@@ -54,7 +63,7 @@ def explain(
     model = from_pretrained(source).to(inference.find_device())
     memory = None if memory_data is None else open_remembered(memory_data)
     explanations = explain_files(
-        model, found, top_k, memory, heatmaps, contenders, correspondences, out, progress, inference
+        model, found, top_k, memory, heatmaps, contenders, correspondences, abstain, out, progress, inference
     )
     named = [(name, each) for (_, name), each in zip(found, explanations, strict=True)]
     texts = [describe(model, name, each) for name, each in named]
@@ -67,6 +76,7 @@ def evaluate(
     source: str,
     data: str = "",
     split: str = "test",
+    unknown: str | None = None,
     json: str | None = None,
     progress: bool = IN_TERMINAL,
     **options: Any,
@@ -79,13 +89,22 @@ def evaluate(
         source: The model: a folder, or a repository on the Hub, owner/name or owner/name@revision.
         data: The images: an image folder or tar file, digits, or torch/NAME or hfds/OWNER/NAME as timm reads them.
         split: The split; of an image folder the folder in it, or '' if the classes are in the folder itself.
+        unknown: Folder of images of none of the model's classes, to measure instead how well it tells the two apart.
         json: File to write the metrics to as JSON, or - to print that instead of a table.
         progress: Whether to show progress bars; by default in a terminal.
         **options: As of Inference.
     """
-    model, batches = _open(source, data, split, Inference(**options), progress)
-    metrics = evaluate_explanations(model, batches, progress=progress)
-    _print_result(metrics, {"source": source, "data": data, "split": split, **metrics.to_dict()}, json)
+    inference = Inference(**options)
+    strangers = None if unknown is None else [path for path, _ in find_images([unknown], inference.unreadable)]
+    model, batches = _open(source, data, split, inference, progress)
+    given: dict[str, Any] = {"source": source, "data": data, "split": split}
+    metrics: ExplanationMetrics | UnknownMetrics
+    if strangers is None:
+        metrics = evaluate_explanations(model, batches, progress=progress)
+    else:
+        images = inference.inputs(model, strangers)
+        metrics, given = evaluate_unknown(model, batches, images, progress), {**given, "unknown": unknown}
+    _print_result(metrics, {**given, **metrics.to_dict()}, json)
 
 
 def report(

@@ -1,4 +1,4 @@
-"""Temperature scaling: makes a model's probabilities fit the data.
+"""Makes a model's probabilities and its familiarity fit images that it was not trained on.
 
 Shapes: N images, C classes.
 """
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from timm_memwrap.explaining.reading import encodings_of, snapshot
+from timm_memwrap.familiarity import fit_reference
 from timm_memwrap.model import MemoryWrapModel
 
 __all__ = ["calibrate", "fit_temperature"]
@@ -22,7 +23,10 @@ _LOWEST, _HIGHEST, _STEPS = 0.01, 100.0, 60
 
 
 def calibrate(model: MemoryWrapModel, data: Any, progress: bool = True) -> float:
-    """Sets a model's temperature to the one that maximises the likelihood of labelled images.
+    """Fits a model's temperature and the familiarity of its inputs to labelled images.
+
+    The temperature becomes the one that maximises their likelihood, and `explain` then says how familiar an input is by
+    where it stands among them.
 
     Predictions and the samples they read do not change, only their probabilities do (temperature scaling, Guo et al.
     2017, https://arxiv.org/abs/1706.04599, Section 4.2). With a memory of training images a model is overconfident on
@@ -30,7 +34,8 @@ def calibrate(model: MemoryWrapModel, data: Any, progress: bool = True) -> float
 
     Args:
         model: A model with a memory bank.
-        data: As in `evaluate_explanations`, of images that the model was not trained on.
+        data: As in `evaluate_explanations`, of images that the model was not trained on: some hundreds at least, and
+            of the kind that it is to be used for.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -50,10 +55,12 @@ def calibrate(model: MemoryWrapModel, data: Any, progress: bool = True) -> float
 
         ```
     """
-    model = snapshot(model)
-    with encodings_of(model, data, "Temperature", progress) as batches:
-        pairs = [(model.read(encoding).logits.float() * model.temperature, targets) for encoding, targets in batches]
-    logits, labels = map(torch.cat, zip(*pairs, strict=True))
+    bank, model = model.memory_bank, snapshot(model)
+    with encodings_of(model, data, "Calibration", progress) as batches:
+        reads = ((model.read(encoding), targets) for encoding, targets in batches)
+        found = [(readout.logits.float() * model.temperature, readout.remainder, targets) for readout, targets in reads]
+    logits, remainders, labels = map(torch.cat, zip(*found, strict=True))
+    bank.set_reference(fit_reference(model, remainders))
     if bool((logits.argmax(dim=-1) == labels).all()):
         _logger.warning(
             f"All {len(labels)} images are classified correctly, which any temperature near 0 fits, so it stays at "

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from timm_memwrap.attention import wide
-from timm_memwrap.bank_memory import BankMemory
 from timm_memwrap.data import class_names
 from timm_memwrap.explaining.results import Result
 from timm_memwrap.memory_bank import SampleId
@@ -79,12 +78,10 @@ def find_contenders(
     (encodings, labels), names, ids = bank.filled(), class_names(model), bank.ids
     queries = wide(encoding)[:, :width]
     # Kept while the bank stays, since it takes a pass over it.
-    known = bank.derived if isinstance(bank.derived, BankMemory) else None
-    lengths = None if known is None else known.lengths
-    if lengths is None or lengths.dtype != queries.dtype:
-        lengths = lengths_of(encodings, width, queries.dtype)
-        if known is not None:
-            known.lengths = lengths
+    known = model.prepared_bank(queries)
+    if known.lengths is None:
+        known.lengths = lengths_of(encodings, width, queries.dtype)
+    lengths = known.lengths
     similarities, positions = nearest_by_class(queries, encodings, lengths, labels, classes, count)
     found = positions >= 0
     at = positions[found]

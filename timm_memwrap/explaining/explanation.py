@@ -16,6 +16,7 @@ from timm_memwrap.explaining.contenders import Contender, find_contenders
 from timm_memwrap.explaining.correspondences import Correspondence, Matcher
 from timm_memwrap.explaining.reading import no_class_leads, own_predictions, read_nothing, read_without, snapshot
 from timm_memwrap.explaining.results import Result
+from timm_memwrap.familiarity import UNFAMILIAR, familiarity, reference_quantiles
 from timm_memwrap.memory_bank import SampleId
 from timm_memwrap.model import MemoryReadout, MemoryWrapModel
 
@@ -74,6 +75,13 @@ class Explanation(Result):
         support_size: Number of samples that the prediction used, shown or not.
         prediction_without_memory: The prediction if nothing were read; `None` if no class then leads.
         probability_without_memory: Probability of the predicted class if nothing were read.
+        familiarity: Share of the held-out images given to `calibrate` that are less familiar than the input, by how
+            near the samples come to it that it reads: at 0.02 it is more unlike the memory than 98 % of them. Before
+            `calibrate` the memory's own samples stand in for these, and new images come out too low.
+        unfamiliar: Whether that is below what `explain` was told to abstain at.
+        carried: How much of the plain classifier's margin, its logit of the predicted class minus that of the best
+            other one, the samples carry: with 0.8, a fifth comes from what they do not account for. `None` if the model
+            has no classifier of its own, or that prefers another class.
         contenders: The most probable classes, the predicted one first, each with the samples labelled as it that look
             most like the input.
     """
@@ -87,7 +95,25 @@ class Explanation(Result):
     support_size: int
     prediction_without_memory: int | None
     probability_without_memory: float
+    familiarity: float
+    unfamiliar: bool
+    carried: float | None
     contenders: tuple[Contender, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """Name of the predicted class, or `"unfamiliar"`."""
+        return "unfamiliar" if self.unfamiliar else self.class_name
+
+    @property
+    def doubts(self) -> list[str]:
+        """What speaks against the prediction: that the input looks like another class, or like nothing remembered."""
+        found = []
+        if self.most_alike is not None and self.most_alike.prediction != self.prediction:
+            found.append(f"it looks more like {self.most_alike.class_name}")
+        if self.familiarity < UNFAMILIAR:
+            found.append(f"it is more unlike the memory than {1 - self.familiarity:.0%} of known images")
+        return found
 
     @property
     def most_alike(self) -> Contender | None:
@@ -105,13 +131,11 @@ class Explanation(Result):
             for sample in self.samples
         )
         more = self.support_size - len(self.samples)
-        text = f"{self.class_name} ({self.probability:.0%}) from {shown}{f' and {more} more' if more > 0 else ''}"
+        text = f"{self.title} ({self.probability:.0%}) from {shown}{f' and {more} more' if more > 0 else ''}"
         if len(self.contenders) > 1:
             second = self.contenders[1]
             text += f"; next {second.class_name} ({second.probability:.0%})"
-        if self.most_alike is not None and self.most_alike.prediction != self.prediction:
-            text += f"; looks more like {self.most_alike.class_name}"
-        return printable(text)
+        return printable("; but ".join([text, *self.doubts]))
 
 
 def explain(
@@ -121,6 +145,7 @@ def explain(
     contenders: int = 3,
     correspondences: int = 0,
     dataset: Any = None,
+    abstain: float = 0.0,
 ) -> list[Explanation]:
     """Explains the prediction for each image by the memory samples that it used.
 
@@ -137,10 +162,12 @@ def explain(
             for it once more.
         dataset: Where to find the samples' pictures for that, by id: the dataset that the bank was built from, or a
             mapping from id to image. `None` for the small ones in the bank.
+        abstain: Familiarity, between 0 and 1, below which a prediction is called unfamiliar: 0.05 does so for one in
+            twenty images like those given to `calibrate`.
 
     Raises:
-        ValueError: If the bank is empty, there are no images, `top_k` is below 1, a count below 0, or correspondences
-            are asked for and there is no picture of a sample.
+        ValueError: If the bank is empty, there are no images, `top_k` is below 1, a count below 0, `abstain` outside 0
+            to 1, or correspondences are asked for and there is no picture of a sample.
 
     Example:
         ```python
@@ -158,26 +185,39 @@ def explain(
     check_count("top_k", top_k)
     check_count("contenders", contenders, at_least=0)
     check_count("correspondences", correspondences, at_least=0)
+    if not 0 <= abstain <= 1:
+        raise ValueError(f"abstain={abstain!r} is not a share of images. Pass a number between 0 and 1, e.g. 0.05.")
     matcher = Matcher(model, correspondences, dataset) if correspondences else None
     with evaluating(model):
         batches = batches_of(model, images)
-        return [found for batch in batches for found in explain_batch(model, batch, top_k, contenders, matcher)]
+        return [
+            found for batch in batches for found in explain_batch(model, batch, top_k, contenders, matcher, abstain)
+        ]
 
 
 def explain_batch(
-    model: MemoryWrapModel, images: Tensor, top_k: int, contenders: int = 3, matcher: Matcher | None = None
+    model: MemoryWrapModel,
+    images: Tensor,
+    top_k: int,
+    contenders: int = 3,
+    matcher: Matcher | None = None,
+    abstain: float = 0.0,
 ) -> list[Explanation]:
     """Explains predictions for model inputs `[B, C, H, W]`, with a model in evaluation mode and no gradients."""
     readout, names = model.read(model.encode(images)), class_names(model)
     probabilities, classes = readout.logits.float().softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
     probability, prediction = probabilities[:, 0], classes[:, 0]
     nothing = read_nothing(model, readout.encoding)
+    familiar = familiarity(readout, reference_quantiles(model))
     columns = {
         "prediction": prediction.tolist(),
         "probability": probability.tolist(),
         "support_size": (readout.weights > 0).sum(dim=1).tolist(),
         "prediction_without_memory": _leaders(nothing),
         "probability_without_memory": _probability_of(prediction, nothing).tolist(),
+        "familiarity": familiar.tolist(),
+        "unfamiliar": (familiar < abstain).tolist(),
+        "carried": _carried(model, readout, prediction),
         "contenders": [()] * len(images)
         if contenders == 0
         else find_contenders(
@@ -195,6 +235,20 @@ def explain_batch(
         )
         for read, row in zip(samples, _rows(columns), strict=True)
     ]
+
+
+def _carried(model: MemoryWrapModel, readout: MemoryReadout, prediction: Tensor) -> list[float | None]:
+    """Returns how much of the plain classifier's margin the samples carry, for predictions `[B]`."""
+    if model.memory_args["classifier"] != "own":
+        return [None] * len(prediction)
+    plain = model.calibration(model.own_classifier(readout.encoding)).float()
+    other = plain.scatter(1, prediction.unsqueeze(1), -torch.inf).argmax(dim=1)
+    margins = [
+        logits.gather(1, prediction.unsqueeze(1)) - logits.gather(1, other.unsqueeze(1))
+        for logits in (readout.logits.float(), plain)
+    ]
+    read, whole = torch.cat(margins, dim=1).T.tolist()
+    return [part / all_ if all_ > 0 else None for part, all_ in zip(read, whole, strict=True)]
 
 
 def _samples(

@@ -27,6 +27,7 @@ from timm_memwrap.explaining.reading import (
     snapshot,
 )
 from timm_memwrap.explaining.results import Result
+from timm_memwrap.familiarity import UNFAMILIAR, familiarity, reference_quantiles
 from timm_memwrap.model import MemoryReadout, MemoryWrapModel
 
 __all__ = [
@@ -83,6 +84,8 @@ class ExplanationMetrics(Result):
         error_ranking: How often a right prediction has a higher probability than a wrong one (AUROC; 0.5 is chance).
         risk_coverage_area: Mean share of errors among the most probable predictions, over all shares of them (AURC,
             Geifman et al. 2019, https://arxiv.org/abs/1805.08206). Lower is better.
+        unfamiliar_rate: Share of inputs whose `familiarity` is below 0.05: about that if they are of the kind that
+            `calibrate` was given, more if the model does not know them.
         calibration_error: Expected calibration error over 15 bins of equal width (Guo et al. 2017,
             https://arxiv.org/abs/1706.04599).
         explanation_accuracy: Share of inputs whose strongest sample is an example (La Rosa et al. 2022, Section 5). It
@@ -118,6 +121,7 @@ class ExplanationMetrics(Result):
     true_class_contends_wrong: float | None
     error_ranking: float | None
     risk_coverage_area: float
+    unfamiliar_rate: float
     calibration_error: float
     explanation_accuracy: float
     accuracy_example: float | None
@@ -287,6 +291,7 @@ def _measure(
         "accuracy": prediction == labels,
         "accuracy_without_memory": (nothing.argmax(dim=-1) == labels) & ~no_class_leads(nothing),
         "probability": probability,
+        "unfamiliar_rate": familiarity(readout, reference_quantiles(model)) < UNFAMILIAR,
         "explanation_accuracy": same[:, 0],
         "identical_class_rate": bank_labels[positions[:, 0]] == prediction,
         "true_class_shown": ((bank_labels[positions] == labels.unsqueeze(1)) & used)[:, :_STRONGEST].any(dim=1),

@@ -6,7 +6,7 @@ Shapes: N images.
 import torch
 from torch import Tensor
 
-__all__ = ["area_under_risk_coverage", "auroc"]
+__all__ = ["area_under_risk_coverage", "auroc", "fpr_at_95"]
 
 
 def auroc(scores: Tensor, positive: Tensor) -> float | None:
@@ -42,3 +42,15 @@ def area_under_risk_coverage(confidence: Tensor, right: Tensor) -> float:
     wrong = torch.zeros(len(ties), dtype=torch.float64).index_add_(0, place, (~right).double())
     errors = (wrong / ties).repeat_interleave(ties).cumsum(0)
     return float((errors / torch.arange(1, len(errors) + 1)).mean())
+
+
+def fpr_at_95(scores: Tensor, positive: Tensor) -> float:
+    """Computes the share of negatives that reach a threshold which 95 % of the positives reach; lower is better.
+
+    Args:
+        scores: Scores `[N]`.
+        positive: Which are positive, bool `[N]`: at least one is, and one is not.
+    """
+    ordered = scores[positive].sort().values
+    threshold = ordered[len(ordered) // 20]
+    return float((scores[~positive] >= threshold).double().mean())

@@ -108,7 +108,8 @@ def describe_memory(bank: MemoryBank) -> dict[str, Any]:
     if not memory["size"]:
         return memory
     counts = {str(label): count for label, count in bank.class_counts.items()}
-    return {**memory, "class_counts": counts, "images": bank.images is not None, **asdict(bank.provenance)}
+    found = {"class_counts": counts, "images": bank.images is not None, "calibrated_on": bank.reference.count}
+    return {**memory, **found, **asdict(bank.provenance)}
 
 
 def named_counts(bank: MemoryBank) -> list[tuple[str, int]]:

@@ -24,6 +24,7 @@ def public_bank(bank: MemoryBank, include_images: bool = False) -> MemoryBank:
         images = bank.images if include_images else None
         provenance = dataclasses.replace(bank.provenance, dataset=file_name(bank.provenance.dataset))
         public.replace(encodings, labels, ids, images, bank.class_names, provenance, encodings.dtype)
+        public.set_reference(bank.reference)
     return public
 
 

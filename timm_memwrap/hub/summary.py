@@ -46,11 +46,13 @@ class Summary:
         seed = f", seed {memory['seed']}" if memory["seed"] is not None else ""
         since = [(what, memory[what]) for what in ("appended", "removed")]
         changes = "".join(f", {count:,} {what} since" for what, count in since if count)
+        calibrated = f"on {memory['calibrated_on']:,} images" if memory["calibrated_on"] else "no"
         lines += [
             f"  memory        {memory['size']:,} samples, {self.memory_bytes / 1e6:,.2f} MB",
             f"  from          {printable(source)}{population}{seed}{changes}",
             f"  images        {f'{self.image_bytes / 1e6:,.2f} MB' if memory['images'] else 'not inside'}",
             f"  fingerprint   {fits[self.stale]}",
+            f"  calibrated    {calibrated}",
             "  by class",
         ]
         counts = [(printable(name), count) for name, count in self.class_counts]

@@ -3,15 +3,13 @@
 import logging
 import os
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from timm_memwrap._utils import printable
-from timm_memwrap.data import SUFFIXES, ImageError, class_names, data_config, read_picture
-from timm_memwrap.data.transforms import as_batch
+from timm_memwrap.data import SUFFIXES, ImageError, class_names, read_picture
 from timm_memwrap.explaining.explanation import Explanation, MemorySample, explain
 from timm_memwrap.explaining.figures.html import write_html
 from timm_memwrap.explaining.heatmaps import attribute
@@ -64,14 +62,15 @@ def explain_files(
     heatmaps: str | None = None,
     contenders: int = 3,
     correspondences: int = 0,
+    abstain: float = 0.0,
     out: str | os.PathLike | None = None,
     progress: bool = True,
     inference: Inference = Inference(),  # noqa: B008  (frozen)
 ) -> list[Explanation]:
     """Explains what `find_images` found, and writes an HTML report to `out`, with heatmaps of a method of `attribute`.
 
-    `memory` are the images that the memory was built from, for a model that holds none. The counts are as in
-    `explain`.
+    `memory` are the images that the memory was built from, for a model that holds none. The counts and `abstain` are as
+    in `explain`.
     """
     paths, names = [path for path, _ in images], [name for _, name in images]
     if heatmaps is not None and (memory is None or out is None):
@@ -79,10 +78,11 @@ def explain_files(
             f"heatmaps={heatmaps!r} needs the images that the memory was built from, and a report to show them in: "
             f"pass --memory_data and --out too."
         )
-    batches = inference.batches(paths, partial(as_batch, data_config(model)))
-    shown = tqdm(batches, desc="Explaining", unit="batch", disable=not progress)
+    shown = tqdm(inference.inputs(model, paths), desc="Explaining", unit="batch", disable=not progress)
     explanations = [
-        each for batch in shown for each in explain(model, batch, top_k, contenders, correspondences, dataset=memory)
+        each
+        for batch in shown
+        for each in explain(model, batch, top_k, contenders, correspondences, dataset=memory, abstain=abstain)
     ]
     attributions = None
     if heatmaps is not None:
@@ -116,13 +116,16 @@ def describe(model: MemoryWrapModel, name: str, explanation: Explanation) -> str
 
     alone = instead(explanation.prediction_without_memory, explanation.probability_without_memory, "it could not tell")
     lines = [
-        f"{name}: {explanation.class_name} ({explanation.probability:.0%}), without its memory {alone}",
+        f"{name}: {explanation.title} ({explanation.probability:.0%}), without its memory {alone}",
+        *(f"  but {doubt}" for doubt in explanation.doubts),
         f"  {'weight':>6}  {'id':28}  {'labelled':16}  {'model sees':18}  without it",
         *map(row, explanation.samples),
     ]
     rest = explanation.support_size - len(explanation.samples)
     if rest > 0:
         lines.append(f"  {max(0.0, 1 - sum(sample.weight for sample in explanation.samples)):6.1%}  {rest} more")
+    if explanation.carried is not None:
+        lines.append(f"  the samples carry {explanation.carried:.0%} of the plain classifier's margin")
     if explanation.contenders:
         lines.append(
             f"  {'may be':16}  {'probability':>11}  {'alike':>6}  images that look most like it, with similarity"

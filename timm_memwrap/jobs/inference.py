@@ -1,14 +1,16 @@
 """How a model is run over images: the options that all commands with a model share."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from timm_memwrap._utils import check_choice, check_count
-from timm_memwrap.data import BATCH_SIZE, Images
+from timm_memwrap.data import BATCH_SIZE, Images, data_config
+from timm_memwrap.data.transforms import as_batch
 from timm_memwrap.training.processes import find_device
 
 __all__ = ["Inference"]
@@ -43,6 +45,11 @@ class Inference:
         """Returns the images that are not to be skipped."""
         return images.readable(progress) if self.unreadable == "skip" else images
 
-    def batches(self, data: Any, collate: Callable[[list[Any]], Any] | None = None) -> DataLoader:
+    def batches(self, data: Any) -> DataLoader:
         """Makes batches of a data set in order."""
-        return DataLoader(data, self.batch_size, num_workers=self.workers, collate_fn=collate)
+        return DataLoader(data, self.batch_size, num_workers=self.workers)
+
+    def inputs(self, model: nn.Module, paths: Any) -> DataLoader:
+        """Makes inputs of a model from image files, in order."""
+        collate = partial(as_batch, data_config(model))
+        return DataLoader(paths, self.batch_size, num_workers=self.workers, collate_fn=collate)

@@ -148,7 +148,6 @@ def _input(
         "label": label,
         "samples": [row(*parts) for parts in zip(explanation.samples, heat[1:], shares[1:], strict=True)],
         "contenders": contenders,
-        "looks_more_like": None if best is None or best.prediction == explanation.prediction else best,
         "groups": [(heading, rows) for heading, rows in groups if rows],
     }
 

@@ -12,6 +12,7 @@ from timm_memwrap.explaining.figures.page import BLUE, GREY, LINE, ORANGE, PALE,
 from timm_memwrap.explaining.figures.pictures import HEAT, aligned, overlays
 from timm_memwrap.explaining.heatmaps import Attribution
 from timm_memwrap.explaining.report import MemoryReport, SampleUse
+from timm_memwrap.familiarity import UNFAMILIAR
 from timm_memwrap.model import MemoryWrapModel
 
 if TYPE_CHECKING:
@@ -230,7 +231,9 @@ def plot_heatmaps(
 
 def input_card(explanation: Explanation, label: int | None, names: list[str]) -> Card:
     """Makes the card of an input: the predicted class, and whether that is right if the label is known."""
-    lines = [Line(f"{short(explanation.class_name)} {explanation.probability:.0%}", 9, weight="bold")]
+    lines = [Line(f"{short(explanation.title)} {explanation.probability:.0%}", 9, weight="bold")]
+    if explanation.familiarity < UNFAMILIAR:
+        lines.append(Line("unlike all it remembers", 7.5, ORANGE, gap=1.15))
     if label is not None:
         right = label == explanation.prediction
         true = names[label] if 0 <= label < len(names) else f"class {label}"
