@@ -16,6 +16,7 @@ from torch import Tensor
 from timm_memwrap._utils import check_count, evaluating, printable
 from timm_memwrap.bank_memory import are_same
 from timm_memwrap.data import BATCH_SIZE, SampleImages, class_names
+from timm_memwrap.explaining.answers import measure_answers
 from timm_memwrap.explaining.explanation import explain
 from timm_memwrap.explaining.ranking import area_under_risk_coverage, auroc
 from timm_memwrap.explaining.reading import (
@@ -81,6 +82,13 @@ class ExplanationMetrics(Result):
             random from ten balanced ones would show it in 41 %.
         true_class_contends_wrong: Among wrong predictions, the share whose true class is one of the three most
             probable, of which `explain` shows samples as contenders.
+        follows_exchanged_answer: Share of inputs for which the second class of the backbone's classifier is predicted
+            when its best and second logit are exchanged in the query, and the pre-logits left as they are. Near 1, the
+            evidence is chosen by the verdict that it is to support; near 0, by what is seen. `None` if the query does
+            not hold what the classifier says.
+        stays_with_answer: Share of inputs whose prediction stays when the query shows another picture with the answer
+            of the input: the pre-logits of a memory sample, itself not read, that the classifier puts in another class
+            than the predicted one. High and low mean what they do for `follows_exchanged_answer`.
         error_ranking: How often a right prediction has a higher probability than a wrong one (AUROC; 0.5 is chance).
         risk_coverage_area: Mean share of errors among the most probable predictions, over all shares of them (AURC,
             Geifman et al. 2019, https://arxiv.org/abs/1805.08206). Lower is better.
@@ -119,6 +127,8 @@ class ExplanationMetrics(Result):
     accuracy_without_memory: float
     true_class_shown_wrong: float | None
     true_class_contends_wrong: float | None
+    follows_exchanged_answer: float | None
+    stays_with_answer: float | None
     error_ranking: float | None
     risk_coverage_area: float
     unfamiliar_rate: float
@@ -165,7 +175,7 @@ def evaluate_explanations(
         data: A dataset or loader of `(image, label)` with images as tensors, or a dataset with PIL images, which get
             the model's own transform. Not what the bank was built from: each sample's nearest memory would be itself.
         deleted: How many of the strongest samples the deletion test leaves out.
-        seed: Seed of the samples that it leaves out at random.
+        seed: Seed of the samples that it leaves out at random, and of the other pictures.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -193,14 +203,17 @@ class ExplanationMeter:
     def __init__(self, model: MemoryWrapModel, deleted: int = 5, seed: int = 0) -> None:
         check_count("deleted", deleted)
         self.model, self.deleted = model, deleted
-        self._rng = random.Random(seed)
+        # One for each test: a common one would be drawn from in another order in batches of another size.
+        self._rng, self._pictures = random.Random(seed), random.Random(seed)
         self._batches: list[dict[str, Tensor]] = []
 
     def update(self, encoding: Tensor, labels: Tensor) -> MemoryReadout:
         """Reads the memory for encodings `[B, E]` of images with labels `[B]`, and returns what was read."""
         with evaluating(self.model):
             readout = self.model.read(encoding)
-            self._batches.append(_measure(self.model, readout, labels, self.deleted, self._rng))
+            columns = _measure(self.model, readout, labels, self.deleted, self._rng)
+            columns |= measure_answers(self.model, readout, self._pictures)
+            self._batches.append({name: value.cpu() for name, value in columns.items()})
         return readout
 
     def compute(self) -> ExplanationMetrics:
@@ -317,7 +330,7 @@ def _measure(
     for name, left in left_out.items():
         result[f"{name}_flip_rate"] = (left.argmax(dim=-1) != prediction) | no_class_leads(left)
         result[f"{name}_drop"] = probability - left.softmax(dim=-1).gather(1, prediction.unsqueeze(1)).squeeze(1)
-    return {name: value.cpu() for name, value in result.items()}
+    return result
 
 
 def _mean(values: Tensor) -> Any:
