@@ -26,6 +26,8 @@ from timm_memwrap.training.processes import Processes, processes
 from timm_memwrap.training.recipes import find_recipe, load_recipe, recipe_names
 
 Make = Callable[..., Comparison]
+# Heads whose query holds what the classifier says.
+ANSWERING = ("vote", "logits", "probabilities", "joint")
 
 
 def _fitted(compared: Compared, run: str, tmp_path: Path, seed: int = 0, **kwargs: bool) -> Fitted:
@@ -45,8 +47,11 @@ def test_every_head_is_measured_for_every_seed(compared: Compared) -> None:
             images = compared.config.training.epochs * compared.config.data.train_samples
             assert found["train_images_per_second"] * found["train_seconds"] == pytest.approx(images)
             assert ("support_size" in found) == (HEADS[head].read is not None)
+            assert ("follows_exchanged_answer" in found) == (HEADS[head].read is not None)
+            assert (found.get("follows_exchanged_answer") is not None) == (head in ANSWERING)
             assert ("growth" in found) == (HEADS[head].read is not None and not HEADS[head].redrawn)
     assert set(compared.report.times) == set(HEADS)
+    assert (compared.out / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_linear_head_is_the_plain_classifier(compared: Compared, tmp_path: Path) -> None:
@@ -68,7 +73,13 @@ def test_a_wrapped_head_is_what_wrapping_by_hand_gives(compared: Compared, tmp_p
     metrics = evaluate_explanations(model, held_out, progress=False)
     found = compared.report.measures[head][0]
     assert found["memory_size"] == len(fitted.images)
-    for name in ("accuracy", "explanation_accuracy", "identical_class_rate", "accuracy_without_memory"):
+    for name in (
+        "accuracy",
+        "explanation_accuracy",
+        "identical_class_rate",
+        "accuracy_without_memory",
+        "follows_exchanged_answer",
+    ):
         assert found[name] == pytest.approx(getattr(metrics, name)), name
     assert found["support_size"] == pytest.approx(metrics.support_size, rel=1e-3)
     assert found["calibration_error"] == pytest.approx(metrics.calibration_error, abs=1e-4)

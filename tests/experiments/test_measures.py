@@ -47,6 +47,8 @@ def test_in_well_parted_classes_the_memory_is_everything(options: dict) -> None:
     assert found["accuracy_shuffled"] == 0
     assert found["shuffled_flip_rate"] == 1
     assert found["deletion_flip_rate"] == 0
+    # The query is the answer.
+    assert found["follows_exchanged_answer"] == 1
 
 
 def test_without_its_strongest_sample_a_prediction_may_flip() -> None:
@@ -67,6 +69,10 @@ def test_a_model_that_reads_the_input_too_keeps_what_it_saw() -> None:
     found = memory_measures(model, _clusters(3, seed=1).batches(), seed=0)
     assert found["accuracy_without_memory"] == 1
     assert found["shuffled_flip_rate"] < 1
+    # Its query holds no answer, in a memory that is drawn as in a bank.
+    assert found["follows_exchanged_answer"] is None
+    drawn = redrawn_measures(model, _clusters(3, seed=1), memory, 9, batch_size=6, draws=2, seed=0)
+    assert drawn["follows_exchanged_answer"] is None
 
 
 def test_a_memory_drawn_whole_is_the_bank() -> None:

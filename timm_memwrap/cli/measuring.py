@@ -143,7 +143,7 @@ def compare(out: str = "comparison", progress: bool = IN_TERMINAL, **sections: A
     Started again with the same folder it continues where it stopped; heads and seeds may be added.
 
     Args:
-        out: Folder for the trainings, the measures, the table and the figure.
+        out: Folder for the trainings, the measures, the table and the figures.
         progress: Whether to show progress bars; by default in a terminal.
         **sections: As of Comparison.
     """

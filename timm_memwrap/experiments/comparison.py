@@ -22,7 +22,7 @@ from timm_memwrap.experiments import measures
 from timm_memwrap.experiments.configuration import Comparison
 from timm_memwrap.experiments.heads import CONTROL, Head, parse_head, recipe_of
 from timm_memwrap.experiments.measures import Encoded, remember
-from timm_memwrap.experiments.plots import plot_growth
+from timm_memwrap.experiments.plots import plot_frontier, plot_growth
 from timm_memwrap.experiments.table import ComparisonReport
 from timm_memwrap.experiments.timing import Call, compare_calls
 from timm_memwrap.model import MemoryWrapModel
@@ -45,8 +45,8 @@ def compare(config: Comparison, out: str | os.PathLike, progress: bool = True) -
     """Trains and measures heads side by side on the same backbone, images, schedule and seeds.
 
     An interrupted comparison continues in the same folder, and heads or seeds can be added later: `runs/` holds the
-    trainings and `measures/` what was measured, neither of which is repeated; `results.json`, `table.md` and
-    `growth.png` are the results.
+    trainings and `measures/` what was measured, neither of which is repeated; `results.json`, `table.md`,
+    `growth.png` and `frontier.png` are the results.
     """
     out, settings = Path(out), config.comparison
     heads = {name: parse_head(name) for name in settings.heads}
@@ -72,6 +72,7 @@ def compare(config: Comparison, out: str | os.PathLike, progress: bool = True) -
     _write_json(out / "results.json", {"config": asdict(config), "versions": versions, **report.to_dict()})
     write_text(out / "table.md", f"{report}\n")
     plot_growth(report, out / "growth.png")
+    plot_frontier(report, out / "frontier.png")
     return report
 
 

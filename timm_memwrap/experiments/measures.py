@@ -18,10 +18,11 @@ from timm_memwrap.model import MemoryWrapModel
 
 __all__ = ["Encoded", "classification_measures", "memory_measures", "redrawn_measures", "remember"]
 
-Measures = dict[str, float]
+Measures = dict[str, float | None]  # None for what does not apply to a head
 # What is taken over of the metrics of explanations.
 _EVIDENCE = (
     "accuracy_without_memory",
+    "follows_exchanged_answer",
     "deletion_flip_rate",
     "random_flip_rate",
     "explanation_accuracy",
@@ -99,13 +100,18 @@ def redrawn_measures(
             yield encodings, labels
 
     found = [memory_measures(model, batches(), seed) for _ in range(draws)]
-    return {name: sum(measures[name] for measures in found) / draws for name in found[0]}
+    return {name: _mean([measures[name] for measures in found]) for name in found[0]}
 
 
 def remember(model: MemoryWrapModel, memory: Encoded, positions: Sequence[int]) -> None:
     """Fills a model's bank with some of the encoded training images."""
     index = torch.tensor(positions, device=memory.labels.device)
     model.memory_bank.replace(memory.encodings[index], memory.labels[index], positions)
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _shuffled_logits(model: MemoryWrapModel, encodings: Tensor, rng: random.Random) -> Tensor:

@@ -15,6 +15,7 @@ REFERENCE = "linear"
 _COLUMNS = {
     "accuracy_without_memory": ("without memory", 100, 1),
     "accuracy_shuffled": ("classes shuffled", 100, 1),
+    "follows_exchanged_answer": ("follows exchanged answer", 100, 1),
     "deletion_flip_rate": ("flips without strongest", 100, 1),
     "explanation_accuracy": ("strongest is an example", 100, 1),
     "identical_class_rate": ("identical class", 100, 1),
@@ -61,8 +62,9 @@ class ComparisonReport:
     times: dict[str, float]  # of a prediction by head, as a multiple of the plain model's
 
     def values(self, head: str, measure: str) -> list[float]:
-        """Returns a measure for each seed that has it."""
-        return [found[measure] for found in self.measures.get(head, {}).values() if measure in found]
+        """Returns a measure for each seed that has it; it is `None` where it does not apply."""
+        found = (measures.get(measure) for measures in self.measures.get(head, {}).values())
+        return [value for value in found if value is not None]
 
     def difference(self, head: str) -> Statistic | None:
         """Returns the difference in accuracy to the reference, paired by seed; `None` if either is missing."""
@@ -75,9 +77,10 @@ class ComparisonReport:
         heads: dict[str, Any] = {}
         for head, by_seed in self.measures.items():
             names = dict.fromkeys(name for found in by_seed.values() for name in found if name != "growth")
+            values = {name: values for name in names if (values := self.values(head, name))}
             difference = self.difference(head)
             heads[head] = {
-                "summary": {name: asdict(Statistic.of(self.values(head, name))) for name in names},
+                "summary": {name: asdict(Statistic.of(found)) for name, found in values.items()},
                 "accuracy_difference": None if difference is None else {"to": REFERENCE, **asdict(difference)},
                 "prediction_time": self.times.get(head),
                 "seeds": by_seed,
