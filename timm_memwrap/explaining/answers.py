@@ -73,7 +73,7 @@ def predict_as_if(model: MemoryWrapModel, encoding: Tensor, logits: Tensor, hidd
         hidden: Positions `[B, H]` of samples that each input must not see.
     """
     query = query_as_if(model, encoding, logits)
-    read = model.head.read(query, model._bank_memory(encoding).memory, hidden)
+    read = model.head.read(query, model.prepared_bank(encoding).memory, hidden)
     predicted = model.head.classify(encoding, read.vector).argmax(dim=-1)
     return predicted.masked_fill((read.weights == 0).all(dim=1), -1)
 
