@@ -43,15 +43,23 @@ def new_head(
 class Calibration(nn.Module):
     """Divides logits by a temperature (Guo et al. 2017, https://arxiv.org/abs/1706.04599).
 
-    It is a buffer, so that it travels with the weights.
+    It is a buffer, so that it travels with the weights, as do the coefficients of how likely a prediction is right: an
+    intercept and a weight for each feature (`explaining/confidence.py`), all 0 until they are fitted.
     """
 
     temperature: Tensor
+    confidence: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("temperature", torch.ones(()))
+        self.register_buffer("confidence", torch.zeros(4))
 
     def forward(self, logits: Tensor) -> Tensor:
         """Calibrates logits `[B, C]`."""
         return logits / self.temperature.to(logits.dtype)
+
+    def set_temperature(self, temperature: float) -> None:
+        """Sets the temperature, and forgets the coefficients, which were fitted at another."""
+        self.temperature.fill_(temperature)
+        self.confidence.zero_()

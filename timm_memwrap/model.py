@@ -122,7 +122,7 @@ class MemoryWrapModel(TimmInterface):
     def temperature(self, temperature: float) -> None:
         if not is_factor(temperature):
             raise ValueError(f"temperature={temperature!r} is not a divisor. Pass a finite number above 0, e.g. 1.0.")
-        self.calibration.temperature.fill_(temperature)
+        self.calibration.set_temperature(temperature)
 
     def forward(
         self,

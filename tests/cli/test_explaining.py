@@ -15,7 +15,7 @@ from timm_memwrap import explain
 from timm_memwrap.cli import main
 from timm_memwrap.data import open_source
 from timm_memwrap.explaining import evaluate_explanations, evaluate_unknown, memory_report
-from timm_memwrap.jobs.explain import find_images
+from timm_memwrap.jobs.explain import describe, find_images
 
 CLASSES = ["ant", "bee", "cow"]
 
@@ -72,6 +72,16 @@ def test_explain_prints_a_table_and_writes_a_report(
     assert "no picture" not in html
     assert str(place) not in html
     assert f"Written: {out}" in printed
+
+
+def test_how_likely_a_prediction_is_right_is_said_once_it_is_fitted(
+    place: Path, model: timm_memwrap.MemoryWrapModel
+) -> None:
+    image = place / "data/test/bee/0.png"
+    assert "likely right" not in describe(model, "0.png", explain(model, [image])[0])
+    model.calibration.confidence[0] = 1.0
+    explanation = explain(model, [image])[0]
+    assert f"({explanation.probability:.0%}, 73% likely right)" in describe(model, "0.png", explanation)
 
 
 @pytest.mark.parametrize("contenders", [0, 1, 2])

@@ -59,6 +59,7 @@ def _model(variant: str = "mlp") -> MemoryWrapModel:
     model.eval()
     if variant == "calibrated":
         model.temperature = 70_000.0
+        model.calibration.confidence.copy_(torch.tensor([0.3, 1e-3, -1.5, 70_000.0]))
     if variant != "no memory":
         data = TensorDataset(_images(model.in_chans), torch.arange(12) % CLASSES)
         build_memory_bank(model, data, size=9, store_images=model.in_chans in (1, 3), progress=False, class_names=NAMES)

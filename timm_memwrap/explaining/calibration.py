@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from timm_memwrap.explaining.confidence import confidence_features, fit_confidence, log_odds
 from timm_memwrap.explaining.reading import encodings_of, snapshot
 from timm_memwrap.familiarity import fit_reference
 from timm_memwrap.model import MemoryWrapModel
@@ -23,14 +24,19 @@ _LOWEST, _HIGHEST, _STEPS = 0.01, 100.0, 60
 
 
 def calibrate(model: MemoryWrapModel, data: Any, progress: bool = True) -> float:
-    """Fits a model's temperature and the familiarity of its inputs to labelled images.
+    """Fits a model's temperature, its confidence and the familiarity of its inputs to labelled images.
 
-    The temperature becomes the one that maximises their likelihood, and `explain` then says how familiar an input is by
-    where it stands among them.
+    The temperature becomes the one that maximises their likelihood, and `explain` then says how likely a prediction is
+    right, and how familiar an input is by where it stands among these images.
 
     Predictions and the samples they read do not change, only their probabilities do (temperature scaling, Guo et al.
     2017, https://arxiv.org/abs/1706.04599, Section 4.2). With a memory of training images a model is overconfident on
     new images, since the classifier was fitted to the memory.
+
+    `Explanation.confidence` is the probability that a prediction is right, by a logistic regression on the log odds of
+    the predicted class, in the read and as the backbone's own classifier sees the input, and on how much more the input
+    looks like samples of that class than like those of another. It ranks errors at least as well as the plain
+    classifier does, which the probabilities alone do not.
 
     Args:
         model: A model with a memory bank.
@@ -39,7 +45,8 @@ def calibrate(model: MemoryWrapModel, data: Any, progress: bool = True) -> float
         progress: Whether to show a progress bar.
 
     Returns:
-        The temperature, now `model.temperature`. It is left unchanged, with a warning, if no prediction is wrong.
+        The temperature, now `model.temperature`. All is left unchanged, with a warning, if no prediction is wrong; if
+        none is right, only the confidence is not fitted.
 
     Raises:
         ValueError: If the bank or the data is empty, or a label is outside `num_classes`.
@@ -57,17 +64,25 @@ def calibrate(model: MemoryWrapModel, data: Any, progress: bool = True) -> float
     """
     bank, model = model.memory_bank, snapshot(model)
     with encodings_of(model, data, "Calibration", progress) as batches:
-        reads = ((model.read(encoding), targets) for encoding, targets in batches)
-        found = [(readout.logits.float() * model.temperature, readout.remainder, targets) for readout, targets in reads]
-    logits, remainders, labels = map(torch.cat, zip(*found, strict=True))
+        parts = []
+        for encoding, targets in batches:
+            readout = model.read(encoding)
+            features = confidence_features(model, readout)
+            parts.append((readout.logits.float() * model.temperature, features, readout.remainder, targets))
+    logits, features, remainders, labels = map(torch.cat, zip(*parts, strict=True))
     bank.set_reference(fit_reference(model, remainders))
-    if bool((logits.argmax(dim=-1) == labels).all()):
+    right = logits.argmax(dim=-1) == labels
+    if bool(right.all()):
         _logger.warning(
             f"All {len(labels)} images are classified correctly, which any temperature near 0 fits, so it stays at "
             f"{model.temperature:g}. Calibrate with more images, or harder ones."
         )
     else:
         model.temperature = fit_temperature(logits, labels)
+        if bool(right.any()):
+            # As `explain` will see them, at the new temperature.
+            features[:, 0] = log_odds(logits / model.temperature, logits.argmax(dim=-1)).cpu()
+            model.calibration.confidence.copy_(fit_confidence(features, right.cpu()))
     return model.temperature
 
 

@@ -14,7 +14,10 @@ from timm_memwrap.memory_bank import SampleId
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.search import lengths_of, nearest_by_class
 
-__all__ = ["Contender", "NearSample", "find_contenders"]
+__all__ = ["Contender", "NearSample", "find_contenders", "nearest_samples"]
+
+# As many of each class are enough to see what it looks like.
+_NEAR = 3
 
 
 @dataclass(frozen=True)
@@ -62,28 +65,41 @@ class Contender(Result):
         return sum(sample.similarity for sample in self.samples) / len(self.samples) if self.samples else None
 
 
-def find_contenders(
-    model: MemoryWrapModel, encoding: Tensor, probabilities: Tensor, classes: Tensor, count: int
-) -> list[tuple[Contender, ...]]:
-    """Returns contenders for each of encodings `[B, E]`.
+def nearest_samples(model: MemoryWrapModel, encoding: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Finds the three samples of each of some classes that look most like an input.
 
     Args:
         model: A model with a memory bank.
-        encoding: What `model.encode` returned.
-        probabilities: Probabilities `[B, R]` of the contenders.
-        classes: Their classes `[B, R]`, in the order in which they are returned.
-        count: How many samples K of each.
+        encoding: What `model.encode` returned, `[B, E]`.
+        classes: Different classes `[B, R]`.
+
+    Returns:
+        Similarities `[B, R, 3]` and positions, as `nearest_by_class` does.
     """
     bank, width = model.memory_bank, model.head_hidden_size
-    (encodings, labels), names, ids = bank.filled(), class_names(model), bank.ids
+    encodings, labels = bank.filled()
     queries = wide(encoding)[:, :width]
     # Kept while the bank stays, since it takes a pass over it.
     known = model.prepared_bank(queries)
     if known.lengths is None:
         known.lengths = lengths_of(encodings, width, queries.dtype)
-    lengths = known.lengths
-    similarities, positions = nearest_by_class(queries, encodings, lengths, labels, classes, count)
-    found = positions >= 0
+    return nearest_by_class(queries, encodings, known.lengths, labels, classes, _NEAR)
+
+
+def find_contenders(
+    model: MemoryWrapModel, probabilities: Tensor, classes: Tensor, similarities: Tensor, positions: Tensor
+) -> list[tuple[Contender, ...]]:
+    """Returns contenders for each of B inputs.
+
+    Args:
+        model: A model with a memory bank.
+        probabilities: Probabilities `[B, R]` of the contenders.
+        classes: Their classes `[B, R]`, in the order in which they are returned.
+        similarities: Similarities `[B, R, K]` of the samples to show of them.
+        positions: Positions `[B, R, K]` of these samples, -1 for none.
+    """
+    bank, (_, labels) = model.memory_bank, model.memory_bank.filled()
+    names, ids, found = class_names(model), bank.ids, positions >= 0
     at = positions[found]
     images = [None] * len(at) if bank.images is None else bank.images[at].cpu()
     rows = zip(at.tolist(), similarities[found].tolist(), labels[at].tolist(), images, strict=True)

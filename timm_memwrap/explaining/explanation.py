@@ -12,7 +12,8 @@ from torch import Tensor
 
 from timm_memwrap._utils import check_count, evaluating, printable
 from timm_memwrap.data import batches_of, class_names
-from timm_memwrap.explaining.contenders import Contender, find_contenders
+from timm_memwrap.explaining.confidence import CONFIDENCE_CLASSES, read_confidence
+from timm_memwrap.explaining.contenders import Contender, find_contenders, nearest_samples
 from timm_memwrap.explaining.correspondences import Correspondence, Matcher
 from timm_memwrap.explaining.reading import no_class_leads, own_predictions, read_nothing, read_without, snapshot
 from timm_memwrap.explaining.results import Result
@@ -21,9 +22,6 @@ from timm_memwrap.memory_bank import SampleId
 from timm_memwrap.model import MemoryReadout, MemoryWrapModel
 
 __all__ = ["Explanation", "MemorySample", "explain", "explain_batch"]
-
-# As many of each contender are enough to see what its class looks like.
-_NEAR = 3
 
 
 @dataclass(frozen=True)
@@ -84,6 +82,8 @@ class Explanation(Result):
             has no classifier of its own, or that prefers another class.
         contenders: The most probable classes, the predicted one first, each with the samples labelled as it that look
             most like the input.
+        confidence: Probability that the prediction is right, fitted by `calibrate`; `None` until then. It ranks errors
+            better than `probability`, since it also weighs what the classifier and the contenders say.
     """
 
     prediction: int
@@ -99,6 +99,7 @@ class Explanation(Result):
     unfamiliar: bool
     carried: float | None
     contenders: tuple[Contender, ...] = ()
+    confidence: float | None = None
 
     @property
     def title(self) -> str:
@@ -131,7 +132,8 @@ class Explanation(Result):
             for sample in self.samples
         )
         more = self.support_size - len(self.samples)
-        text = f"{self.title} ({self.probability:.0%}) from {shown}{f' and {more} more' if more > 0 else ''}"
+        sure = f"{self.probability:.0%}" + ("" if self.confidence is None else f", {self.confidence:.0%} likely right")
+        text = f"{self.title} ({sure}) from {shown}{f' and {more} more' if more > 0 else ''}"
         if len(self.contenders) > 1:
             second = self.contenders[1]
             text += f"; next {second.class_name} ({second.probability:.0%})"
@@ -209,6 +211,15 @@ def explain_batch(
     probability, prediction = probabilities[:, 0], classes[:, 0]
     nothing = read_nothing(model, readout.encoding)
     familiar = familiarity(readout, reference_quantiles(model))
+    rivals: list[tuple[Contender, ...]] = [()] * len(images)
+    similarities = None
+    if contenders:
+        # At least what the confidence needs, so that one search is enough for both.
+        near = nearest_samples(model, readout.encoding, classes[:, : max(contenders, CONFIDENCE_CLASSES)])
+        shown = [each[:, :contenders, :top_k] for each in near]
+        rivals = find_contenders(model, probabilities[:, :contenders], classes[:, :contenders], *shown)
+        similarities = near[0]
+    confidence = read_confidence(model, readout, similarities)
     columns = {
         "prediction": prediction.tolist(),
         "probability": probability.tolist(),
@@ -218,11 +229,8 @@ def explain_batch(
         "familiarity": familiar.tolist(),
         "unfamiliar": (familiar < abstain).tolist(),
         "carried": _carried(model, readout, prediction),
-        "contenders": [()] * len(images)
-        if contenders == 0
-        else find_contenders(
-            model, readout.encoding, probabilities[:, :contenders], classes[:, :contenders], min(_NEAR, top_k)
-        ),
+        "contenders": rivals,
+        "confidence": [None] * len(images) if confidence is None else confidence.tolist(),
     }
     samples = _samples(model, readout, probability, prediction, top_k, images, matcher)
     return [

@@ -78,12 +78,15 @@ def test_it_says_what_the_explanations_say(
     make_model: Callable[..., MemoryWrapModel], make_images: Callable[..., torch.Tensor], tmp_path: Path
 ) -> None:
     model, images = make_model("memory wrap", size=40, store_images=True, class_names=PLAIN), make_images(2)
+    assert explain(model, images)[0].confidence is None
+    model.calibration.confidence[0] = 1.0
     explanations = explain(model, images, top_k=3)
     labels = [explanations[0].prediction, (explanations[1].prediction + 1) % 4]
     path = write_html(model, images, explanations, tmp_path / "new" / "report.html", labels, names=["first", "second"])
     page = _Parsed(path.read_text(encoding="utf-8"))
     assert "2 images, classified by" in page.text
     assert "remembers 40 training images" in page.text
+    assert page.text.count("73% likely to be right") == 2
     assert "✓ right" in page.text
     assert f"✗ wrong, it is {PLAIN[labels[1]]}" in page.text
     for explanation in explanations:

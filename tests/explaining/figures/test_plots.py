@@ -37,6 +37,7 @@ def test_a_row_says_prediction_verdict_names_and_weights(
     make_model: Callable[..., MemoryWrapModel], make_images: Callable[..., torch.Tensor], tmp_path: Path
 ) -> None:
     model = make_model("memory wrap", store_images=True, class_names=["ant", "bee", "cow", "doe"])
+    model.calibration.confidence[0] = 1.0
     images = make_images(2)
     explanations = explain(model, images, top_k=3)
     labels = torch.tensor([explanations[0].prediction, (explanations[1].prediction + 1) % 4])
@@ -44,6 +45,7 @@ def test_a_row_says_prediction_verdict_names_and_weights(
     figure = plot_explanations(model, images, explanations, labels=labels, path=path, top_k=3)
     texts = _texts(figure)
     assert f"{explanations[0].class_name} {explanations[0].probability:.0%}" in texts
+    assert texts.count("73% likely to be right") == 2
     assert "✓ right" in texts
     assert f"✗ wrong, it is {['ant', 'bee', 'cow', 'doe'][labels[1]]}" in texts
     for explanation in explanations:

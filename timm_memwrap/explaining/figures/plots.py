@@ -230,7 +230,7 @@ def plot_heatmaps(
 
 
 def input_card(explanation: Explanation, label: int | None, names: list[str]) -> Card:
-    """Makes the card of an input: the predicted class, and whether that is right if the label is known."""
+    """Makes the card of an input: the predicted class, whether it is right if the label is known, and what says so."""
     lines = [Line(f"{short(explanation.title)} {explanation.probability:.0%}", 9, weight="bold")]
     if explanation.familiarity < UNFAMILIAR:
         lines.append(Line("unlike all it remembers", 7.5, ORANGE, gap=1.15))
@@ -239,6 +239,8 @@ def input_card(explanation: Explanation, label: int | None, names: list[str]) ->
         true = names[label] if 0 <= label < len(names) else f"class {label}"
         verdict = "✓ right" if right else f"✗ wrong, it is {short(true, 14)}"
         lines.append(Line(verdict, 8, BLUE if right else ORANGE, gap=1.15))
+    if explanation.confidence is not None:
+        lines.append(Line(f"{percent(explanation.confidence)} likely to be right", 7, GREY, gap=0.95))
     return Card(lines)
 
 
