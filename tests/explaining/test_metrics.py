@@ -13,8 +13,9 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 from torch.utils.data import DataLoader, TensorDataset
 
-from timm_memwrap.explaining import evaluate_explanations, im1, im2, randomisation_check
+from timm_memwrap.explaining import calibrate, evaluate_explanations, explain, im1, im2, randomisation_check
 from timm_memwrap.explaining.metrics import expected_calibration_error
+from timm_memwrap.explaining.ranking import area_under_risk_coverage
 from timm_memwrap.model import MemoryWrapModel
 
 COUNT = 9
@@ -93,6 +94,10 @@ def naive(model: MemoryWrapModel, images: torch.Tensor, labels: torch.Tensor, de
         note("deletion_flip_rate", _predicted(without) != prediction)
         note("deletion_drop", probabilities[prediction] - without.softmax(dim=0)[prediction])
         note("probability", probabilities[prediction])
+        if model.keeps_classifier:
+            plain = model.backbone(image.unsqueeze(0))[0].softmax(dim=0)
+            note("plain", plain.max())
+            note("plain_right", int(plain.argmax()) == label)
     gaps = 0.0
     for low in range(15):
         rows = [i for i, p in enumerate(columns["probability"]) if low / 15 < p <= (low + 1) / 15]
@@ -101,6 +106,8 @@ def naive(model: MemoryWrapModel, images: torch.Tensor, labels: torch.Tensor, de
             gaps += len(rows) * abs(confidence - _mean([columns["accuracy"][i] for i in rows]))
     columns["calibration_error"] = [gaps / len(images)]
     columns["error_ranking"] = [roc_auc_score(columns["accuracy"], columns["probability"])]
+    if model.keeps_classifier:
+        columns["error_ranking_plain"] = [roc_auc_score(columns.pop("plain_right"), columns.pop("plain"))]
     order = sorted(range(len(images)), key=lambda i: -columns["probability"][i])
     risks = [1 - _mean([columns["accuracy"][i] for i in order[:k]]) for k in range(1, len(images) + 1)]
     columns["risk_coverage_area"] = [_mean(risks)]
@@ -123,6 +130,25 @@ def test_it_agrees_with_a_naive_implementation(
     for name in metrics.to_dict():
         if name not in ("count", "deleted", "in_memory", "by_class", *ELSEWHERE):
             assert metrics.to_dict()[name] == pytest.approx(expected.get(name), abs=2e-5), name
+
+
+def test_a_calibrated_model_ranks_errors_by_its_confidence(
+    model: MemoryWrapModel, make_images: Callable[..., torch.Tensor]
+) -> None:
+    images, labels = make_images(20, seed=5), torch.arange(20) % 4
+    with torch.no_grad():
+        labels[::2] = model(images).argmax(dim=1)[::2]
+    data = TensorDataset(images, labels)
+    before = evaluate_explanations(model, data, progress=False)
+    calibrate(model, data, progress=False)
+    metrics = evaluate_explanations(model, DataLoader(data, 7), progress=False)
+    found = explain(model, images)
+    right = torch.tensor([one.prediction == label for one, label in zip(found, labels.tolist(), strict=True)])
+    confidence = torch.tensor([one.confidence for one in found], dtype=torch.float64)
+    assert metrics.error_ranking == pytest.approx(roc_auc_score(right, confidence), abs=0.02)
+    assert metrics.risk_coverage_area == pytest.approx(area_under_risk_coverage(confidence, right), abs=0.01)
+    assert metrics.error_ranking_plain == before.error_ranking_plain
+    assert metrics.accuracy == before.accuracy
 
 
 def test_each_class_is_counted(

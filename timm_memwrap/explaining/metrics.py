@@ -17,6 +17,7 @@ from timm_memwrap._utils import check_count, evaluating, printable
 from timm_memwrap.bank_memory import are_same
 from timm_memwrap.data import BATCH_SIZE, SampleImages, class_names
 from timm_memwrap.explaining.answers import measure_answers
+from timm_memwrap.explaining.confidence import read_confidence
 from timm_memwrap.explaining.explanation import explain
 from timm_memwrap.explaining.ranking import area_under_risk_coverage, auroc
 from timm_memwrap.explaining.reading import (
@@ -89,8 +90,11 @@ class ExplanationMetrics(Result):
         stays_with_answer: Share of inputs whose prediction stays when the query shows another picture with the answer
             of the input: the pre-logits of a memory sample, itself not read, that the classifier puts in another class
             than the predicted one. High and low mean what they do for `follows_exchanged_answer`.
-        error_ranking: How often a right prediction has a higher probability than a wrong one (AUROC; 0.5 is chance).
-        risk_coverage_area: Mean share of errors among the most probable predictions, over all shares of them (AURC,
+        error_ranking: How often a right prediction has a higher confidence than a wrong one (AUROC; 0.5 is chance). For
+            a model that is not calibrated, confidence is the probability of the predicted class.
+        error_ranking_plain: The same of the backbone's own classifier, by the probability of the class that it predicts
+            itself; `None` if the memory is not read with it.
+        risk_coverage_area: Mean share of errors among the most confident predictions, over all shares of them (AURC,
             Geifman et al. 2019, https://arxiv.org/abs/1805.08206). Lower is better.
         unfamiliar_rate: Share of inputs whose `familiarity` is below 0.05: about that if they are of the kind that
             `calibrate` was given, more if the model does not know them.
@@ -130,6 +134,7 @@ class ExplanationMetrics(Result):
     follows_exchanged_answer: float | None
     stays_with_answer: float | None
     error_ranking: float | None
+    error_ranking_plain: float | None
     risk_coverage_area: float
     unfamiliar_rate: float
     calibration_error: float
@@ -220,6 +225,7 @@ class ExplanationMeter:
         """Returns the metrics of all batches, at least one."""
         values = {name: torch.cat([batch[name] for batch in self._batches]) for name in self._batches[0]}
         right, example, probability = values["accuracy"], values["explanation_accuracy"], values.pop("probability")
+        confidence, plain, plain_right = values.pop("confidence"), values.pop("plain"), values.pop("plain_right")
         labels, in_memory, identical = values.pop("labels"), values.pop("in_memory"), values["identical_class_rate"]
         wrong = {name: _mean(values.pop(name)[~right]) for name in ("true_class_shown", "true_class_contends")}
         counts = self.model.memory_bank.class_counts
@@ -237,8 +243,9 @@ class ExplanationMeter:
                     for of_class in [labels == label]
                 ]
             ),
-            error_ranking=auroc(probability, right),
-            risk_coverage_area=area_under_risk_coverage(probability, right),
+            error_ranking=auroc(confidence, right),
+            error_ranking_plain=auroc(plain, plain_right) if self.model.keeps_classifier else None,
+            risk_coverage_area=area_under_risk_coverage(confidence, right),
             calibration_error=expected_calibration_error(probability, right),
             **{f"{name}_wrong": rate for name, rate in wrong.items()},
             **{name: _mean(column) for name, column in values.items()},
@@ -292,6 +299,9 @@ def _measure(
     bank, (encodings, bank_labels) = model.memory_bank, model.memory_bank.filled()
     weights, positions, logits = readout.weights.float(), readout.positions, readout.logits.float()
     probability, prediction = logits.softmax(dim=-1).max(dim=-1)
+    confidence = read_confidence(model, readout)
+    own_logits = model.own_classifier(readout.encoding).float() if model.keeps_classifier else logits
+    plain, plain_prediction = own_logits.softmax(dim=-1).max(dim=-1)
     used = weights > 0
     same = (own_predictions(model, readout) == prediction.unsqueeze(1)) & used
 
@@ -305,6 +315,9 @@ def _measure(
         "accuracy_without_memory": (nothing.argmax(dim=-1) == labels) & ~no_class_leads(nothing),
         "probability": probability,
         "unfamiliar_rate": familiarity(readout, reference_quantiles(model)) < UNFAMILIAR,
+        "confidence": probability if confidence is None else confidence,
+        "plain": plain,
+        "plain_right": plain_prediction == labels,
         "explanation_accuracy": same[:, 0],
         "identical_class_rate": bank_labels[positions[:, 0]] == prediction,
         "true_class_shown": ((bank_labels[positions] == labels.unsqueeze(1)) & used)[:, :_STRONGEST].any(dim=1),
