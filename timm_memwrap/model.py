@@ -115,7 +115,7 @@ class MemoryWrapModel(TimmInterface):
 
     @property
     def temperature(self) -> float:
-        """What the logits are divided by; 1.0 is as published. `calibrate` finds the one that fits."""
+        """Divisor of the logits; 1.0 is as published. `calibrate` fits it; setting it undoes the fitted confidence."""
         return float(self.calibration.temperature)
 
     @temperature.setter

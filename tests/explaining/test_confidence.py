@@ -61,6 +61,16 @@ def test_what_the_data_was_drawn_with_is_found() -> None:
     assert found.tolist() == pytest.approx(coefficients, rel=0.05)
 
 
+def test_each_feature_speaks_for_or_against_a_prediction_as_it_did_in_the_data() -> None:
+    features, right = _drawn(2000, [0.5, 0.7, -2.0, 30.0])
+    found = fit_confidence(features, right)
+    for column, sign in enumerate([1, -1, 1]):
+        more = features.clone()
+        more[:, column] += 0.1
+        change = ((found[0] + more @ found[1:]).sigmoid() - (found[0] + features @ found[1:]).sigmoid()) * sign
+        assert bool((change > 0).all())
+
+
 def test_it_is_the_same_each_time() -> None:
     features, right = _drawn(100, [0.5, 0.7, -2.0])
     assert torch.equal(fit_confidence(features, right), fit_confidence(features, right))
@@ -202,5 +212,8 @@ def test_it_is_saved_with_the_model(
     other.load_state_dict(model.state_dict())
     for same in (loaded, other, copy.deepcopy(model)):
         assert explain(same, images) == expected
+    other.calibration.bfloat16()
+    found = [explanation.confidence for explanation in explain(other, images)]
+    assert found == pytest.approx([explanation.confidence for explanation in expected], abs=0.02)
     assert torch.equal(timm_memwrap.from_pretrained(tmp_path / "saved").calibration.confidence,
                        model.calibration.confidence)  # fmt: skip

@@ -21,8 +21,8 @@ CONFIDENCE_CLASSES = 3
 
 # Newton steps that are enough for any data, and the size of one that changes nothing any more.
 _STEPS, _SMALLEST = 100, 1e-10
-# The differences of a feature that varies less are rounding.
-_LEAST_SPREAD = 1e-5
+# A feature that varies less tells nothing, and a weight that makes up for that would not fit into half precision.
+_LEAST_SPREAD = 1e-4
 
 
 def confidence_features(model: MemoryWrapModel, readout: MemoryReadout, similarities: Tensor | None = None) -> Tensor:
