@@ -36,7 +36,7 @@ def calibrate(model: MemoryWrapModel, data: Any, progress: bool = True) -> float
     `Explanation.confidence` is the probability that a prediction is right, by a logistic regression on the log odds of
     the predicted class, in the read and as the backbone's own classifier sees the input, and on how much more the input
     looks like samples of that class than like those of another. It ranks errors at least as well as the plain
-    classifier does, which the probabilities alone do not.
+    classifier does, which the probabilities alone do not; of fewer than about 400 images, it may not.
 
     Args:
         model: A model with a memory bank.
