@@ -320,6 +320,7 @@ class MemoryWrapModel(TimmInterface):
             # timm makes it in the default precision.
             classifiers_of(self.backbone).to(parameter.device, parameter.dtype)
             self.new_classifier = self.classifier_fingerprint()
+        self.calibration.confidence.zero_()
         self.queue = None
         self._forget_derived()
         self.train(self.training)

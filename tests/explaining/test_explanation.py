@@ -280,5 +280,5 @@ def test_what_is_unlike_the_memory_is_a_doubt(
     model.memory_bank.set_reference(fit_reference(model, torch.linspace(0, 1e-3, 50)))
     for explanation in explain(model, make_images(3), contenders=0):
         assert explanation.familiarity == 0.0
-        assert explanation.doubts == ["it is more unlike the memory than 100% of known images"]
+        assert explanation.doubts == ["it is more unlike the memory than all known images"]
         assert explanation.doubts[0] in str(explanation)

@@ -35,8 +35,7 @@ class _Given(nn.Module):
 
 def holds_answer(model: MemoryWrapModel) -> bool:
     """Returns whether the model's queries hold what its backbone's classifier says, of two classes at least."""
-    classifier = getattr(model.head.head, "classifier", None)
-    return isinstance(classifier, OwnClassifier) and model.num_classes > 1
+    return model.num_classes > 1 and any(isinstance(module, OwnClassifier) for module in model.head.head.modules())
 
 
 def answers(model: MemoryWrapModel, encoding: Tensor) -> Tensor:
@@ -56,11 +55,23 @@ def query_as_if(model: MemoryWrapModel, encoding: Tensor, logits: Tensor) -> Ten
 
     The model must hold the answer in its queries, and is not changed.
     """
-    # Shallow copies: weights are shared, and other threads may be reading with the model's own layer.
-    layer, read_head = copy.copy(model.head), copy.copy(model.head.head)
-    read_head._modules = {**read_head._modules, "classifier": _Given(logits)}
-    layer._modules = {**layer._modules, "head": read_head}
+    layer = copy.copy(model.head)
+    layer._modules = {**layer._modules, "head": _answering(layer.head, _Given(logits))}
     return layer.query(encoding)
+
+
+def _answering(read_head: nn.Module, given: nn.Module) -> nn.Module:
+    """Returns a read head in which another module gives the answer.
+
+    Copies are shallow: weights are shared, and other threads may be reading with the model's own layer.
+    """
+    if isinstance(read_head, OwnClassifier):
+        return given
+    same = copy.copy(read_head)
+    same._modules = {
+        name: None if part is None else _answering(part, given) for name, part in read_head._modules.items()
+    }
+    return same
 
 
 def predict_as_if(model: MemoryWrapModel, encoding: Tensor, logits: Tensor, hidden: Tensor | None = None) -> Tensor:

@@ -3,6 +3,7 @@
 Shapes: B inputs, M memory samples, C classes, K samples read per input.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,7 +114,8 @@ class Explanation(Result):
         if self.most_alike is not None and self.most_alike.prediction != self.prediction:
             found.append(f"it looks more like {self.most_alike.class_name}")
         if self.familiarity < UNFAMILIAR:
-            found.append(f"it is more unlike the memory than {1 - self.familiarity:.0%} of known images")
+            share = f"{math.floor(100 * (1 - self.familiarity))}% of" if self.familiarity else "all"
+            found.append(f"it is more unlike the memory than {share} known images")
         return found
 
     @property

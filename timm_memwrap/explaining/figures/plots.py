@@ -68,7 +68,7 @@ def plot_explanations(
     several, explanations, true = aligned(model, images, explanations, labels, top_k)
     stored, names = None if dataset is None else SampleImages(model, dataset), class_names(model)
     columns = max(1, min(top_k, max(len(explanation.samples) for explanation in explanations)))
-    left, row_height = _MARGIN + _INPUT + 2.2 * _GAP, _INPUT + 3 * LINE + 0.12
+    left, row_height = _MARGIN + _INPUT + 2.2 * _GAP, _INPUT + 3.4 * LINE + 0.16
     width = left + columns * (_SAMPLE + _GAP) + 0.35 + _MARGIN
     page = Page(max(width, 7.2), 0.5 + len(several) * row_height + 0.62)
     draw_titles(page, left)
@@ -232,15 +232,16 @@ def plot_heatmaps(
 def input_card(explanation: Explanation, label: int | None, names: list[str]) -> Card:
     """Makes the card of an input: the predicted class, whether it is right if the label is known, and what says so."""
     lines = [Line(f"{short(explanation.title)} {explanation.probability:.0%}", 9, weight="bold")]
-    if explanation.familiarity < UNFAMILIAR:
-        lines.append(Line("unlike all it remembers", 7.5, ORANGE, gap=1.15))
     if label is not None:
         right = label == explanation.prediction
         true = names[label] if 0 <= label < len(names) else f"class {label}"
         verdict = "✓ right" if right else f"✗ wrong, it is {short(true, 14)}"
         lines.append(Line(verdict, 8, BLUE if right else ORANGE, gap=1.15))
-    if explanation.confidence is not None:
-        lines.append(Line(f"{percent(explanation.confidence)} likely to be right", 7, GREY, gap=0.95))
+    unlike = explanation.familiarity < UNFAMILIAR
+    sure = [] if explanation.confidence is None else [f"{percent(explanation.confidence)} likely right"]
+    known = [f"familiarity {percent(explanation.familiarity)}"] if unlike else []
+    if sure or known:
+        lines.append(Line(", ".join([*sure, *known]), 7, ORANGE if unlike else GREY, gap=1.05))
     return Card(lines)
 
 
