@@ -62,7 +62,7 @@ def wrap_classifier(
         checkpoint: A safetensors file with weights for the architecture `model_id`, instead of pretrained ones.
         split: Split of `data` to remember.
         val_split: Split to evaluate with; `None` for none.
-        calibrate: Whether to fit the temperature to `val_split`, if it is given; no predicted class changes.
+        calibrate: Whether to call `calibrate` with `val_split`, if it is given; no predicted class changes.
         size: Number of samples to remember; `None` for all.
         selection: As in `build_memory_bank`.
         store_images: As in `build_memory_bank`.

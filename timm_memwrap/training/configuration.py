@@ -200,8 +200,8 @@ class MemoryConfig:
         size: Most samples in the memory bank; null for all.
         selection: How they are chosen: balanced, random, kmeans or all.
         store_images: Whether to store small images of them for people to look at.
-        calibrate: Whether to fit the temperature to the validation images; null for only with mode none, unless
-            model.temperature is given.
+        calibrate: Whether to fit temperature, confidence and familiarity to the validation images; null for only with
+            mode none, unless model.temperature is given.
         sampled_evaluations: Number of evaluations as in the paper, with train_size images drawn for each batch.
     """
 
