@@ -85,7 +85,8 @@ def test_logits_that_are_a_part_of_the_encoding_are_exchanged_too(kind: str) -> 
     by_hand = torch.cat([encoding[:, :width], exchange(encoding[:, width:])], dim=1)
     assert torch.equal(query_as_if(model, encoding, exchange(encoding[:, width:])), model.head.query(by_hand))
     fill(model, size=8)
-    assert [len(found) for found in _measure(model, encoding)] == [6, 6]
+    follows, stays = _measure(model, encoding)
+    assert 0 < len(follows) <= len(stays) == 6
 
 
 def _keys(kind: str, seen: Tensor, logits: Tensor) -> Tensor:
@@ -125,8 +126,9 @@ def test_they_agree_with_a_naive_implementation(kind: str) -> None:
         best, second = logits.argsort(descending=True)[:2].tolist()
         swapped = logits.clone()
         swapped[[best, second]] = logits[[second, best]]
-        follows.append(predict(one, swapped) == second)
         prediction = predict(one, logits)
+        if prediction == best:
+            follows.append(predict(one, swapped) == second)
         for position in rng.choices(range(len(memory)), k=16):
             if int(classifier(memory[position]).argmax()) != prediction:
                 stays.append(predict(memory[position], logits, without=position) == prediction)

@@ -64,6 +64,9 @@ def test_it_agrees_with_the_model_read_one_image_at_a_time(
         for sample in (*explanation.samples, *explanation.examples, *explanation.counterfactuals):
             assert sample.weight == pytest.approx(weights[sample.position], abs=1e-5)
             assert sample.similarity == pytest.approx(similarities[sample.position], abs=1e-5)
+            features = model.memory_bank.encodings[sample.position], readout.encoding[0]
+            by_features = torch.cosine_similarity(*(each[: model.head_hidden_size] for each in features), dim=0)
+            assert sample.feature_similarity == pytest.approx(float(by_features), abs=1e-5)
             assert sample.id == model.memory_bank.ids[sample.position]
             assert sample.label == int(model.memory_bank.labels[sample.position])
             assert sample.prediction == own[sample.position]

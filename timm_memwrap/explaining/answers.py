@@ -92,8 +92,8 @@ def predict_as_if(model: MemoryWrapModel, encoding: Tensor, logits: Tensor, hidd
 def measure_answers(model: MemoryWrapModel, readout: MemoryReadout, rng: random.Random) -> dict[str, Tensor]:
     """Returns by name for which inputs the prediction follows an exchanged answer, and stays with its own.
 
-    Both are empty if the queries hold no answer. The second leaves out inputs for which no sample of another class was
-    drawn, as from a memory of one class.
+    Both are empty if the queries hold no answer. The first leaves out inputs whose prediction is not the classifier's
+    own, the second those for which no sample of another class was drawn, as from a memory of one class.
     """
     if not holds_answer(model):
         return {name: torch.zeros(0) for name in ("follows_exchanged_answer", "stays_with_answer")}
@@ -108,7 +108,9 @@ def measure_answers(model: MemoryWrapModel, readout: MemoryReadout, rng: random.
     found = other.any(dim=1)
     positions = drawn.gather(1, other.long().argmax(dim=1, keepdim=True))[found]
     pictures = encodings[positions.squeeze(1)].to(encoding.dtype)
+    best, second = logits.topk(2).indices.T
+    led = best == prediction
     return {
-        "follows_exchanged_answer": predict_as_if(model, encoding, exchange(logits)) == logits.topk(2).indices[:, 1],
+        "follows_exchanged_answer": (predict_as_if(model, encoding, exchange(logits)) == second)[led],
         "stays_with_answer": predict_as_if(model, pictures, logits[found], positions) == prediction[found],
     }

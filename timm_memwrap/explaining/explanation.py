@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from timm_memwrap._utils import check_count, evaluating, printable
+from timm_memwrap.attention import unit, wide
 from timm_memwrap.data import batches_of, class_names
 from timm_memwrap.explaining.confidence import CONFIDENCE_CLASSES, read_confidence
 from timm_memwrap.explaining.contenders import Contender, find_contenders, nearest_samples
@@ -34,6 +35,8 @@ class MemorySample(Result):
         id: What names the sample in its data set.
         weight: Its share of what was read; the weights of all samples that a prediction used sum to 1.
         similarity: Its similarity to the input, in the metric of the read and without its scale.
+        feature_similarity: Cosine similarity of its pre-logits to those of the input. What the model predicts plays no
+            part in it, as it does not for contenders.
         label: Its label.
         class_name: Name of its label.
         prediction: The model's own prediction for it: the kept classifier's, else one that does not read the sample.
@@ -49,6 +52,7 @@ class MemorySample(Result):
     id: SampleId
     weight: float
     similarity: float
+    feature_similarity: float
     label: int
     class_name: str
     prediction: int
@@ -280,10 +284,13 @@ def _samples(
 
     inputs, positions = shown[0], readout.positions[shown]
     without = read_without(model, readout.encoding[inputs], positions.unsqueeze(1))
+    width = model.head_hidden_size
+    features = [unit(wide(each)[:, :width]) for each in (readout.encoding[inputs], bank.filled()[0][positions])]
     columns = {
         "position": positions.tolist(),
         "weight": weights[shown].tolist(),
         "similarity": readout.similarities[shown].tolist(),
+        "feature_similarity": (features[0] * features[1]).sum(dim=1).tolist(),
         "label": bank.filled()[1][positions].tolist(),
         "prediction": own[shown].tolist(),
         "is_example": same[shown].tolist(),

@@ -83,10 +83,10 @@ class ExplanationMetrics(Result):
             random from ten balanced ones would show it in 41 %.
         true_class_contends_wrong: Among wrong predictions, the share whose true class is one of the three most
             probable, of which `explain` shows samples as contenders.
-        follows_exchanged_answer: Share of inputs for which the second class of the backbone's classifier is predicted
-            when its best and second logit are exchanged in the query, and the pre-logits left as they are. Near 1, the
-            evidence is chosen by the verdict that it is to support; near 0, by what is seen. Inputs that were predicted
-            so before count too. `None` if the query does not hold what the classifier says.
+        follows_exchanged_answer: Share of inputs whose prediction becomes the second class of the backbone's classifier
+            when its best and second logit are exchanged in the query, and the pre-logits left as they are; of those
+            predicted as its best class before. Near 1, the evidence is chosen by the verdict that it is to support;
+            near 0, by what is seen. `None` if the query does not hold what the classifier says.
         stays_with_answer: Share of inputs whose prediction stays when the query shows another picture with the answer
             of the input: the pre-logits of a memory sample, itself not read, that the classifier puts in another class
             than the predicted one. High and low mean what they do for `follows_exchanged_answer`.
