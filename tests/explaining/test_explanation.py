@@ -270,7 +270,8 @@ def test_it_abstains_only_if_asked_to(
         assert other.prediction == one.prediction
         assert other.unfamiliar == (one.familiarity < least)
         assert other.title == ("unfamiliar" if other.unfamiliar else one.class_name)
-        assert str(other).startswith(other.title)
+        assert str(other).startswith(other.verdict)
+        assert other.verdict.startswith("unfamiliar (else " if other.unfamiliar else f"{one.class_name} (")
     for wrong in (-0.1, 1.5, float("nan")):
         with pytest.raises(ValueError, match=r"abstain=.*between 0 and 1"):
             explain(model, images, abstain=wrong)

@@ -112,6 +112,14 @@ class Explanation(Result):
         return "unfamiliar" if self.unfamiliar else self.class_name
 
     @property
+    def verdict(self) -> str:
+        """The predicted class, how probable it is and how likely right; or that the input is unfamiliar."""
+        if self.unfamiliar:
+            return f"unfamiliar (else {self.class_name}, {self.probability:.0%})"
+        sure = "" if self.confidence is None else f", {self.confidence:.0%} likely right"
+        return f"{self.class_name} ({self.probability:.0%}{sure})"
+
+    @property
     def doubts(self) -> list[str]:
         """What speaks against the prediction: that the input looks like another class, or like nothing remembered."""
         found = []
@@ -138,8 +146,7 @@ class Explanation(Result):
             for sample in self.samples
         )
         more = self.support_size - len(self.samples)
-        sure = f"{self.probability:.0%}" + ("" if self.confidence is None else f", {self.confidence:.0%} likely right")
-        text = f"{self.title} ({sure}) from {shown}{f' and {more} more' if more > 0 else ''}"
+        text = f"{self.verdict} from {shown}{f' and {more} more' if more > 0 else ''}"
         if len(self.contenders) > 1:
             second = self.contenders[1]
             text += f"; next {second.class_name} ({second.probability:.0%})"

@@ -93,7 +93,7 @@ def evaluate_unknown(model: MemoryWrapModel, known: Any, unknown: Any, progress:
     Args:
         model: A model with a memory bank, better one that was calibrated. Its mode is restored.
         known: Images of its classes that it was not trained on, as in `evaluate_explanations`.
-        unknown: Images of none of its classes, without labels: batches `[B, C, H, W]`, or single ones as `explain` takes
+        unknown: Images of none of its classes, without labels: batches `[B, C, H, W]`, or one by one as `explain` takes
             them.
         progress: Whether to show progress bars.
 

@@ -114,10 +114,9 @@ def describe(model: MemoryWrapModel, name: str, explanation: Explanation) -> str
         left = instead(sample.prediction_without, explanation.probability - sample.influence, "no class leads")
         return f"  {sample.weight:6.1%}  {str(sample.id)[-28:]:28}  {sample.class_name[:16]:16}  {sees:18}  {left}"
 
-    sure = "" if explanation.confidence is None else f", {explanation.confidence:.0%} likely right"
     alone = instead(explanation.prediction_without_memory, explanation.probability_without_memory, "it could not tell")
     lines = [
-        f"{name}: {explanation.title} ({explanation.probability:.0%}{sure}), without its memory {alone}",
+        f"{name}: {explanation.verdict}, without its memory {alone}",
         *(f"  but {doubt}" for doubt in explanation.doubts),
         f"  {'weight':>6}  {'id':28}  {'labelled':16}  {'model sees':18}  without it",
         *map(row, explanation.samples),

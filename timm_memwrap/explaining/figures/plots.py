@@ -231,14 +231,17 @@ def plot_heatmaps(
 
 def input_card(explanation: Explanation, label: int | None, names: list[str]) -> Card:
     """Makes the card of an input: the predicted class, whether it is right if the label is known, and what says so."""
-    lines = [Line(f"{short(explanation.title)} {explanation.probability:.0%}", 9, weight="bold")]
+    probability = "" if explanation.unfamiliar else f" {explanation.probability:.0%}"
+    lines = [Line(f"{short(explanation.title)}{probability}", 9, weight="bold")]
     if label is not None:
         right = label == explanation.prediction
         true = names[label] if 0 <= label < len(names) else f"class {label}"
         verdict = "✓ right" if right else f"✗ wrong, it is {short(true, 14)}"
         lines.append(Line(verdict, 8, BLUE if right else ORANGE, gap=1.15))
     unlike = explanation.familiarity < UNFAMILIAR
-    sure = [] if explanation.confidence is None else [f"{percent(explanation.confidence)} likely right"]
+    sure = []
+    if explanation.confidence is not None and not explanation.unfamiliar:
+        sure = [f"{percent(explanation.confidence)} likely right"]
     known = [f"familiarity {percent(explanation.familiarity)}"] if unlike else []
     if sure or known:
         lines.append(Line(", ".join([*sure, *known]), 7, ORANGE if unlike else GREY, gap=1.05))
