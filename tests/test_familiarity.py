@@ -31,7 +31,9 @@ def _calibrated(variant: str = "joint") -> MemoryWrapModel:
 def test_it_is_the_share_of_the_reference_that_is_further_from_the_memory(variant: str) -> None:
     readout = _read(fill(new_model(variant)))
     remainders = np.random.default_rng(0).normal(float(readout.remainder.mean()), float(readout.remainder.std()), 500)
-    found = familiarity(readout, torch.tensor(quantiles_of(torch.from_numpy(remainders)), dtype=torch.float32))
+    found = familiarity(
+        readout.remainder, torch.tensor(quantiles_of(torch.from_numpy(remainders)), dtype=torch.float32)
+    )
     expected = 1 - np.interp(readout.remainder.numpy(), np.quantile(remainders, LEVELS), LEVELS)
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-3)
     further = [np.mean(remainders > value) for value in readout.remainder.numpy()]
@@ -39,11 +41,10 @@ def test_it_is_the_share_of_the_reference_that_is_further_from_the_memory(varian
 
 
 def test_nearer_is_more_familiar_from_0_to_1() -> None:
-    readout = _read(fill(new_model("joint")))
     steps = torch.linspace(0, 2, 1000)
     # Equal quantiles, as of a reference with copies, too.
     for quantiles in (torch.linspace(0.2, 1.5, 101), torch.full((101,), 0.7)):
-        found = familiarity(readout._replace(remainder=steps), quantiles)
+        found = familiarity(steps, quantiles)
         assert bool((found.diff() <= 0).all())
         assert (float(found[0]), float(found[-1])) == (1.0, 0.0)
 
@@ -122,6 +123,6 @@ def test_it_comes_back_with_the_model(tmp_path: Path) -> None:
     again = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True).eval()
     assert again.memory_bank.reference == model.memory_bank.reference
     readouts = [(each, _read(each)) for each in (model, again)]
-    one, two = (familiarity(readout, reference_quantiles(each)) for each, readout in readouts)
+    one, two = (familiarity(readout.remainder, reference_quantiles(each)) for each, readout in readouts)
     assert torch.equal(one, two)
     assert 0 < one.min() <= one.max() < 1

@@ -87,7 +87,11 @@ class _Exported(nn.Module):
         if self.quantiles is None:
             return (readout.logits,)
         samples = (readout.weights, readout.positions, readout.similarities)
-        return readout.logits, *(each[:, : self.top_k] for each in samples), familiarity(readout, self.quantiles)
+        return (
+            readout.logits,
+            *(each[:, : self.top_k] for each in samples),
+            familiarity(readout.remainder, self.quantiles),
+        )
 
 
 def export_model(
@@ -301,9 +305,6 @@ def _difference(
         wrong = (similarities - alike.gather(1, indices)) * (weights > 0)
         differences.append(wrong / readout.similarities.abs().amax().clamp(min=1))
         # Where the quantiles are close, familiarity makes much of rounding.
-        least, most = (
-            familiarity(readout._replace(remainder=readout.remainder + shift), quantiles)
-            for shift in (tolerance, -tolerance)
-        )
+        least, most = (familiarity(readout.remainder + shift, quantiles) for shift in (tolerance, -tolerance))
         differences += [(least - familiar).clamp(min=0), (familiar - most).clamp(min=0)]
     return max(float(difference.abs().max()) for difference in differences)

@@ -12,7 +12,7 @@ from timm_memwrap._utils import evaluating
 from timm_memwrap.bank_format import QUANTILES
 from timm_memwrap.bank_memory import BankMemory
 from timm_memwrap.memory_bank import Reference
-from timm_memwrap.model import MemoryReadout, MemoryWrapModel
+from timm_memwrap.model import MemoryWrapModel
 
 __all__ = ["UNFAMILIAR", "familiarity", "fit_reference", "quantiles_of", "reference_quantiles"]
 
@@ -26,17 +26,17 @@ _MOST_SCORES = 2**24
 _TINY = 1e-12
 
 
-def familiarity(readout: MemoryReadout, quantiles: Tensor) -> Tensor:
+def familiarity(remainders: Tensor, quantiles: Tensor) -> Tensor:
     """Computes for each input the share of the reference images that are less familiar, `[B]`, between 0 and 1.
 
-    An input is the less familiar, the further the samples that it reads stay from it (`MemoryReadout.remainder`).
+    An input is the less familiar, the further the samples that it reads stay from it.
 
     Args:
-        readout: What the inputs read.
+        remainders: `MemoryReadout.remainder` of the inputs, `[B]`.
         quantiles: Quantiles of the remainder over the reference images, as `reference_quantiles` returns them.
     """
     low, high = quantiles[:-1], quantiles[1:]
-    return 1 - ((readout.remainder.unsqueeze(1) - low) / (high - low).clamp(min=_TINY)).clamp(0, 1).mean(dim=1)
+    return 1 - ((remainders.unsqueeze(1) - low) / (high - low).clamp(min=_TINY)).clamp(0, 1).mean(dim=1)
 
 
 def reference_quantiles(model: MemoryWrapModel) -> Tensor:

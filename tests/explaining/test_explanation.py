@@ -51,7 +51,7 @@ def test_it_agrees_with_the_model_read_one_image_at_a_time(
         weights = {int(i): float(w) for i, w in zip(readout.positions[0], readout.weights[0], strict=True) if w > 1e-5}
         similarities = dict(zip(readout.positions[0].tolist(), readout.similarities[0].tolist(), strict=True))
         quantiles = reference_quantiles(model)
-        assert explanation.familiarity == pytest.approx(float(familiarity(readout, quantiles)), abs=1e-3)
+        assert explanation.familiarity == pytest.approx(float(familiarity(readout.remainder, quantiles)), abs=1e-3)
         assert explanation.carried == pytest.approx(_carried(model, image, readout.logits[0]), abs=1e-3)
         assert explanation.support_size == len(weights)
         by_weight = sorted(weights, key=lambda i: -weights[i])

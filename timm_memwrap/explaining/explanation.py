@@ -223,7 +223,7 @@ def explain_batch(
     probabilities, classes = readout.logits.float().softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
     probability, prediction = probabilities[:, 0], classes[:, 0]
     nothing = read_nothing(model, readout.encoding)
-    familiar = familiarity(readout, reference_quantiles(model))
+    familiar = familiarity(readout.remainder, reference_quantiles(model))
     rivals: list[tuple[Contender, ...]] = [()] * len(images)
     similarities = None
     if contenders:

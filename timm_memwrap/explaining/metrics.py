@@ -226,6 +226,8 @@ class ExplanationMeter:
         values = {name: torch.cat([batch[name] for batch in self._batches]) for name in self._batches[0]}
         right, example, probability = values["accuracy"], values["explanation_accuracy"], values.pop("probability")
         confidence, plain, plain_right = values.pop("confidence"), values.pop("plain"), values.pop("plain_right")
+        # Once, and not for each batch: without `calibrate` it takes reads of the memory itself.
+        familiar = familiarity(values.pop("remainder"), reference_quantiles(self.model).cpu())
         labels, in_memory, identical = values.pop("labels"), values.pop("in_memory"), values["identical_class_rate"]
         wrong = {name: _mean(values.pop(name)[~right]) for name in ("true_class_shown", "true_class_contends")}
         counts = self.model.memory_bank.class_counts
@@ -243,6 +245,7 @@ class ExplanationMeter:
                     for of_class in [labels == label]
                 ]
             ),
+            unfamiliar_rate=_mean(familiar < UNFAMILIAR),
             error_ranking=auroc(confidence, right),
             error_ranking_plain=auroc(plain, plain_right) if self.model.keeps_classifier else None,
             risk_coverage_area=area_under_risk_coverage(confidence, right),
@@ -314,7 +317,7 @@ def _measure(
         "accuracy": prediction == labels,
         "accuracy_without_memory": (nothing.argmax(dim=-1) == labels) & ~no_class_leads(nothing),
         "probability": probability,
-        "unfamiliar_rate": familiarity(readout, reference_quantiles(model)) < UNFAMILIAR,
+        "remainder": readout.remainder,
         "confidence": probability if confidence is None else confidence,
         "plain": plain,
         "plain_right": plain_prediction == labels,

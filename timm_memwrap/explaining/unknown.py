@@ -12,20 +12,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from timm_memwrap._utils import evaluating
-from timm_memwrap.attention import unit, wide
+from timm_memwrap.attention import make_keys, unit, wide
 from timm_memwrap.data import to_batch
 from timm_memwrap.explaining.ranking import auroc, fpr_at_95
 from timm_memwrap.explaining.reading import encodings_of, snapshot
 from timm_memwrap.explaining.results import Result
 from timm_memwrap.familiarity import UNFAMILIAR, familiarity, reference_quantiles
 from timm_memwrap.model import MemoryWrapModel
+from timm_memwrap.search import ExactIndex
 
 __all__ = ["Detection", "UnknownMetrics", "evaluate_unknown"]
 
 # Of the k-th neighbour, the k that Sun et al. use for CIFAR-10; fewer in a smaller memory.
 _NEIGHBOURS = 50
-# What each ranks by: beyond its quantiles all images have the same familiarity, and not the same remainder.
-_RANKED = {"familiarity": "nearness", **{name: name for name in ("max_softmax", "energy", "neighbours")}}
+_SCORES = ("familiarity", "max_softmax", "energy", "neighbours")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class UnknownMetrics(Result):
         """Returns a table of the scores."""
         rows = [
             f"{name:12}  {found.auroc:6.3f}  {found.fpr_at_95:6.3f}"
-            for name in _RANKED
+            for name in _SCORES
             for found in [getattr(self, name)]
         ]
         below = f"familiarity below {UNFAMILIAR:g}"
@@ -106,15 +106,15 @@ def evaluate_unknown(model: MemoryWrapModel, known: Any, unknown: Any, progress:
     with evaluating(model):
         shown = tqdm(unknown, desc="Unknown", disable=not progress)
         scores.append(_scores(model, (model.encode(to_batch(model, images)) for images in shown)))
-    is_known = torch.cat([torch.full((len(found["familiarity"]),), i == 0) for i, found in enumerate(scores)])
-    stopped = [float((found["familiarity"] < UNFAMILIAR).double().mean()) for found in scores]
-    ranked = {name: torch.cat([found[score] for found in scores]) for name, score in _RANKED.items()}
+    is_known = torch.cat([torch.full((len(found["energy"]),), i == 0) for i, found in enumerate(scores)])
+    quantiles = reference_quantiles(model).cpu()
+    stopped = [float((familiarity(-found["familiarity"], quantiles) < UNFAMILIAR).double().mean()) for found in scores]
     return UnknownMetrics(
         known=int(is_known.sum()),
         unknown=int((~is_known).sum()),
         stopped_known=stopped[0],
         stopped_unknown=stopped[1],
-        **{name: _detection(values, is_known) for name, values in ranked.items()},
+        **{name: _detection(torch.cat([found[name] for found in scores]), is_known) for name in _SCORES},
     )
 
 
@@ -126,20 +126,20 @@ def _detection(scores: Tensor, is_known: Tensor) -> Detection:
 
 def _scores(model: MemoryWrapModel, encodings: Iterable[Tensor]) -> dict[str, Tensor]:
     """Returns scores `[N]` of all encodings `[B, E]`, by name; higher is more known."""
-    width, quantiles, parts = model.head_hidden_size, reference_quantiles(model), []
-    keys = unit(wide(model.memory_bank.filled()[0])[:, :width])
+    width, parts = model.head_hidden_size, []
+    index = ExactIndex(make_keys(wide(model.memory_bank.filled()[0])[:, :width], "cosine"))
     for encoding in encodings:
         readout = model.read(encoding)
         logits = (model.own_classifier(encoding) if model.keeps_classifier else readout.logits).float()
-        similarities = unit(wide(encoding)[:, :width]) @ keys.T
+        similarities, _ = index.nearest(unit(wide(encoding)[:, :width]), _NEIGHBOURS)
         scores = {
-            "familiarity": familiarity(readout, quantiles),
-            "nearness": -readout.remainder,
+            # Not by the share: beyond the quantiles all images have the same.
+            "familiarity": -readout.remainder,
             "max_softmax": logits.softmax(dim=-1).amax(dim=-1),
             "energy": logits.logsumexp(dim=-1),
-            "neighbours": similarities.topk(min(_NEIGHBOURS, len(keys)), dim=-1).values[:, -1],
+            "neighbours": similarities[:, -1],
         }
         parts.append({name: values.cpu() for name, values in scores.items()})
     if not parts:
         raise ValueError("There are no unknown images. Pass at least one.")
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return {name: torch.cat([part[name] for part in parts]) for name in _SCORES}
