@@ -66,6 +66,7 @@ def test_meaning_comes_back_as_it_was(meaning: Meaning) -> None:
         ({"provenance": {"encoder": None}}, "provenance"),
         ({"reference": []}, "reference"),
         ({"reference": {"count": 7}}, "reference"),
+        ({"reference": {"count": -1, "quantiles": REFERENCE.quantiles}}, "reference"),
         ({"reference": {"count": True, "quantiles": REFERENCE.quantiles}}, "reference"),
         ({"reference": {"count": 7, "quantiles": REFERENCE.quantiles[::-1]}}, "reference"),
         ({"reference": {"count": 7, "quantiles": [*REFERENCE.quantiles[1:], math.inf]}}, "reference"),

@@ -152,6 +152,7 @@ def _is_reference(reference: Any) -> bool:
         isinstance(read, str)
         and isinstance(count, int)
         and not isinstance(count, bool)
+        and count >= 0
         and isinstance(quantiles, list)
         and len(quantiles) == (QUANTILES if count else 0)
         and all(isinstance(value, float) and math.isfinite(value) for value in quantiles)

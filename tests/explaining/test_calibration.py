@@ -115,3 +115,22 @@ def test_calibrated_familiarity_is_uniform_over_images_like_those_given(
     timm_memwrap.calibrate(model, _labelled(make_images, 200), progress=False)
     found = sorted(each.familiarity for each in timm_memwrap.explain(model, make_images(200, seed=11), contenders=0))
     assert max(abs(value - (i + 0.5) / 200) for i, value in enumerate(found)) < 0.15
+
+
+def test_a_memory_that_changes_meanwhile_is_not_calibrated(
+    make_model: Callable[..., MemoryWrapModel], make_images: Callable[..., torch.Tensor]
+) -> None:
+    """What was fitted is of the samples that were there when it began."""
+    model, data = make_model("wrapped"), _labelled(make_images)
+
+    class Forgets(TensorDataset):
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
+            if index == 20:
+                model.memory_bank.remove([model.memory_bank.ids[0]])
+            return super().__getitem__(index)
+
+    with pytest.raises(ValueError, match=r"changed while.*again"):
+        timm_memwrap.calibrate(model, Forgets(*data.tensors), progress=False)
+    assert model.temperature == 1.0
+    assert model.memory_bank.reference.count == 0
+    assert not model.calibration.confidence.any()

@@ -49,7 +49,7 @@ def calibrate(model: MemoryWrapModel, data: Any, progress: bool = True) -> float
         none is right, only the confidence is not fitted.
 
     Raises:
-        ValueError: If the bank or the data is empty, or a label is outside `num_classes`.
+        ValueError: If the bank or the data is empty, a label is outside `num_classes`, or the bank changes meanwhile.
 
     Example:
         ```python
@@ -70,6 +70,11 @@ def calibrate(model: MemoryWrapModel, data: Any, progress: bool = True) -> float
             features = confidence_features(model, readout)
             parts.append((readout.logits.float() * model.temperature, features, readout.remainder, targets))
     logits, features, remainders, labels = map(torch.cat, zip(*parts, strict=True))
+    if bank.encodings is not model.memory_bank.encodings:
+        raise ValueError(
+            "The memory bank changed while its model was calibrated, so that what was fitted is of other samples. Call "
+            "calibrate again."
+        )
     bank.set_reference(fit_reference(model, remainders))
     right = logits.argmax(dim=-1) == labels
     if bool(right.all()):
