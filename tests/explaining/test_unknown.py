@@ -44,6 +44,26 @@ def test_it_agrees_with_a_naive_implementation(
         assert found.fpr_at_95 == pytest.approx(sum(score >= min(scores[:10]) - 1e-6 for score in scores[10:]) / 7)
 
 
+@pytest.mark.parametrize("count", [1, 3, 50])
+@torch.no_grad()
+def test_of_the_neighbours_the_last_one_counts(
+    count: int,
+    make_model: Callable[..., MemoryWrapModel],
+    make_images: Callable[..., torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The nearest of what is remembered is itself, so that it alone would tell all."""
+    monkeypatch.setattr("timm_memwrap.explaining.unknown._NEIGHBOURS", count)
+    model, images = make_model("wrapped"), torch.cat([make_images(12, seed=1), make_images(12, seed=6)])
+    remembered = TensorDataset(images[:12], torch.arange(12) % 4)
+    found = evaluate_unknown(model, remembered, [images[12:]], progress=False).neighbours
+    similarities = cosine_similarity(model.encode(images)[:, None], model.memory_bank.encodings[None], dim=2)
+    scores = similarities.sort(dim=1, descending=True).values[:, min(count, 12) - 1]
+    expected = roc_auc_score([1] * 12 + [0] * 12, scores)
+    assert (expected == 1.0) == (count == 1)
+    assert found.auroc == pytest.approx(expected, abs=0.01)
+
+
 def test_images_may_come_in_any_form(
     make_model: Callable[..., MemoryWrapModel], make_images: Callable[..., torch.Tensor]
 ) -> None:
