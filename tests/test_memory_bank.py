@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from timm_memwrap import MemoryBank, build_memory_bank
-from timm_memwrap.bank_format import BUFFERS, Provenance
+from timm_memwrap.bank_format import BUFFERS, ENTRIES
+from timm_memwrap.meaning import Meaning, Provenance
 
 PROVENANCE = Provenance(dataset="animals", selection="balanced", seed=3, population=50, encoder="abc")
 
@@ -40,7 +42,7 @@ def _bank(size: int = 6, width: int = 4, images: bool = False, start: int = 0) -
 
 
 def _snapshot(bank: MemoryBank) -> dict[str, Any]:
-    tensors = {name: None if (t := getattr(bank, name)) is None else t.clone() for name in BUFFERS}
+    tensors = {name: None if (t := getattr(bank, name)) is None else t.clone() for name in ENTRIES}
     meaning = {name: getattr(bank, name) for name in ("ids", "class_names", "provenance", "reference")}
     return {**tensors, **meaning}
 
@@ -192,7 +194,7 @@ def test_append_joins_and_remove_undoes_it(images: bool) -> None:
     assert bank.provenance == dataclasses.replace(PROVENANCE, appended=3)
     assert bank.remove(more.ids) is bank
     assert bank.provenance == dataclasses.replace(PROVENANCE, appended=3, removed=3)
-    bank._set(bank._state(), dataclasses.replace(bank._parsed_meaning(), provenance=PROVENANCE))
+    bank._set(bank._state(), dataclasses.replace(bank._meaning.read(), provenance=PROVENANCE))
     _assert_same(bank, before)
 
 
@@ -599,3 +601,58 @@ def test_an_encoding_beyond_half_precision_is_refused() -> None:
     with pytest.raises(ValueError, match=r"2\.png"):
         bank.store_as(torch.float16)
     _assert_same(bank, before)
+
+
+def test_appending_neither_copies_nor_serialises_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = _bank(400, images=True)
+    before = [getattr(bank, name).data_ptr() for name in BUFFERS]
+    monkeypatch.setattr(Meaning, "to_tensor", lambda self: pytest.fail("all ids are written as JSON"))
+    for i in range(20):
+        more = _bank(2, images=True, start=1000 + 2 * i)
+        bank.append(more.encodings, more.labels, more.ids, more.images)
+    assert [getattr(bank, name).data_ptr() for name in BUFFERS] == before
+    assert len(bank) == 440
+
+
+def test_a_snapshot_and_a_gradient_outlive_samples_that_are_appended() -> None:
+    bank, more = _bank(400), _bank(2, start=1000)
+    same, before = bank.snapshot(), _snapshot(bank)
+    query = torch.ones(4, requires_grad=True)
+    score = (bank.encodings @ query).square().sum()
+    bank.append(more.encodings, more.labels, more.ids)
+    _assert_same(same, before)
+    score.backward()
+    assert query.grad is not None
+    same.append(more.encodings + 1, more.labels, more.ids)
+    assert torch.equal(bank.encodings[-2:], more.encodings)
+    assert torch.equal(same.encodings[-2:], more.encodings + 1)
+
+
+def test_nothing_is_lost_when_threads_append_and_remove() -> None:
+    bank = _bank(100)
+
+    def work(number: int) -> None:
+        for i in range(30):
+            more = _bank(2, start=1000 * (number + 1) + 2 * i)
+            bank.append(more.encodings, more.labels, more.ids)
+            bank.remove(more.ids[:1])
+            same = bank.snapshot()
+            assert len(same.ids) == len(same) == len(same.encodings)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert len(bank) == 100 + 4 * 30
+    by_id = dict(zip(bank.ids, bank.encodings, strict=True))
+    for number in range(4):
+        expected = _bank(2, start=1000 * (number + 1) + 58)
+        assert torch.equal(by_id[expected.ids[1]], expected.encodings[1])
+
+
+def test_class_names_come_with_the_samples_that_need_them() -> None:
+    bank, more = _bank(), _bank(2, start=100)
+    bank.append(more.encodings, more.labels + 7, more.ids, class_names=[*"abcdefghi"])
+    assert bank.class_names == [*"abcdefghi"]
+    assert bank.largest_label == 8
+    with pytest.raises(ValueError, match="Class name 3"):
+        bank.append(more.encodings, more.labels, [1000, 1001], class_names=[3])  # type: ignore[list-item]
+    assert len(bank) == 8

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from timm_memwrap._utils import evaluating
-from timm_memwrap.bank_format import QUANTILES
 from timm_memwrap.bank_memory import BankMemory
+from timm_memwrap.meaning import QUANTILES
 from timm_memwrap.memory_bank import Reference
 from timm_memwrap.model import MemoryWrapModel
 

@@ -1,4 +1,4 @@
-"""What is remembered: encodings of training samples and what they mean, all of it in buffers.
+"""What is remembered: encodings of training samples and what they mean.
 
 Shapes: M memory samples, D width of an encoding.
 """
@@ -6,8 +6,9 @@ Shapes: M memory samples, D width of an encoding.
 import dataclasses
 import logging
 import os
+import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +19,33 @@ from timm_memwrap._utils import check_choice, printable
 from timm_memwrap.bank_format import (
     BUFFERS,
     DTYPES,
+    ENTRIES,
     REQUIRED,
-    Meaning,
-    Provenance,
-    Reference,
-    SampleId,
+    check_integers,
     check_state,
+    largest_label,
+    like_state,
     parse_state,
-    plain_ids,
-    plain_names,
 )
-from timm_memwrap.fingerprint import Watch
+from timm_memwrap.meaning import LiveMeaning, Meaning, Provenance, Reference, plain_names
+from timm_memwrap.rows import Rows, add_rows
+from timm_memwrap.sample_ids import SampleId, SampleIds
 from timm_memwrap.tensor_files import read_tensors, write_tensors
 
-__all__ = ["MemoryBank", "Provenance", "Reference", "SampleId", "largest_label"]
+__all__ = ["MemoryBank", "Provenance", "Reference", "SampleId"]
 
 _logger = logging.getLogger(__name__)
+
+# Attributes that a copy begins without.
+_NOT_COPIED: dict[str, Any] = {"_derived": [None], "_rows": {}, "_lock": None}
 
 
 class MemoryBank(nn.Module):
     """Encodings of training samples with their labels, ids and, if wanted, small images.
 
-    All of its state is in buffers, so a model's state dict carries it. An empty bank has no entry in the state dict;
-    loading adapts the length of the buffers to the file, and a state dict without a bank leaves this one as it is.
-    Encodings keep their precision when the model is cast.
+    A model's state dict carries all of it. An empty bank has no entry in the state dict; loading adapts the length of
+    the buffers to the file, and a state dict without a bank leaves this one as it is. Encodings keep their precision
+    when the model is cast. Threads may change a bank, one after the other, while others read it.
 
     Example:
         ```python
@@ -58,7 +62,6 @@ class MemoryBank(nn.Module):
     encodings: Tensor | None
     labels: Tensor | None
     images: Tensor | None
-    meaning: Tensor | None
     _anchor: Tensor
 
     def __init__(self) -> None:
@@ -70,8 +73,10 @@ class MemoryBank(nn.Module):
             self.register_buffer(name, None)
         # Of these samples, for all snapshots of them: in a list, so that they share what one of them makes.
         self._derived: list[Any] = [None]
-        self._parsed: tuple[Watch, Meaning] | None = None
-        # Known beforehand, since asking a device for it makes a read wait.
+        self._meaning = LiveMeaning(Meaning())
+        self._rows: dict[str, Rows] = {}
+        # Held while the bank is changed: a change begins with what is there, and replaces several attributes.
+        self._lock = threading.RLock()
         self.largest_label = -1
 
     def __len__(self) -> int:
@@ -103,22 +108,28 @@ class MemoryBank(nn.Module):
     @property
     def ids(self) -> list[SampleId]:
         """Ids of the samples, in memory order."""
-        return self._parsed_meaning().ids
+        return self._meaning.read().ids[:]
 
     @property
     def class_names(self) -> list[str]:
         """Names of the classes by label; empty if unknown."""
-        return self._parsed_meaning().class_names
+        return self._meaning.read().class_names
 
     @property
     def provenance(self) -> Provenance:
         """Where the samples come from."""
-        return self._parsed_meaning().provenance
+        return self._meaning.read().provenance
 
     @property
     def reference(self) -> Reference:
         """How near the samples came to held-out images; of no images until `calibrate` is called."""
-        return self._parsed_meaning().reference
+        return self._meaning.read().reference
+
+    @property
+    def meaning(self) -> Tensor | None:
+        """What of the bank is not a number, as bytes of JSON; `None` if the bank is empty."""
+        with self._lock:
+            return None if self.labels is None else self._meaning.text(self.labels.device)
 
     @property
     def class_counts(self) -> dict[int, int]:
@@ -150,80 +161,74 @@ class MemoryBank(nn.Module):
             ValueError: If lengths, shapes, types or values do not fit. The bank is then unchanged.
         """
         check_choice("dtype", dtype, DTYPES)
-        _check_integers(labels)
-        meaning = Meaning(plain_ids(ids), plain_names(class_names), provenance or Provenance())
-        self._set(
-            {
-                "encodings": encodings.detach().to(dtype),
-                # A copy: the bank must not change when the caller's tensor does.
-                "labels": labels.detach().to(torch.long, copy=True),
-                "images": images,
-            },
-            meaning,
-        )
+        check_integers(labels)
+        meaning = Meaning(SampleIds(ids), plain_names(class_names), provenance or Provenance())
+        state = {"encodings": encodings.detach().to(dtype), "labels": labels.detach().long(), "images": images}
+        self._set(state, meaning)
 
-    def append(self, encodings: Tensor, labels: Tensor, ids: Sequence[SampleId], images: Tensor | None = None) -> None:
-        """Remembers more samples, behind those already there. Arguments as in `replace`.
+    def append(
+        self,
+        encodings: Tensor,
+        labels: Tensor,
+        ids: Sequence[SampleId],
+        images: Tensor | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        """Remembers more samples, behind those already there, at the price of what is added. Arguments as in `replace`.
 
         Raises:
             ValueError: If they do not fit each other or what is there. The bank is then unchanged.
         """
-        if not len(self):
-            return self.replace(encodings, labels, ids, images)
-        _check_integers(labels)
-        given = {"encodings": encodings, "labels": labels, "images": images}
-        state: dict[str, Tensor | None] = {}
-        for name, new in given.items():
-            old = self._buffers[name]
-            if (new is None) != (old is None) or (
-                new is not None and old is not None and new.shape[1:] != old.shape[1:]
-            ):
-                expected = "none" if old is None else f"[{', '.join(map(str, ['N', *old.shape[1:]]))}]"
-                raise ValueError(
-                    f"{name} has shape {None if new is None else list(new.shape)}; expected {expected}, as the bank "
-                    f"has. Encode the samples with the same model, and give images for all samples or for none."
-                )
-            state[name] = None if new is None or old is None else torch.cat([old, new.detach().to(old)])
-        meaning = self._parsed_meaning()
-        provenance = dataclasses.replace(meaning.provenance, appended=meaning.provenance.appended + len(labels))
-        self._set(state, Meaning([*meaning.ids, *plain_ids(ids)], meaning.class_names, provenance))
+        with self._lock:
+            meaning = self._meaning.read()
+            names = meaning.class_names if class_names is None else plain_names(class_names)
+            if not len(self):
+                return self.replace(encodings, labels, ids, images, names)
+            check_integers(labels)
+            new = like_state({"encodings": encodings, "labels": labels.long(), "images": images}, self._state())
+            check_state(new, Meaning(SampleIds(ids)))
+            provenance = dataclasses.replace(meaning.provenance, appended=meaning.provenance.appended + len(labels))
+            longer = Meaning(meaning.ids.added(ids), names, provenance)
+            with torch.inference_mode(False):
+                grown = {
+                    name: add_rows(self._rows, name, self._buffers[name], rows)
+                    for name, rows in new.items()
+                    if rows is not None
+                }
+            self._take(grown, longer, max(self.largest_label, largest_label(labels)))
 
     def remove(self, ids: Iterable[SampleId]) -> "MemoryBank":
-        """Forgets the samples with these ids, and returns itself.
+        """Forgets the samples with these ids, and returns itself. Warns if a class has no sample any more.
 
         Raises:
             ValueError: If an id is not in the bank, or none would be left. The bank is then unchanged.
         """
-        position = {sample_id: i for i, sample_id in enumerate(self.ids)}
-        wanted = [ids] if isinstance(ids, str | int) else list(ids)
-        unknown = [sample_id for sample_id in wanted if sample_id not in position]
-        if unknown:
-            raise ValueError(
-                f"No sample with id {', '.join(map(repr, unknown[:5]))}{' ...' if len(unknown) > 5 else ''} in "
-                f"{self!r}. Its ids are in bank.ids, e.g. {self.ids[:3]}."
-            )
-        gone = {position[sample_id] for sample_id in wanted}
-        if len(gone) == len(self):
-            raise ValueError(f"Removing {len(gone)} ids would leave {self!r} empty. Call clear() to forget everything.")
-        return self.select(i for i in range(len(self)) if i not in gone)
+        with self._lock:
+            gone = set(self._meaning.read().ids.positions(ids))
+            if len(gone) == len(self) > 0:
+                raise ValueError(
+                    f"Removing {len(gone)} ids would leave {self!r} empty. Call clear() to forget everything."
+                )
+            return self.select(i for i in range(len(self)) if i not in gone)
 
     def select(self, positions: Iterable[int]) -> "MemoryBank":
         """Keeps only the samples at these positions, in this order, and returns itself.
 
         Warns if a class has no sample any more.
         """
-        device, meaning, kept = self.filled()[1].device, self._parsed_meaning(), list(positions)
-        index = torch.tensor(kept, dtype=torch.long, device=device)
-        state = {name: None if tensor is None else tensor[index] for name, tensor in self._state().items()}
-        before, provenance = self.class_counts, meaning.provenance
-        provenance = dataclasses.replace(provenance, removed=provenance.removed + len(self) - len(kept))
-        self._set(state, Meaning([meaning.ids[i] for i in kept], meaning.class_names, provenance))
-        if gone := [label for label in before if label not in self.class_counts]:
-            names = dict(enumerate(meaning.class_names))
-            _logger.warning(
-                "The memory has no sample of %s any more, so that no prediction can show one.",
-                ", ".join(printable(names.get(label, f"class {label}")) for label in gone),
-            )
+        with self._lock:
+            device, meaning, kept = self.filled()[1].device, self._meaning.read(), list(positions)
+            index = torch.tensor(kept, dtype=torch.long, device=device)
+            state = {name: None if tensor is None else tensor[index] for name, tensor in self._state().items()}
+            before, provenance = self.class_counts, meaning.provenance
+            provenance = dataclasses.replace(provenance, removed=provenance.removed + len(self) - len(kept))
+            self._set(state, Meaning(SampleIds(meaning.ids[i] for i in kept), meaning.class_names, provenance))
+            if gone := [label for label in before if label not in self.class_counts]:
+                names = dict(enumerate(meaning.class_names))
+                _logger.warning(
+                    "The memory has no sample of %s any more, so that no prediction can show one.",
+                    ", ".join(printable(names.get(label, f"class {label}")) for label in gone),
+                )
         return self
 
     def store_as(self, dtype: torch.dtype) -> "MemoryBank":
@@ -239,44 +244,47 @@ class MemoryBank(nn.Module):
             ValueError: If it is another, or an encoding is beyond what it can hold. The bank is then unchanged.
         """
         check_choice("dtype", dtype, DTYPES)
-        encodings, _ = self.filled()
-        self._set({**self._state(), "encodings": encodings.to(dtype)}, self._parsed_meaning())
+        with self._lock:
+            encodings, _ = self.filled()
+            self._set({**self._state(), "encodings": encodings.to(dtype)}, self._meaning.read())
         return self
 
     def clear(self) -> None:
         """Forgets everything."""
-        self._buffers = {**self._buffers, **dict.fromkeys(BUFFERS)}
-        self._derived = [None]
+        with self._lock:
+            self._rows = {}
+            self._take(dict.fromkeys(BUFFERS), Meaning(), -1)
 
     def without_images(self) -> "MemoryBank":
         """Returns a bank of the same samples that holds no images."""
-        bank = MemoryBank()
-        bank._buffers = {**self._buffers, "images": None}
+        bank = self.snapshot()
+        bank._buffers, bank._derived = {**bank._buffers, "images": None}, [None]
         return bank
 
     def snapshot(self) -> "MemoryBank":
         """Returns a bank of the same samples that stays so when this one changes, in this or another thread."""
         bank = MemoryBank()
-        bank._buffers, bank._derived, bank._parsed = self._buffers, self._derived, self._parsed
-        bank.largest_label = self.largest_label
+        with self._lock:
+            bank._buffers, bank._derived, bank._meaning = self._buffers, self._derived, self._meaning
+            bank.largest_label = self.largest_label
         return bank
 
     def set_class_names(self, class_names: Sequence[str]) -> None:
         """Names the classes by label."""
-        self.filled()
-        names = plain_names(class_names)
-        self._set(self._state(), dataclasses.replace(self._parsed_meaning(), class_names=names))
+        self._describe(class_names=plain_names(class_names))
 
     def set_reference(self, reference: Reference) -> None:
         """Records how near the samples came to held-out images. It is dropped when samples come or go."""
-        self.filled()
-        self._set(self._state(), dataclasses.replace(self._parsed_meaning(), reference=reference))
+        self._describe(reference=reference)
 
     def set_encoder(self, encoder: str) -> None:
         """Records which encoder encoded the samples, by its fingerprint."""
-        self.filled()
-        provenance = dataclasses.replace(self.provenance, encoder=encoder)
-        self._set(self._state(), dataclasses.replace(self._parsed_meaning(), provenance=provenance))
+        self._describe(provenance=dataclasses.replace(self.provenance, encoder=encoder))
+
+    def _describe(self, **changes: Any) -> None:
+        with self._lock:
+            self.filled()
+            self._take({}, dataclasses.replace(self._meaning.read(), **changes), self.largest_label)
 
     def save(self, path: str | os.PathLike) -> Path:
         """Writes the bank alone to a safetensors file, whole or not at all, and returns its path.
@@ -312,34 +320,27 @@ class MemoryBank(nn.Module):
         return encodings, labels
 
     def _state(self) -> dict[str, Tensor | None]:
-        """Returns all buffers but the meaning, which `_set` makes."""
-        return {name: self._buffers[name] for name in BUFFERS if name != "meaning"}
+        return {name: self._buffers[name] for name in BUFFERS}
 
     def _set(self, state: dict[str, Tensor | None], meaning: Meaning) -> None:
-        """Checks a state and takes it over in one step, so that no thread sees half of it."""
+        """Checks a state and takes a copy of it: the bank must not change when the caller's tensors do."""
         check_state(state, meaning)
         # A bank on the meta device has no place of its own.
         device = None if self._anchor.is_meta else self._anchor.device
         # Inference tensors could not be part of a later gradient.
-        with torch.inference_mode(False):
-            text = meaning.to_tensor().to(device)
-            own = {
-                name: None if tensor is None else (tensor.clone() if tensor.is_inference() else tensor).to(device)
-                for name, tensor in state.items()
-            }
-            self._buffers = {**self._buffers, **own, "meaning": text}
-            self._parsed = (Watch([text]), meaning)
-            self._derived = [None]
-            self.largest_label = largest_label(state["labels"])
+        with self._lock, torch.inference_mode(False):
+            self._rows = {name: Rows(tensor.to(device)) for name, tensor in state.items() if tensor is not None}
+            own = {name: self._rows[name].tensor if name in self._rows else None for name in BUFFERS}
+            self._take(own, meaning, largest_label(state["labels"]))
 
-    def _parsed_meaning(self) -> Meaning:
-        """Parses the buffer when it has changed: a million ids take a while."""
-        meaning, parsed = self.meaning, self._parsed
-        if meaning is None:
-            return Meaning()
-        if parsed is None or not parsed[0].unchanged([meaning]):
-            parsed = self._parsed = (Watch([meaning]), Meaning.from_tensor(meaning))
-        return parsed[1]
+    def _take(self, buffers: Mapping[str, Tensor | None], meaning: Meaning, largest_label: int) -> None:
+        """Replaces the state in one step, so that no snapshot holds half of it."""
+        with self._lock:
+            self._buffers = {**self._buffers, **buffers}
+            self._meaning = LiveMeaning(meaning)
+            self._derived = [None]
+            # Known beforehand, since asking a device for it makes a read wait.
+            self.largest_label = largest_label
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MemoryBank":
         """Moves the buffers, and leaves their dtype: half of an encoding's digits cannot be brought back."""
@@ -350,12 +351,25 @@ class MemoryBank(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        self._buffers = {name: move(tensor) for name, tensor in self._buffers.items()}
-        self._derived = [None]
+        with self._lock:
+            self._rows = {}
+            self._buffers = {name: move(tensor) for name, tensor in self._buffers.items()}
+            self._meaning, self._derived = LiveMeaning(self._meaning.read()), [None]
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_derived": [None], "_parsed": None}
+        return {**self.__dict__, **_NOT_COPIED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._derived, self._rows, self._lock = [None], {}, threading.RLock()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        with self._lock:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            meaning = self.meaning
+        if meaning is not None:
+            destination[f"{prefix}meaning"] = meaning
 
     def _load_from_state_dict(
         self,
@@ -371,25 +385,14 @@ class MemoryBank(nn.Module):
         found = {key[len(prefix) :]: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
         if not found:
             return
-        unexpected = [prefix + name for name in found if name not in BUFFERS]
+        unexpected = [prefix + name for name in found if name not in ENTRIES]
         missing = [prefix + name for name in REQUIRED if name not in found]
         unexpected_keys.extend(unexpected)
         missing_keys.extend(missing)
         if missing or (strict and unexpected):
             return
         try:
-            # Copies: the bank must not change when the caller's dictionary does.
-            copies = {name: tensor.detach().clone() for name, tensor in found.items() if name in BUFFERS}
-            self._set(*parse_state(copies, "the state dict"))
+            entries = {name: tensor.detach() for name, tensor in found.items() if name in ENTRIES}
+            self._set(*parse_state(entries, "the state dict"))
         except ValueError as error:
             error_msgs.append(str(error))
-
-
-def largest_label(labels: Tensor | None) -> int:
-    """Returns the largest of labels `[M]`, or -1 if there is none to be seen."""
-    return -1 if labels is None or labels.is_meta or not labels.numel() else int(labels.max())
-
-
-def _check_integers(labels: Tensor) -> None:
-    if labels.is_floating_point() or labels.is_complex():
-        raise ValueError(f"labels are {labels.dtype}; expected integers, one class index per sample.")

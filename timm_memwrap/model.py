@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from timm_memwrap import constants
 from timm_memwrap.attention import wide
 from timm_memwrap.backbone import OwnClassifier, classifiers_of, classifies_affinely, encode_features
+from timm_memwrap.bank_format import largest_label
 from timm_memwrap.bank_memory import BankMemory, bank_memory, empty_memory, warn_of_empty_memory
 from timm_memwrap.checks import misfits, split_bank
 from timm_memwrap.encoding_queue import EncodingQueue
 from timm_memwrap.fingerprint import WatchedFingerprint
 from timm_memwrap.heads import Calibration, new_head
 from timm_memwrap.memory_args import resolve_memory_args
-from timm_memwrap.memory_bank import MemoryBank, largest_label
+from timm_memwrap.memory_bank import MemoryBank
 from timm_memwrap.memory_layer import MemoryReadout, PreparedMemory, Read, is_factor
 from timm_memwrap.search import check_index
 from timm_memwrap.timm_interface import TimmInterface, add_prefix

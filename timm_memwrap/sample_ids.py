@@ -1,0 +1,99 @@
+"""Names of memory samples: unique, in memory order, and cheap to add to."""
+
+import operator
+import threading
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any, overload
+
+__all__ = ["SampleId", "SampleIds", "plain_ids"]
+
+SampleId = int | str
+
+_ADDING = threading.Lock()
+
+
+class SampleIds(Sequence[SampleId]):
+    """Unique ids in memory order. They never change; `added` returns more at the price of what is added.
+
+    Both share one list, of which each knows how much is its own.
+
+    Raises:
+        ValueError: If an id is neither text nor a whole number, or comes twice.
+    """
+
+    def __init__(self, ids: Iterable[Any] = ()) -> None:
+        self._ids = plain_ids(ids)
+        self._count = len(self._ids)
+        self._positions = {sample_id: position for position, sample_id in enumerate(self._ids)}
+        if len(self._positions) != self._count:
+            twice = [sample_id for sample_id, count in Counter(self._ids).items() if count > 1]
+            raise ValueError(f"Ids must be unique; {twice[:5]} come more than once. Remember a sample once.")
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> SampleId: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[SampleId]: ...
+
+    def __getitem__(self, index: int | slice) -> SampleId | list[SampleId]:
+        if isinstance(index, slice):
+            return self._ids[: self._count][index]
+        return self._ids[range(self._count)[index]]
+
+    def __contains__(self, sample_id: object) -> bool:
+        return self._positions.get(sample_id, self._count) < self._count  # type: ignore[call-overload]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SampleIds) and self[:] == other[:]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SampleIds, (self[:],)
+
+    def __deepcopy__(self, memo: dict) -> "SampleIds":
+        return self
+
+    def positions(self, ids: Iterable[SampleId]) -> list[int]:
+        """Returns the positions of ids, or raises a `ValueError` if one is not among them."""
+        wanted = [ids] if isinstance(ids, str | int) else list(ids)
+        unknown = [sample_id for sample_id in wanted if sample_id not in self]
+        if unknown:
+            raise ValueError(
+                f"No sample with id {', '.join(map(repr, unknown[:5]))}{' ...' if len(unknown) > 5 else ''} in the "
+                f"memory of {len(self):,} samples. Its ids are in bank.ids, e.g. {self[:3]}."
+            )
+        return [self._positions[sample_id] for sample_id in wanted]
+
+    def added(self, ids: Iterable[Any]) -> "SampleIds":
+        """Returns these ids and, behind them, others; raises a `ValueError` if one is known or comes twice."""
+        new = SampleIds(ids)
+        known = [sample_id for sample_id in new if sample_id in self]
+        if known:
+            raise ValueError(
+                f"The memory has {', '.join(map(repr, known[:5]))}{' ...' if len(known) > 5 else ''} already. Forget "
+                f"what is there first, or give the new samples other ids."
+            )
+        with _ADDING:
+            # Behind ids that others have been added to, there is no room.
+            base = self if len(self._ids) == self._count else SampleIds(self[:])
+            base._ids.extend(new)
+            base._positions.update(zip(new, range(self._count, len(base._ids)), strict=True))
+        longer = object.__new__(SampleIds)
+        longer._ids, longer._positions, longer._count = base._ids, base._positions, len(base._ids)
+        return longer
+
+
+def plain_ids(ids: Iterable[Any]) -> list[SampleId]:
+    """Returns ids that JSON brings back as they are: text, and whole numbers of any library."""
+    plain: list[SampleId] = []
+    for sample_id in ids:
+        try:
+            plain.append(sample_id if isinstance(sample_id, str) else operator.index(sample_id))
+        except TypeError:
+            raise ValueError(
+                f"Id {sample_id!r} is neither text nor a whole number. Pass file names or positions."
+            ) from None
+    return plain
