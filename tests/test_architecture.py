@@ -16,8 +16,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Modules within a folder may import each other, as long as there is no cycle.
 ROOMS = (
     ("constants", "_utils"),
-    ("tensor_files", "attention", "reconstruction", "fingerprint", "selection", "encoding_queue", "rows", "sample_ids"),
-    ("search", "memory_args", "meaning", "checks"),
+    ("tensor_files", "attention", "reconstruction", "fingerprint", "encoding_queue", "rows", "sample_ids"),
+    ("search", "memory_args", "meaning", "checks", "selection"),
     ("bank_format",),
     ("memory_layer", "read_heads", "memory_bank"),
     ("layers", "backbone"),

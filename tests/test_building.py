@@ -7,13 +7,16 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
 
 from timm_memwrap import MemoryWrapModel, build_memory_bank, wrap
+from timm_memwrap.building import points_to_herd
 from timm_memwrap.data import Images
+from timm_memwrap.selection import herd
 
 CLASSES = 3
 
@@ -51,7 +54,7 @@ SOURCES: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("selection", ["balanced", "random", "kmeans", "all"])
+@pytest.mark.parametrize("selection", ["herding", "balanced", "random", "all"])
 def test_the_bank_is_the_same_whatever_the_data_comes_in(source: str, selection: str) -> None:
     if source == "any iterable of batches":
         data: Any = iter(_batches())
@@ -65,6 +68,45 @@ def test_the_bank_is_the_same_whatever_the_data_comes_in(source: str, selection:
     assert torch.equal(model.own_predictions(), other.own_predictions())
     torch.testing.assert_close(bank.encodings, expected.encodings, atol=1e-5, rtol=1e-5)
     assert bank.provenance.population == 24
+
+
+class _Counting(TensorDataset):
+    """Lists its labels, and counts the images that are read."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        super().__init__(images, labels)
+        self.targets, self.read = labels.tolist(), 0
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        self.read += 1
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize(("selection", "read"), [("herding", 103), ("balanced", 6), ("random", 6), ("all", 123)])
+def test_only_what_a_choice_looks_at_is_read(selection: str, read: int) -> None:
+    data = _Counting(torch.zeros(123, 3, 8, 8), torch.tensor([0] * 120 + [1, 2, 2]))
+    build_memory_bank(_model(), data, size=6, selection=selection, progress=False)
+    assert data.read == read
+
+
+def test_herding_compares_encodings_and_the_logits_of_a_classifier_that_is_kept() -> None:
+    encodings = torch.randn(5, 96, generator=torch.Generator().manual_seed(0))
+    assert points_to_herd(_model(), encodings) is encodings
+    model = _model("memwrap_evidence_test_resnet")
+    seen, predicted = points_to_herd(model, encodings).split([96, CLASSES], dim=1)
+    logits = model.backbone.get_classifier()(encodings)
+    torch.testing.assert_close(seen, F.normalize(encodings))
+    torch.testing.assert_close(predicted, F.normalize(logits - logits.mean(dim=1, keepdim=True)))
+    chosen = herd(torch.arange(24) % CLASSES, points_to_herd(model, model.encode(_data().tensors[0])), 9)
+    assert build_memory_bank(model, _data(), size=9, progress=False).ids == chosen
+
+
+def test_a_candidate_that_is_not_finite_is_refused_even_if_it_would_not_be_chosen() -> None:
+    model, data = _model(), _data()
+    with torch.no_grad():
+        next(iter(model.backbone.parameters())).mul_(torch.nan)
+    with pytest.raises(ValueError, match=r"24 of 24 encodings have NaN"):
+        build_memory_bank(model, data, size=3, progress=False)
 
 
 def test_encodings_are_those_of_the_samples_that_the_ids_name() -> None:
@@ -143,7 +185,7 @@ def test_an_exception_midway_leaves_the_old_bank(where: str, monkeypatch: pytest
         raise KeyboardInterrupt
 
     if where == "selection":
-        monkeypatch.setattr("timm_memwrap.building.select", broken)
+        monkeypatch.setattr("timm_memwrap.building.find_candidates", broken)
     if where == "bank":
         monkeypatch.setattr("timm_memwrap.memory_bank.check_state", broken)
     with pytest.raises(KeyboardInterrupt):

@@ -4,7 +4,7 @@ Shapes: N samples of the data, M samples remembered, E width of an encoding.
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,13 +14,15 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from timm_memwrap._utils import check_choice, check_count, evaluating
+from timm_memwrap.attention import unit
 from timm_memwrap.data import BATCH_SIZE, Samples, known_class_names, small_images
 from timm_memwrap.memory_bank import MemoryBank, Provenance, SampleId
 from timm_memwrap.memory_checks import check_model, warn_of_new_classifier
 from timm_memwrap.model import MemoryWrapModel
-from timm_memwrap.selection import SELECTIONS, needs_encodings, select
+from timm_memwrap.read_heads import CentredLogits
+from timm_memwrap.selection import SELECTIONS, find_candidates, herd
 
-__all__ = ["build_memory_bank"]
+__all__ = ["build_memory_bank", "points_to_herd"]
 
 _logger = logging.getLogger(__name__)
 
@@ -32,7 +34,7 @@ def build_memory_bank(
     model: MemoryWrapModel,
     data: Dataset | Iterable,
     size: int | None = 1000,
-    selection: str = "balanced",
+    selection: str = "herding",
     store_images: bool = False,
     seed: int = 0,
     progress: bool = True,
@@ -51,8 +53,8 @@ def build_memory_bank(
         data: A data set or loader of `(image, label)`; see `timm_memwrap.data.Samples` for how loaders are read. Images
             are remembered as they come: an augmentation at random is not undone, and warned of where it shows.
         size: Most samples to remember; `None` for all.
-        selection: `"random"`; `"balanced"`, as many of each class as there are; `"kmeans"`, per class the samples
-            nearest to k-means centres of the encodings (needs scikit-learn); `"all"`.
+        selection: `"herding"`, an even share of each class, whose mean is close to that of the class; up to 100 random
+            samples of each are encoded to choose from. `"balanced"`, even shares at random; `"random"`; `"all"`.
         store_images: Whether to keep small uint8 images, at most 64 pixels a side, for people to look at. They stay in
             the bank when it is saved.
         seed: Seed of the choice.
@@ -77,7 +79,7 @@ def build_memory_bank(
         >>> model = timm.create_model("memwrap_test_resnet", num_classes=2)
         >>> data = torch.utils.data.TensorDataset(torch.randn(8, 3, 64, 64), torch.arange(8) % 2)
         >>> timm_memwrap.build_memory_bank(model, data, size=4, progress=False)
-        MemoryBank(4 samples of 2 classes, encodings [4, 96], no images, balanced from TensorDataset)
+        MemoryBank(4 samples of 2 classes, encodings [4, 96], no images, herding from TensorDataset)
 
         ```
     """
@@ -95,14 +97,16 @@ def build_memory_bank(
         )
     if distributed:
         _check_distributed(samples)
-    chosen: list[int] | None = None
-    if samples.labels is not None and not needs_encodings(selection):
-        chosen = select(selection, samples.labels, None, size, seed)
+    candidates: list[int] | None = None
+    if samples.labels is not None:
+        candidates = find_candidates(selection, samples.labels, size, seed)
     with evaluating(model):
-        encoded = _encode(model, samples, chosen, store_images, progress, distributed)
+        encoded = _encode(model, samples, candidates, store_images, progress, distributed)
         population = samples.length if samples.length is not None else len(encoded.labels)
-        if chosen is None:
-            encoded = encoded.at(select(selection, encoded.labels, encoded.encodings, size, seed))
+        if candidates is None:
+            encoded = encoded.at(find_candidates(selection, encoded.labels, size, seed))
+        if size is not None and size < len(encoded.labels):
+            encoded = _herded(model, encoded, size)
         provenance = Provenance(
             dataset=dataset_name if dataset_name is not None else samples.name,
             selection="all" if size is None else selection,
@@ -120,13 +124,43 @@ def build_memory_bank(
     return model.memory_bank
 
 
+def _herded(model: MemoryWrapModel, encoded: "_Encoded", size: int) -> "_Encoded":
+    """Chooses `size` of the candidates."""
+    points = points_to_herd(model, encoded.encodings)
+    bad = (~points.isfinite()).any(dim=1).nonzero().flatten().tolist()
+    if bad:
+        # One of them moves the mean of its class, and may not be chosen itself.
+        raise ValueError(
+            f"{len(bad)} of {len(points)} encodings have NaN or infinite entries, the first for id "
+            f"{encoded.ids[bad[0]]!r}. Check the images and the model's weights."
+        )
+    return encoded.at(herd(encoded.labels, points, size))
+
+
+@torch.no_grad()
+def points_to_herd(model: MemoryWrapModel, encodings: Tensor) -> Tensor:
+    """Returns what herding compares of encodings `[N, E]`: they and, to the same share, the centred logits.
+
+    Without the logits, if the classifier is trained with the memory.
+    """
+    if not model.keeps_classifier:
+        return encodings
+    logits = _by_parts(CentredLogits(model.own_classifier), model, encodings)
+    return torch.cat([unit(encodings), unit(logits)], dim=1)
+
+
+def _by_parts(function: Callable[[Tensor], Tensor], model: MemoryWrapModel, encodings: Tensor) -> Tensor:
+    """Applies a function to encodings, some at a time, on the device of the model."""
+    device = next(model.backbone.parameters()).device
+    return torch.cat([function(part.to(device)).to(encodings) for part in encodings.split(BATCH_SIZE)])
+
+
 def _warn_of_other_labels(model: MemoryWrapModel, encoded: "_Encoded") -> None:
     """Warns if the backbone's own classifier disagrees with most labels: they may be numbered otherwise than its."""
     if model.memory_args["classifier"] != "own":
         return
-    device = next(model.backbone.parameters()).device
-    parts = (model.own_classifier(part.to(device)).argmax(dim=1).cpu() for part in encoded.encodings.split(BATCH_SIZE))
-    agree = (torch.cat(list(parts)) == encoded.labels).float().mean().item()
+    own = _by_parts(model.own_classifier, model, encoded.encodings).argmax(dim=1)
+    agree = (own == encoded.labels).float().mean().item()
     if agree < 0.5:
         _logger.warning(
             "The model's own classifier puts %.0f %% of the memory samples into the class of their label. If it is "
@@ -146,6 +180,9 @@ class _Encoded:
     images: Tensor | None
 
     def at(self, positions: list[int]) -> "_Encoded":
+        """Returns the samples at these different positions, in increasing order."""
+        if len(positions) == len(self.labels):
+            return self
         index = torch.tensor(positions)
         return replace(
             self,

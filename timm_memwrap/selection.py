@@ -1,73 +1,86 @@
-"""Which samples to remember."""
+"""Which samples to remember.
+
+Shapes: N samples of the data, K candidates, D width of a point.
+"""
 
 import random
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-__all__ = ["SELECTIONS", "needs_encodings", "select"]
+from timm_memwrap.attention import unit
+
+__all__ = ["CANDIDATES_PER_CLASS", "SELECTIONS", "find_candidates", "herd", "select"]
+
+SELECTIONS = ("random", "balanced", "herding", "all")
+
+# Herding looks at this many samples of a class, drawn at random, or at as many as it is to choose. Each has to be
+# encoded, and all of them choose no better (hub_configs/README.md).
+CANDIDATES_PER_CLASS = 100
 
 
-def select(selection: str, labels: Tensor, encodings: Tensor | None, size: int | None, seed: int) -> list[int]:
-    """Returns the positions of samples to remember, in increasing order.
+def select(selection: str, labels: Tensor, points: Tensor, size: int | None, seed: int) -> list[int]:
+    """Returns the positions of samples to remember, in increasing order: at most `size`, or all for `None`.
 
-    They are chosen by one of `SELECTIONS` from labels `[N]` and, where it needs them, encodings `[N, D]`: at most
-    `size`, or all for `None`.
+    They are chosen by one of `SELECTIONS` from labels `[N]` and points `[N, D]`, of which herding compares directions.
     """
-    if size is None or size >= len(labels):
+    candidates = find_candidates(selection, labels, size, seed)
+    if size is None or len(candidates) <= size:
+        return candidates
+    return [candidates[i] for i in herd(labels[candidates], points[candidates], size)]
+
+
+def find_candidates(selection: str, labels: Tensor, size: int | None, seed: int) -> list[int]:
+    """Returns the positions of the samples that a choice looks at, in increasing order.
+
+    For herding these are the ones to `herd` from, for the other `SELECTIONS` the chosen ones: at most `size`, or all
+    for `None`.
+    """
+    if selection == "all" or size is None or size >= len(labels):
         return list(range(len(labels)))
-    return sorted(_SELECTORS[selection](labels, encodings, size, random.Random(seed)))
-
-
-def needs_encodings(selection: str) -> bool:
-    """Returns whether the choice can only be made once all samples are encoded."""
-    return selection == "kmeans"
-
-
-def _random(labels: Tensor, encodings: Tensor | None, size: int, rng: random.Random) -> list[int]:
-    return rng.sample(range(len(labels)), size)
-
-
-def _balanced(labels: Tensor, encodings: Tensor | None, size: int, rng: random.Random) -> list[int]:
+    rng = random.Random(seed)
+    if selection == "random":
+        return sorted(rng.sample(range(len(labels)), size))
     by_class = _by_class(labels)
-    return [i for label, count in _shares(by_class, size).items() for i in rng.sample(by_class[label], count)]
+    counts = _shares(by_class, size)
+    if selection == "herding":
+        for label, count in counts.items():
+            counts[label] = min(max(count, CANDIDATES_PER_CLASS), len(by_class[label])) if count else 0
+    return sorted(i for label, count in counts.items() for i in rng.sample(by_class[label], count))
 
 
-def _kmeans(labels: Tensor, encodings: Tensor | None, size: int, rng: random.Random) -> list[int]:
-    try:
-        from sklearn.cluster import KMeans
-    except ImportError as error:
-        raise ImportError("selection='kmeans' needs scikit-learn: pip install 'timm-memwrap[kmeans]'") from error
-    assert encodings is not None
+def herd(labels: Tensor, points: Tensor, size: int) -> list[int]:
+    """Returns which of the candidates to remember, as positions among them, in increasing order.
+
+    Args:
+        labels: Labels `[K]` of the candidates.
+        points: Points `[K, D]`. Only their directions count.
+        size: Number of samples to remember, at most K.
+    """
     by_class = _by_class(labels)
-    chosen = []
+    chosen = list[int]()
     for label, count in _shares(by_class, size).items():
         members = by_class[label]
-        points = encodings[torch.tensor(members)].double()
-        if count == len(members):
-            chosen += members
-            continue
-        if count == 0:
-            continue
-        kmeans = KMeans(count, n_init=1, random_state=rng.randrange(2**31)).fit(points.numpy())
-        centres = torch.from_numpy(kmeans.cluster_centers_)
-        distances = torch.cdist(centres, points)
-        free = torch.ones(len(members), dtype=torch.bool)
-        # Two centres may share their nearest sample (equal encodings); the second takes its nearest free one.
-        for row in distances:
-            nearest = int(row.masked_fill(~free, float("inf")).argmin())
-            free[nearest] = False
-            chosen.append(members[nearest])
+        chosen += [members[i] for i in _herd(unit(points[members]), count)]
+    return sorted(chosen)
+
+
+def _herd(points: Tensor, count: int) -> list[int]:
+    """Chooses rows of points of length 1 `[K, D]` one after the other, so that their mean stays close to that of all.
+
+    This is the herding of Welling (2009), with which iCaRL (Rebuffi et al. 2017, https://arxiv.org/abs/1611.07725)
+    chooses its exemplars.
+    """
+    mean = points.mean(dim=0)
+    missing = mean.clone()  # the next point that would make both means equal
+    taken = torch.zeros(len(points), dtype=torch.bool, device=points.device)
+    chosen = []
+    for _ in range(count):
+        best = int((points @ missing).masked_fill(taken, -torch.inf).argmax())
+        taken[best] = True
+        chosen.append(best)
+        missing += mean - points[best]
     return chosen
-
-
-_SELECTORS: dict[str, Callable[[Tensor, Tensor | None, int, random.Random], list[int]]] = {
-    "random": _random,
-    "balanced": _balanced,
-    "kmeans": _kmeans,
-}
-SELECTIONS = (*_SELECTORS, "all")
 
 
 def _by_class(labels: Tensor) -> dict[int, list[int]]:

@@ -19,7 +19,7 @@ def _grown(accuracy: float) -> dict:
     growth = [
         {"selection": selection, "samples_per_class": each, "memory_size": 10 * each, "accuracy": accuracy / 2}
         | measures
-        for selection in ("balanced", "kmeans")
+        for selection in ("balanced", "herding")
         for each in (1, 10)
     ]
     return {"accuracy": accuracy, "train_seconds": 2.0, "memory_size": 1000, "growth": growth, **measures}
@@ -72,8 +72,8 @@ def test_growth_is_averaged_step_by_step(tmp_path: Path) -> None:
     assert [(row["selection"], row["memory_size"]) for row in rows] == [
         ("balanced", 10),
         ("balanced", 100),
-        ("kmeans", 10),
-        ("kmeans", 100),
+        ("herding", 10),
+        ("herding", 100),
         ("all", 1000),
     ]
     assert [row["accuracy"] for row in rows] == pytest.approx([0.375] * 4 + [0.75])

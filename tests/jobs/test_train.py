@@ -98,7 +98,7 @@ def test_channels_last_is_a_layout_and_changes_no_result(tmp_path: Path, digits:
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["whole", "frozen"])
-@pytest.mark.parametrize("selection", ["balanced", "kmeans", "random"])
+@pytest.mark.parametrize("selection", ["balanced", "herding", "random"])
 def test_evaluation_in_training_reads_a_bank_of_these_weights(
     tmp_path: Path, digits: Make, selection: str, frozen: bool
 ) -> None:

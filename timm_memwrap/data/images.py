@@ -16,7 +16,7 @@ from tqdm import tqdm
 from timm_memwrap._utils import check_count, printable
 from timm_memwrap.data.classes import dataset_classes, file_name, known_labels
 from timm_memwrap.data.reading import ImageError, read_picture
-from timm_memwrap.selection import select
+from timm_memwrap.selection import find_candidates
 
 __all__ = ["Images", "split_off"]
 
@@ -84,7 +84,7 @@ class Images(Dataset):
     def subset(self, size: int | None, seed: int = 0) -> "Images":
         """Returns `size` samples, as many of each class as there are, or all for `None`."""
         check_count("size", size, none=True)
-        return self.at(select("balanced", torch.tensor(self.targets), None, size, seed))
+        return self.at(find_candidates("balanced", torch.tensor(self.targets), size, seed))
 
     def readable(self, progress: bool = True) -> "Images":
         """Reads all images, and returns only the samples whose image can be read. Logs those that are left out."""

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from timm_memwrap import __version__
 from timm_memwrap._utils import check_choice, check_count, write_text
+from timm_memwrap.building import points_to_herd
 from timm_memwrap.experiments import measures
 from timm_memwrap.experiments.configuration import Comparison
 from timm_memwrap.experiments.heads import CONTROL, Head, parse_head, recipe_of
@@ -139,9 +140,10 @@ class _Seed:
             return result | measures.redrawn_measures(model, inputs, memory, size, batch_size, settings.draws, seed)
         growth = []
         classes = int(memory.labels.max()) + 1
+        points = points_to_herd(model, memory.encodings)
         for selection, each in product(settings.selections, settings.samples_per_class):
             if each * classes < memory.size:
-                chosen = select(selection, memory.labels, memory.encodings, each * classes, seed)
+                chosen = select(selection, memory.labels, points, each * classes, seed)
                 remember(model, memory, chosen)
                 row = {"selection": selection, "samples_per_class": each, "memory_size": len(chosen)}
                 growth.append(row | measures.memory_measures(model, inputs.batches(), seed))

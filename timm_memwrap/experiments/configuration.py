@@ -17,7 +17,7 @@ class ComparisonConfig:
             in probabilities:scale=50.
         seeds: Seeds, each of which is a run. It also chooses the training images if data.train_samples is given.
         samples_per_class: Sizes of the memory bank besides all training images.
-        selections: How the samples of these banks are chosen: balanced, random or kmeans.
+        selections: How the samples of these banks are chosen: herding, balanced or random.
         draws: Number of evaluations of a head that draws a memory for each batch.
         timing_rounds: How often each head's prediction of a batch is timed, in turn with the others; 0 to disable.
     """
@@ -27,7 +27,7 @@ class ComparisonConfig:
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     samples_per_class: list[int] = field(default_factory=lambda: [1, 10, 100])
-    selections: list[Literal["balanced", "random", "kmeans"]] = field(default_factory=lambda: ["balanced"])
+    selections: list[Literal["herding", "balanced", "random"]] = field(default_factory=lambda: ["herding"])
     draws: int = 3
     timing_rounds: int = 9
 

@@ -43,7 +43,7 @@ def wrap_classifier(
     val_split: str | None = None,
     calibrate: bool = True,
     size: int | None = 1000,
-    selection: str = "balanced",
+    selection: str = "herding",
     store_images: bool = False,
     seed: int = 0,
     progress: bool = True,

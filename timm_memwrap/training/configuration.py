@@ -198,7 +198,7 @@ class MemoryConfig:
             batch; sample: images drawn for each step, as in the paper; queue: recent encodings, without gradient.
         train_size: Number of samples that a step reads in the modes sample and queue.
         size: Most samples in the memory bank; null for all.
-        selection: How they are chosen: balanced, random, kmeans or all.
+        selection: How they are chosen: herding, balanced, random or all.
         store_images: Whether to store small images of them for people to look at.
         calibrate: Whether to fit temperature, confidence and familiarity to the validation images; null for only with
             mode none, unless model.temperature is given.
@@ -208,7 +208,7 @@ class MemoryConfig:
     mode: Literal["none", "batch", "sample", "queue"] = "none"
     train_size: int = 100
     size: int | None = 1000
-    selection: Literal["random", "balanced", "kmeans", "all"] = "balanced"
+    selection: Literal["herding", "balanced", "random", "all"] = "herding"
     store_images: bool = False
     calibrate: bool | None = None
     sampled_evaluations: int = 0
