@@ -88,7 +88,7 @@ def test_samples_that_come_or_go_make_the_reference_void() -> None:
     assert reference.count == 8
     for keep in (
         lambda: bank.set_class_names(["a", "b", "c", "d"]),
-        lambda: bank.set_encoder("x"),
+        lambda: bank.set_provenance(encoder="x"),
         lambda: bank.store_as(torch.float16),
     ):
         keep()

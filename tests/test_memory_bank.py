@@ -302,10 +302,10 @@ def test_without_images_leaves_the_original_alone() -> None:
 def test_meaning_can_be_changed_piece_by_piece() -> None:
     bank = _bank()
     bank.set_class_names(["a", "b", "c"])
-    bank.set_encoder("def")
+    bank.set_provenance(encoder="def")
     assert bank.class_names == ["a", "b", "c"]
     assert bank.provenance == Provenance("animals", "balanced", 3, 50, "def")
-    for change in (lambda b: b.set_class_names(["a"]), lambda b: b.set_encoder("x")):
+    for change in (lambda b: b.set_class_names(["a"]), lambda b: b.set_provenance(encoder="x")):
         with pytest.raises(ValueError, match="empty"):
             change(MemoryBank())
 

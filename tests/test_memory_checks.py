@@ -28,7 +28,7 @@ def test_a_model_without_memory_or_classes_is_refused_with_the_fix() -> None:
 
 def _foreign(model: MemoryWrapModel, path: Path) -> None:
     other = fill(new_model(backbone="test_vit"))
-    other.memory_bank.set_encoder("")
+    other.memory_bank.set_provenance(encoder="")
     model.memory_bank.load(other.memory_bank.save(path))
 
 

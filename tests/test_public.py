@@ -24,6 +24,9 @@ PUBLIC = {
     "build_memory_bank",
     "calibrate",
     "explain",
+    "forget",
+    "relabel",
+    "remember",
     # disk and Hub
     "from_pretrained",
     "push_memory_bank",

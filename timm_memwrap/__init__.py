@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from timm_memwrap.hub import push_memory_bank as push_memory_bank
     from timm_memwrap.hub import push_to_hub as push_to_hub
     from timm_memwrap.hub import save_pretrained as save_pretrained
+    from timm_memwrap.remembering import forget as forget
+    from timm_memwrap.remembering import relabel as relabel
+    from timm_memwrap.remembering import remember as remember
 
 __version__ = "0.1.0"
 
@@ -35,10 +38,13 @@ __all__ = [
     "build_memory_bank",
     "calibrate",
     "explain",
+    "forget",
     "from_pretrained",
     "push_memory_bank",
     "push_to_hub",
     "register_backbones",
+    "relabel",
+    "remember",
     "save_pretrained",
     "wrap",
 ]
@@ -48,9 +54,12 @@ _LAZY = {
     "build_memory_bank": "building",
     "calibrate": "explaining",
     "explain": "explaining",
+    "forget": "remembering",
     "from_pretrained": "hub",
     "push_memory_bank": "hub",
     "push_to_hub": "hub",
+    "relabel": "remembering",
+    "remember": "remembering",
     "save_pretrained": "hub",
 }
 
@@ -63,7 +72,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _bind(name: str) -> None:
-    """Makes a function of the Hub a method of the model as well, which itself knows nothing of the Hub."""
+    """Makes a function of a higher room a method of the model as well, which itself knows nothing of it."""
 
     def method(self: MemoryWrapModel, *args: Any, **kwargs: Any) -> Any:
         return __getattr__(name)(self, *args, **kwargs)
@@ -77,6 +86,6 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-for _name in ("save_pretrained", "push_to_hub"):
+for _name in ("save_pretrained", "push_to_hub", "remember", "forget", "relabel"):
     _bind(_name)
 register_backbones()

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from timm_memwrap.attention import wide
 
-__all__ = ["OwnClassifier", "classes_of", "classifiers_of", "classifies_affinely", "encode_features"]
+__all__ = [
+    "OwnClassifier",
+    "classes_of",
+    "classifiers_of",
+    "classifies_affinely",
+    "encode_features",
+    "last_layer",
+    "replace_rows",
+]
 
 # Modules that are affine functions of their input in evaluation mode.
 _AFFINE = (nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.Identity, nn.Dropout)
@@ -48,6 +56,35 @@ def classifies_affinely(backbone: Any) -> bool:
         return False
     leaves = [module for module in classifiers.modules() if not any(module.children())]
     return all(isinstance(module, _AFFINE) for module in leaves)
+
+
+def last_layer(backbone: Any) -> nn.Linear | nn.Conv2d | None:
+    """Returns the layer that has a row of weights for each class; `None` if no single layer makes the logits."""
+    if not classifies_affinely(backbone):
+        return None
+    leaves = [module for module in classifiers_of(backbone).modules() if not any(module.children())]
+    layers = [module for module in leaves if not isinstance(module, nn.Identity | nn.Dropout)]
+    several = sum(isinstance(module, nn.Linear | nn.Conv2d) for module in layers) > 1
+    return layers[-1] if not several and isinstance(layers[-1], nn.Linear | nn.Conv2d) else None
+
+
+def replace_rows(backbone: Any, first: int, rows: Tensor, biases: Tensor) -> None:
+    """Gives the classifier rows `[K, D]` and biases `[K]` for the classes from `first` on, however many it had.
+
+    Its weights are then new parameters, of which an optimizer knows nothing.
+    """
+    layer = last_layer(backbone)
+    assert layer is not None
+    weight = torch.cat([layer.weight.detach()[:first], rows.to(layer.weight).reshape(-1, *layer.weight.shape[1:])])
+    layer.weight = nn.Parameter(weight, layer.weight.requires_grad)
+    if layer.bias is not None:
+        bias = torch.cat([layer.bias.detach()[:first], biases.to(layer.bias)])
+        layer.bias = nn.Parameter(bias, layer.bias.requires_grad)
+    if isinstance(layer, nn.Linear):
+        layer.out_features = len(weight)
+    else:
+        layer.out_channels = len(weight)
+    backbone.num_classes = len(weight)
 
 
 def encode_features(backbone: Any, features: Any, with_logits: bool) -> Tensor:

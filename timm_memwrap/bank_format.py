@@ -3,20 +3,24 @@
 Shapes: M memory samples, D width of an encoding.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from timm_memwrap.meaning import Meaning
+from timm_memwrap.meaning import Meaning, plain_names
+from timm_memwrap.sample_ids import SampleId
 
 __all__ = [
     "BUFFERS",
     "DTYPES",
     "ENTRIES",
     "REQUIRED",
+    "addition",
     "check_integers",
     "check_state",
     "largest_label",
-    "like_state",
     "parse_state",
 ]
 
@@ -84,26 +88,38 @@ def check_state(state: dict[str, Tensor | None], meaning: Meaning) -> None:
         raise ValueError(f"Label {int(labels.min())} is below 0. Labels are class indices, 0 to num_classes - 1.")
 
 
-def like_state(new: dict[str, Tensor | None], state: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """Returns the buffers of new samples on the device and in the precision of those that a bank has.
+def addition(
+    state: dict[str, Tensor | None],
+    meaning: Meaning,
+    encodings: Tensor,
+    labels: Tensor,
+    ids: Sequence[SampleId],
+    images: Tensor | None = None,
+    class_names: Sequence[str] | None = None,
+) -> tuple[dict[str, Tensor | None], Meaning]:
+    """Returns the buffers of new samples for a bank of this state, in its precision, and what they mean.
 
     Raises:
-        ValueError: If the shape of a sample is another.
+        ValueError: If they do not fit each other or what is there.
     """
-    converted: dict[str, Tensor | None] = {}
+    check_integers(labels)
+    names = meaning.class_names if class_names is None else plain_names(class_names)
+    new: dict[str, Tensor | None] = {"encodings": encodings, "labels": labels.long(), "images": images}
     for name, given in new.items():
         there = state[name]
         if given is None and there is None:
-            converted[name] = None
-        elif given is None or there is None or given.shape[1:] != there.shape[1:]:
+            continue
+        if given is None or there is None or given.shape[1:] != there.shape[1:]:
             expected = "none" if there is None else f"[{', '.join(map(str, ['N', *there.shape[1:]]))}]"
             raise ValueError(
                 f"{name} has shape {None if given is None else list(given.shape)}; expected {expected}, as the bank "
                 f"has. Encode the samples with the same model, and give images for all samples or for none."
             )
-        else:
-            converted[name] = given.detach().to(there)
-    return converted
+        new[name] = given.detach().to(there)
+    provenance = replace(meaning.provenance, appended=meaning.provenance.appended + len(labels))
+    added = Meaning(meaning.ids.new(ids), names, provenance)
+    check_state(new, added)
+    return new, added
 
 
 def largest_label(labels: Tensor | None) -> int:

@@ -32,6 +32,8 @@ class Provenance:
         encoder: Fingerprint of the encoder's weights; empty if unknown.
         appended: Number of samples that were remembered since.
         removed: Number of samples that were forgotten since.
+        added_classes: Number of classes that were added since. They are the last ones, and what the model's classifier
+            knows of them is computed from their samples.
     """
 
     dataset: str = ""
@@ -41,6 +43,7 @@ class Provenance:
     encoder: str = ""
     appended: int = 0
     removed: int = 0
+    added_classes: int = 0
 
 
 @dataclass(frozen=True)

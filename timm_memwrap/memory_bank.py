@@ -6,29 +6,19 @@ Shapes: M memory samples, D width of an encoding.
 import dataclasses
 import logging
 import os
-import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from timm_memwrap._utils import check_choice, printable
-from timm_memwrap.bank_format import (
-    BUFFERS,
-    DTYPES,
-    ENTRIES,
-    REQUIRED,
-    check_integers,
-    check_state,
-    largest_label,
-    like_state,
-    parse_state,
-)
-from timm_memwrap.meaning import LiveMeaning, Meaning, Provenance, Reference, plain_names
-from timm_memwrap.rows import Rows, add_rows
+from timm_memwrap.bank_format import BUFFERS, DTYPES, addition, check_integers, largest_label, parse_state
+from timm_memwrap.bank_state import BankState
+from timm_memwrap.meaning import Meaning, Provenance, Reference, plain_names
+from timm_memwrap.rows import add_rows
 from timm_memwrap.sample_ids import SampleId, SampleIds
 from timm_memwrap.tensor_files import read_tensors, write_tensors
 
@@ -36,11 +26,8 @@ __all__ = ["MemoryBank", "Provenance", "Reference", "SampleId"]
 
 _logger = logging.getLogger(__name__)
 
-# Attributes that a copy begins without.
-_NOT_COPIED: dict[str, Any] = {"_derived": [None], "_rows": {}, "_lock": None}
 
-
-class MemoryBank(nn.Module):
+class MemoryBank(BankState):
     """Encodings of training samples with their labels, ids and, if wanted, small images.
 
     A model's state dict carries all of it. An empty bank has no entry in the state dict; loading adapts the length of
@@ -59,32 +46,8 @@ class MemoryBank(nn.Module):
         ```
     """
 
-    encodings: Tensor | None
-    labels: Tensor | None
-    images: Tensor | None
-    _anchor: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        # Moves with the model, so that an empty bank knows its device too. First, since an EMA pairs the buffers of two
-        # models in order, of which one may have no bank.
-        self.register_buffer("_anchor", torch.empty(0), persistent=False)
-        for name in BUFFERS:
-            self.register_buffer(name, None)
-        # Of these samples, for all snapshots of them: in a list, so that they share what one of them makes.
-        self._derived: list[Any] = [None]
-        self._meaning = LiveMeaning(Meaning())
-        self._rows: dict[str, Rows] = {}
-        # Held while the bank is changed: a change begins with what is there, and replaces several attributes.
-        self._lock = threading.RLock()
-        self.largest_label = -1
-
-    def __len__(self) -> int:
-        return 0 if self.labels is None else len(self.labels)
-
-    # An empty bank is still a bank: `bank or other` must not ask for its length.
-    def __bool__(self) -> bool:
-        return True
+    def __contains__(self, sample_id: object) -> bool:
+        return sample_id in self._meaning.read().ids
 
     def __repr__(self) -> str:
         if self.encodings is None:
@@ -95,15 +58,6 @@ class MemoryBank(nn.Module):
             f"MemoryBank({len(self)} samples of {len(self.class_counts)} classes, "
             f"encodings {list(self.encodings.shape)}, {images}{source})"
         )
-
-    @property
-    def derived(self) -> Any:
-        """What a model made of these samples, such as keys; dropped when they change, and never saved or copied."""
-        return self._derived[0]
-
-    @derived.setter
-    def derived(self, derived: Any) -> None:
-        self._derived[0] = derived
 
     @property
     def ids(self) -> list[SampleId]:
@@ -124,12 +78,6 @@ class MemoryBank(nn.Module):
     def reference(self) -> Reference:
         """How near the samples came to held-out images; of no images until `calibrate` is called."""
         return self._meaning.read().reference
-
-    @property
-    def meaning(self) -> Tensor | None:
-        """What of the bank is not a number, as bytes of JSON; `None` if the bank is empty."""
-        with self._lock:
-            return None if self.labels is None else self._meaning.text(self.labels.device)
 
     @property
     def class_counts(self) -> dict[int, int]:
@@ -180,22 +128,18 @@ class MemoryBank(nn.Module):
             ValueError: If they do not fit each other or what is there. The bank is then unchanged.
         """
         with self._lock:
-            meaning = self._meaning.read()
-            names = meaning.class_names if class_names is None else plain_names(class_names)
             if not len(self):
-                return self.replace(encodings, labels, ids, images, names)
-            check_integers(labels)
-            new = like_state({"encodings": encodings, "labels": labels.long(), "images": images}, self._state())
-            check_state(new, Meaning(SampleIds(ids)))
-            provenance = dataclasses.replace(meaning.provenance, appended=meaning.provenance.appended + len(labels))
-            longer = Meaning(meaning.ids.added(ids), names, provenance)
+                return self.replace(encodings, labels, ids, images, class_names or ())
+            meaning = self._meaning.read()
+            new, added = addition(self._state(), meaning, encodings, labels, ids, images, class_names)
             with torch.inference_mode(False):
-                grown = {
-                    name: add_rows(self._rows, name, self._buffers[name], rows)
-                    for name, rows in new.items()
-                    if rows is not None
-                }
-            self._take(grown, longer, max(self.largest_label, largest_label(labels)))
+                grown = add_rows(self._rows, self._buffers, new)
+            added = dataclasses.replace(added, ids=meaning.ids.added(added.ids))
+            self._take(grown, added, max(self.largest_label, largest_label(labels)))
+
+    def check_append(self, *args: Any) -> None:
+        """Raises what `append` would raise with these arguments, and changes nothing."""
+        addition(self._state(), self._meaning.read(), *args)
 
     def remove(self, ids: Iterable[SampleId]) -> "MemoryBank":
         """Forgets the samples with these ids, and returns itself. Warns if a class has no sample any more.
@@ -231,6 +175,19 @@ class MemoryBank(nn.Module):
                 )
         return self
 
+    def relabel(self, labels: Mapping[SampleId, int]) -> "MemoryBank":
+        """Gives the samples with these ids other labels, and returns itself.
+
+        Raises:
+            ValueError: If an id is not in the bank, or a label is below 0. The bank is then unchanged.
+        """
+        with self._lock:
+            positions = torch.tensor(self._meaning.read().ids.positions(labels), dtype=torch.long)
+            _, changed = self.filled()
+            changed = changed.index_put((positions.to(changed.device),), torch.tensor([*labels.values()]).to(changed))
+            self._set({**self._state(), "labels": changed}, self._meaning.read())
+        return self
+
     def store_as(self, dtype: torch.dtype) -> "MemoryBank":
         """Stores the encodings in another precision, and returns itself.
 
@@ -261,14 +218,6 @@ class MemoryBank(nn.Module):
         bank._buffers, bank._derived = {**bank._buffers, "images": None}, [None]
         return bank
 
-    def snapshot(self) -> "MemoryBank":
-        """Returns a bank of the same samples that stays so when this one changes, in this or another thread."""
-        bank = MemoryBank()
-        with self._lock:
-            bank._buffers, bank._derived, bank._meaning = self._buffers, self._derived, self._meaning
-            bank.largest_label = self.largest_label
-        return bank
-
     def set_class_names(self, class_names: Sequence[str]) -> None:
         """Names the classes by label."""
         self._describe(class_names=plain_names(class_names))
@@ -277,14 +226,9 @@ class MemoryBank(nn.Module):
         """Records how near the samples came to held-out images. It is dropped when samples come or go."""
         self._describe(reference=reference)
 
-    def set_encoder(self, encoder: str) -> None:
-        """Records which encoder encoded the samples, by its fingerprint."""
-        self._describe(provenance=dataclasses.replace(self.provenance, encoder=encoder))
-
-    def _describe(self, **changes: Any) -> None:
-        with self._lock:
-            self.filled()
-            self._take({}, dataclasses.replace(self._meaning.read(), **changes), self.largest_label)
+    def set_provenance(self, **changes: Any) -> None:
+        """Records where the samples come from, e.g. `encoder=model.encoder_fingerprint()`."""
+        self._describe(provenance=dataclasses.replace(self.provenance, **changes))
 
     def save(self, path: str | os.PathLike) -> Path:
         """Writes the bank alone to a safetensors file, whole or not at all, and returns its path.
@@ -305,94 +249,3 @@ class MemoryBank(nn.Module):
         found = read_tensors(path, repr(str(path))).tensors
         self._set(*parse_state(found, repr(str(path))))
         return self
-
-    def filled(self) -> tuple[Tensor, Tensor]:
-        """Returns the encodings `[M, D]` and labels `[M]`.
-
-        Raises:
-            ValueError: If the bank is empty.
-        """
-        # From one state, whatever another thread does meanwhile.
-        buffers = self._buffers
-        encodings, labels = buffers["encodings"], buffers["labels"]
-        if encodings is None or labels is None:
-            raise ValueError("The memory bank is empty. Call timm_memwrap.build_memory_bank(model, data) first.")
-        return encodings, labels
-
-    def _state(self) -> dict[str, Tensor | None]:
-        return {name: self._buffers[name] for name in BUFFERS}
-
-    def _set(self, state: dict[str, Tensor | None], meaning: Meaning) -> None:
-        """Checks a state and takes a copy of it: the bank must not change when the caller's tensors do."""
-        check_state(state, meaning)
-        # A bank on the meta device has no place of its own.
-        device = None if self._anchor.is_meta else self._anchor.device
-        # Inference tensors could not be part of a later gradient.
-        with self._lock, torch.inference_mode(False):
-            self._rows = {name: Rows(tensor.to(device)) for name, tensor in state.items() if tensor is not None}
-            own = {name: self._rows[name].tensor if name in self._rows else None for name in BUFFERS}
-            self._take(own, meaning, largest_label(state["labels"]))
-
-    def _take(self, buffers: Mapping[str, Tensor | None], meaning: Meaning, largest_label: int) -> None:
-        """Replaces the state in one step, so that no snapshot holds half of it."""
-        with self._lock:
-            self._buffers = {**self._buffers, **buffers}
-            self._meaning = LiveMeaning(meaning)
-            self._derived = [None]
-            # Known beforehand, since asking a device for it makes a read wait.
-            self.largest_label = largest_label
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "MemoryBank":
-        """Moves the buffers, and leaves their dtype: half of an encoding's digits cannot be brought back."""
-
-        def move(tensor: Tensor | None) -> Tensor | None:
-            if tensor is None:
-                return None
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        with self._lock:
-            self._rows = {}
-            self._buffers = {name: move(tensor) for name, tensor in self._buffers.items()}
-            self._meaning, self._derived = LiveMeaning(self._meaning.read()), [None]
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, **_NOT_COPIED}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._derived, self._rows, self._lock = [None], {}, threading.RLock()
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        with self._lock:
-            super()._save_to_state_dict(destination, prefix, keep_vars)
-            meaning = self.meaning
-        if meaning is not None:
-            destination[f"{prefix}meaning"] = meaning
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict,
-        prefix: str,
-        local_metadata: dict,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Takes buffers of any length."""
-        found = {key[len(prefix) :]: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
-        if not found:
-            return
-        unexpected = [prefix + name for name in found if name not in ENTRIES]
-        missing = [prefix + name for name in REQUIRED if name not in found]
-        unexpected_keys.extend(unexpected)
-        missing_keys.extend(missing)
-        if missing or (strict and unexpected):
-            return
-        try:
-            entries = {name: tensor.detach() for name, tensor in found.items() if name in ENTRIES}
-            self._set(*parse_state(entries, "the state dict"))
-        except ValueError as error:
-            error_msgs.append(str(error))

@@ -396,5 +396,5 @@ class MemoryWrapModel(TimmInterface):
         if self.queue is not None:
             self.queue.to(fn(self.queue.encodings).device)
         if fitted and self.memory_bank.provenance.encoder:
-            self.memory_bank.set_encoder(self.encoder_fingerprint())
+            self.memory_bank.set_provenance(encoder=self.encoder_fingerprint())
         return self

@@ -1,6 +1,7 @@
 """A tensor with room behind it, so that adding rows costs what is added and not what is there."""
 
 import threading
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -43,12 +44,19 @@ class Rows:
         return self._first(end)
 
 
-def add_rows(known: dict[str, Rows], name: str, tensor: Tensor | None, new: Tensor) -> Tensor:
-    """Returns a tensor and new rows behind it, in the room that is known for its name, or in a larger one."""
-    assert tensor is not None
-    grown = known[name].added(tensor, new) if name in known else None
-    if grown is None:
-        known[name] = Rows(tensor, len(new))
-        grown = known[name].added(known[name].tensor, new)
-        assert grown is not None
-    return grown
+def add_rows(
+    known: dict[str, Rows], tensors: Mapping[str, Tensor | None], new: Mapping[str, Tensor | None]
+) -> dict[str, Tensor]:
+    """Returns tensors and new rows behind them, in the room that is known for their names, or in larger ones."""
+    longer = {}
+    for name, rows in new.items():
+        tensor = tensors[name]
+        if rows is None or tensor is None:
+            continue
+        grown = known[name].added(tensor, rows) if name in known else None
+        if grown is None:
+            known[name] = Rows(tensor, len(rows))
+            grown = known[name].added(known[name].tensor, rows)
+            assert grown is not None
+        longer[name] = grown
+    return longer

@@ -67,15 +67,20 @@ class SampleIds(Sequence[SampleId]):
             )
         return [self._positions[sample_id] for sample_id in wanted]
 
-    def added(self, ids: Iterable[Any]) -> "SampleIds":
-        """Returns these ids and, behind them, others; raises a `ValueError` if one is known or comes twice."""
-        new = SampleIds(ids)
+    def new(self, ids: Iterable[Any]) -> "SampleIds":
+        """Returns other ids alone, or raises a `ValueError` if one is known or comes twice."""
+        new = ids if isinstance(ids, SampleIds) else SampleIds(ids)
         known = [sample_id for sample_id in new if sample_id in self]
         if known:
             raise ValueError(
                 f"The memory has {', '.join(map(repr, known[:5]))}{' ...' if len(known) > 5 else ''} already. Forget "
                 f"what is there first, or give the new samples other ids."
             )
+        return new
+
+    def added(self, ids: Iterable[Any]) -> "SampleIds":
+        """Returns these ids and, behind them, others; raises a `ValueError` as `new` does."""
+        new = self.new(ids)
         with _ADDING:
             # Behind ids that others have been added to, there is no room.
             base = self if len(self._ids) == self._count else SampleIds(self[:])

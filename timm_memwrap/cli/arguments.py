@@ -17,22 +17,27 @@ __all__ = ["IN_TERMINAL", "expand", "make_parser"]
 # Whether someone can see a progress bar move.
 IN_TERMINAL = sys.stderr.isatty()
 
-# Commands with the sections of a recipe, and short names of options in them.
+# Commands with the sections of a recipe, and short names of options by command.
 _WITH_RECIPE = ("train", "compare")
-_SHORT = {
+_SECTIONS = {
     "--freeze_backbone": "--training.freeze_backbone",
     "--push": "--hub.push",
     "--data_dir": "--data.data_dir",
 }
+# Python would not have an argument of the name `from`.
+_SHORT = {**dict.fromkeys(_WITH_RECIPE, _SECTIONS), "forget": {"--from": "--from_report"}}
+# Arguments that are words, as a shell lists files, where jsonargparse expects one JSON list.
+_WORDS = {"images": ("+", "IMAGE"), "ids": ("*", "ID")}
 
 
 class _Parser(ArgumentParser):
     """A parser that reports a mistake in one line."""
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
-        """Adds an argument; `images` are words, as a shell lists files, where jsonargparse expects one JSON list."""
-        if args == ("images",):
-            kwargs = {"nargs": "+", "type": str, "metavar": "IMAGE", "help": kwargs.get("help")}
+        """Adds an argument; one of `_WORDS` as several of them."""
+        if args[0] in _WORDS:
+            nargs, metavar = _WORDS[args[0]]
+            kwargs = {"nargs": nargs, "type": str, "metavar": metavar, "help": kwargs.get("help")}
         return super().add_argument(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -59,7 +64,7 @@ def expand(args: list[str], command: str, parser: _Parser) -> Iterator[str]:
 
     `--freeze-backbone` becomes `--training.freeze_backbone=true`, and the name of a recipe its text.
     """
-    short = _SHORT if command in _WITH_RECIPE else {}
+    short = _SHORT.get(command, {})
     options = [option for option in parser._option_string_actions if option.startswith("--")]
     waiting = list(args)
     while waiting:

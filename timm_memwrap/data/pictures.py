@@ -36,14 +36,15 @@ def to_picture(model: nn.Module, image: Any) -> np.ndarray:
     return image.permute(1, 2, 0).cpu().numpy()
 
 
-def small_images(images: Tensor, model: nn.Module) -> Tensor:
-    """Makes uint8 pictures `[N, C, H, W]` of at most 64 pixels a side of model inputs `[N, C, H, W]`."""
+def small_images(images: Tensor, model: nn.Module, size: Sequence[int] | None = None) -> Tensor:
+    """Makes uint8 pictures `[N, C, H, W]` of model inputs `[N, C, H, W]`, of this size or at most 64 pixels a side."""
     if images.shape[1] not in (1, 3):
         raise ValueError(f"Images have {images.shape[1]} channels; only 1 or 3 can be shown. Pass store_images=False.")
-    factor = _SMALL / max(images.shape[-2:])
-    if factor < 1:
+    if size is None:
+        factor = min(1, _SMALL / max(images.shape[-2:]))
         size = [max(1, round(side * factor)) for side in images.shape[-2:]]
-        images = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
+    if tuple(size) != tuple(images.shape[-2:]):
+        images = F.interpolate(images.float(), list(size), mode="bilinear", antialias=True)
     return _pixels(images, model)
 
 

@@ -84,6 +84,12 @@ def as_batch(config: Mapping[str, Any], images: Tensor | Sequence[Any]) -> Tenso
             f"images are {images.dtype} of shape {list(images.shape)}; expected floats [B, C, H, W] or [C, H, W], "
             f"normalised as in training. Pass PIL images or paths to have the model's own transform applied."
         )
+    channels = config["input_size"][0]
+    if images.shape[1] != channels:
+        raise ValueError(
+            f"images have {images.shape[1]} channels, but the model takes {channels}. Pass PIL images or paths to have "
+            f"them converted."
+        )
     if not all(bool(extreme.isfinite()) for extreme in torch.aminmax(images)):
         raise ValueError("images have NaN or infinite values, of which a model makes no prediction. Look at the data.")
     return images

@@ -85,7 +85,7 @@ def write_card(model: MemoryWrapModel, folder: Path, bank: MemoryBank, source: s
     """Writes the model card, and its figure if it has one, and returns the files."""
     files = [folder / CARD_FILE]
     text = update_memory(details, bank) if isinstance(details, str) else make_card(model, source, details, bank)
-    files[0].write_text(text, encoding="utf-8", newline="")
+    files[0].write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
     figure = details.get("figure") if isinstance(details, Mapping) else None
     if figure is not None:
         if Path(figure).suffix.lower() != ".png" or not Path(figure).is_file():

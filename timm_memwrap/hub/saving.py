@@ -17,7 +17,7 @@ from timm_memwrap._utils import locked, naming, plain_state, write_text
 from timm_memwrap.checks import misfits, split_bank
 from timm_memwrap.constants import CARD_FILE, CONFIG_FILE, MEMORY_BANK, MEMORY_CONFIG_KEY, WEIGHTS_FILE
 from timm_memwrap.factory import build_shell
-from timm_memwrap.hub.model_card import CardDetails, describe_memory, write_card
+from timm_memwrap.hub.model_card import CardDetails, describe_memory, update_memory, write_card
 from timm_memwrap.memory_bank import MemoryBank
 from timm_memwrap.memory_checks import check_memory, check_model, warn_of_new_classifier
 from timm_memwrap.model import MemoryWrapModel
@@ -39,9 +39,10 @@ def save_pretrained(
 ) -> Path:
     """Writes a model with its memory bank to a folder that stock timm loads, and returns the folder.
 
-    The folder gets `model.safetensors`, `config.json` and, if it has none, a `README.md`. The model is whole or as
-    before, whenever the process is stopped. `timm.create_model("local-dir:" + folder, pretrained=True)` loads it once
-    `timm_memwrap` is imported. Images in the bank are written too; only a push leaves them out.
+    The folder gets `model.safetensors`, `config.json` and a `README.md`; of one that is there, only the part about the
+    memory that this package wrote into it is brought up to date. The model is whole or as before, whenever the process
+    is stopped. `timm.create_model("local-dir:" + folder, pretrained=True)` loads it once `timm_memwrap` is imported.
+    Images in the bank are written too; only a push leaves them out.
 
     Args:
         model: The model to save.
@@ -58,8 +59,13 @@ def save_pretrained(
     directory = Path(save_directory).expanduser()
     with staging(directory) as folder:
         files = write_model(model, folder, model.memory_bank)
-        if overwrite_card or not (directory / CARD_FILE).exists():
+        card = directory / CARD_FILE
+        # Its bytes: line ends and what is not Unicode stay as they are.
+        known = None if overwrite_card or not card.exists() else card.read_bytes().decode(errors="surrogateescape")
+        if known is None:
             files += write_card(model, folder, model.memory_bank, local_source(directory), model_card)
+        elif (updated := update_memory(known, model.memory_bank)) != known:
+            files += write_card(model, folder, model.memory_bank, local_source(directory), updated)
         for file in files:
             os.replace(file, directory / file.name)
     return directory
