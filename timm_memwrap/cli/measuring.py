@@ -2,9 +2,10 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from timm_memwrap._utils import write_text
+from timm_memwrap._utils import check_choice, write_text
 from timm_memwrap.cli.arguments import IN_TERMINAL
 from timm_memwrap.data import open_remembered, open_source
 from timm_memwrap.experiments.configuration import Comparison
@@ -17,6 +18,7 @@ from timm_memwrap.explaining import (
     evaluate_unknown,
     memory_report,
     plot_memory_report,
+    write_memory_report,
 )
 from timm_memwrap.hub import from_pretrained
 from timm_memwrap.jobs.explain import describe, explain_files, find_images
@@ -24,6 +26,8 @@ from timm_memwrap.jobs.inference import Inference
 from timm_memwrap.model import MemoryWrapModel
 
 __all__ = ["benchmark", "compare", "evaluate", "explain", "report"]
+
+_FIGURES = (".png", ".pdf", ".svg")
 
 
 def explain(
@@ -109,32 +113,42 @@ def evaluate(
 
 def report(
     source: str,
-    data: str = "",
+    data: str | None = None,
     split: str = "test",
-    out: str | None = None,
+    out: str | list[str] | None = None,
     memory_data: str | None = None,
     json: str | None = None,
     progress: bool = IN_TERMINAL,
     **options: Any,
 ) -> None:
-    """Finds remembered images that mislead, that are never read, or whose label the model disputes.
+    """Finds what is wrong with the remembered images: labels, copies, strangers, and what misleads.
 
     Args:
         source: The model: a folder, or a repository on the Hub, owner/name or owner/name@revision.
-        data: Labelled images that the memory was not taken from, as in evaluate.
+        data: Labelled images that the memory was not taken from, as in evaluate, to find also which of them are in the
+            memory, and what misleads or is never read.
         split: As in evaluate.
-        out: File to draw the worst to: a PNG, PDF or SVG, by its suffix.
+        out: File to write to, or a list of them, by suffix: .csv for a table to tick what to do in, .html for a page
+            with the pictures side by side, .png, .pdf or .svg for a figure.
         memory_data: As in explain.
-        json: File to write the counts to as JSON, or - to print that instead of a table.
+        json: File to write all that was found to as JSON, or - to print that instead of a table.
         progress: Whether to show progress bars; by default in a terminal.
         **options: As of Inference.
     """
-    memory = None if memory_data is None else open_remembered(memory_data)
-    model, batches = _open(source, data, split, Inference(**options), progress)
-    found = memory_report(model, batches, progress=progress)
-    if out is not None:
-        plot_memory_report(model, found, path=out, dataset=memory)
-    _print_result(found, found.to_dict(), json)
+    files = [Path(path) for path in ([out] if isinstance(out, str) else out or [])]
+    for path in files:
+        check_choice("suffix of out", path.suffix, (".csv", ".html", *_FIGURES))
+    memory, inference = None if memory_data is None else open_remembered(memory_data), Inference(**options)
+    images = None if data is None else inference.readable(open_source(data, split), progress)
+    model = from_pretrained(source).to(inference.find_device())
+    found = memory_report(model, None if images is None else inference.batches(images), progress)
+    for path in files:
+        if path.suffix == ".csv":
+            found.save(path)
+        else:
+            draw = write_memory_report if path.suffix == ".html" else plot_memory_report
+            draw(model, found, path, memory, images)
+    _print_result("\n\n".join([str(found), *(f"Written: {path}" for path in files)]), found.to_dict(), json)
 
 
 def compare(out: str = "comparison", progress: bool = IN_TERMINAL, **sections: Any) -> None:

@@ -8,7 +8,9 @@ from timm_memwrap.explaining.explanation import Explanation, MemorySample, expla
 from timm_memwrap.explaining.figures.contenders import plot_contenders
 from timm_memwrap.explaining.figures.correspondences import plot_correspondences
 from timm_memwrap.explaining.figures.html import write_html
-from timm_memwrap.explaining.figures.plots import plot_explanation, plot_explanations, plot_heatmaps, plot_memory_report
+from timm_memwrap.explaining.figures.memory_reports import plot_memory_report, write_memory_report
+from timm_memwrap.explaining.figures.plots import plot_explanation, plot_explanations, plot_heatmaps
+from timm_memwrap.explaining.findings import Finding, ticked
 from timm_memwrap.explaining.heatmaps import Attribution, attribute
 from timm_memwrap.explaining.metrics import ExplanationMetrics, evaluate_explanations, randomisation_check
 from timm_memwrap.explaining.report import MemoryReport, SampleUse, memory_report
@@ -20,7 +22,8 @@ __all__ = [
     "evaluate_explanations", "ExplanationMetrics", "evaluate_unknown", "UnknownMetrics", "Detection",
     "calibrate", "fit_temperature",
     "evaluate_counterfactuals", "CounterfactualMetrics", "im1", "im2", "randomisation_check",
-    "memory_report", "MemoryReport", "SampleUse", "plot_memory_report",
+    "memory_report", "MemoryReport", "Finding", "SampleUse", "plot_memory_report",
+    "write_memory_report", "ticked",
     "attribute", "Attribution", "plot_heatmaps",
     "Correspondence", "plot_correspondences",
     "write_html",

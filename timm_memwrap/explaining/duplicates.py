@@ -37,19 +37,18 @@ class Sameness:
         # Each halving of the volume brings the distance down by the same factor.
         return cls(float((half / furthest).median()) ** _HALVINGS)
 
-    def closeness(self, similarities: Tensor) -> Tensor:
-        """Computes how near neighbours are: 1 for a copy, 0 for the furthest of them.
+    def closeness(self, similarities: Tensor, furthest: Tensor) -> Tensor:
+        """Computes how near samples are: 1 for a copy, 0 for as far as the furthest neighbour.
 
         Args:
-            similarities: Cosine similarities `[N, K]`, highest first.
+            similarities: Cosine similarities `[N, K]`.
+            furthest: That of the furthest neighbour, `[N]`.
         """
-        distances = _distances(similarities)
-        return 1 - distances / distances[:, -1:].clamp(min=_ROUNDING)
+        return 1 - _distances(similarities) / _distances(furthest).clamp(min=_ROUNDING).unsqueeze(1)
 
-    def same(self, similarities: Tensor) -> Tensor:
-        """Returns which neighbours show the same picture, bool `[N, K]`. Arguments are as in `closeness`."""
-        distances = _distances(similarities)
-        return distances <= (self.share * distances[:, -1:]).clamp(min=_ROUNDING)
+    def same(self, similarities: Tensor, furthest: Tensor) -> Tensor:
+        """Returns which samples show the same picture, bool `[N, K]`. Arguments are as in `closeness`."""
+        return _distances(similarities) <= (self.share * _distances(furthest)).clamp(min=_ROUNDING).unsqueeze(1)
 
 
 def keep_one(neighbours: Neighbours, same: Tensor, support: Tensor) -> Tensor:

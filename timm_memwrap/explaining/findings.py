@@ -43,8 +43,8 @@ class Finding(Result):
         action: `"relabel as"`, `"duplicate of"`, which stands for removing it too, or `"remove"`.
         target: The class to relabel it as, or the id of the sample of which it is a duplicate.
         score: How sure it is, between 0 and 1; comparable within a kind.
-        neighbours: Ids of what to look at beside it, nearest first: the neighbours that do not share its label, its
-            duplicates, or its nearest samples; of a leak, images of the data, with the ids that a memory of them has.
+        neighbours: Ids of what to look at beside it, nearest first: its nearest samples that are no copies of it, or
+            the copy to keep; of a leak, images of the data, with the ids that a memory of them would have.
         similarities: Cosine similarities of the pre-logits of these to its own.
     """
 

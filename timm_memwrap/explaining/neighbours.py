@@ -3,7 +3,6 @@
 Shapes: M memory samples, K neighbours, B samples of a block.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -87,19 +86,16 @@ def label_support(neighbours: Neighbours, labels: Tensor) -> Support:
 def _vote(neighbours: Neighbours, labels: Tensor, trust: Tensor) -> Support:
     """Computes the support of each label, with the votes of neighbours weighted by the trust `[M]` in their labels."""
     sizes = trust.new_zeros(int(labels.max()) + 1).index_add_(0, labels, trust)
-    parts = [Support(*_vote_block(*block, labels, trust, sizes)) for block in _blocks(neighbours, labels, trust)]
+    parts = [
+        _vote_of(rows, neighbours, labels, trust, sizes)
+        for rows in torch.arange(len(labels), device=labels.device).split(_ROWS)
+    ]
     return Support(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-def _blocks(neighbours: Neighbours, labels: Tensor, trust: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    parts = (*neighbours, labels, trust)
-    return zip(*(part.split(_ROWS) for part in parts), strict=True)
-
-
-def _vote_block(
-    similarities: Tensor, positions: Tensor, own: Tensor, own_trust: Tensor, labels: Tensor, trust: Tensor, sizes: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Returns the support `[B]` of the labels `own`, and the strongest other classes `[B]`."""
+def _vote_of(rows: Tensor, neighbours: Neighbours, labels: Tensor, trust: Tensor, sizes: Tensor) -> Support:
+    """Computes the support of the labels of some samples, `[B]`."""
+    similarities, positions, own = neighbours.similarities[rows], neighbours.positions[rows], labels[rows]
     furthest, spread = similarities[:, -1:], similarities[:, :1] - similarities[:, -1:]
     # From 1 for the nearest to 0 for the furthest; 1 for all where all are as near.
     weights = torch.where(spread > 0, (similarities - furthest) / spread, torch.ones_like(similarities))
@@ -111,21 +107,25 @@ def _vote_block(
     votes = (votes + first) / (sizes[theirs] + _FIRST_VOTES).sqrt()
     is_own = theirs == own.unsqueeze(1)
     for_own = (weights * is_own).sum(dim=1) + first.flatten()
-    for_own = for_own / (sizes[own] - own_trust + _FIRST_VOTES).sqrt()
+    for_own = for_own / (sizes[own] - trust[rows] + _FIRST_VOTES).sqrt()
     best, place = votes.masked_fill(is_own, 0.0).max(dim=1)
     other = torch.where(best > 0, theirs.gather(1, place.unsqueeze(1)).flatten(), own)
-    return for_own / (for_own + best), other
+    return Support(for_own / (for_own + best), other)
 
 
-def out_of_place(neighbours: Neighbours) -> Tensor:
-    """Returns which samples have no neighbours that are as near as those of others, bool `[M]`.
+def out_of_place(neighbours: Neighbours, support: Tensor) -> Tensor:
+    """Returns which samples are unlike their class and unlike everything, bool `[M]`.
 
-    The distance to the furthest of the neighbours is beyond Tukey's fence: above the third quartile by more than one
-    and a half times the range between the quartiles.
+    The label of such a sample is supported less than another, and its furthest neighbour is further than Tukey's fence:
+    above the third quartile by more than one and a half times the range between the quartiles.
+
+    Args:
+        neighbours: The nearest other samples, without duplicates, `[M, K]`.
+        support: Support of the labels `[M]`.
     """
     distances = 1 - neighbours.similarities[:, -1]
     low, high = _quartiles(distances)
-    return distances > high + 1.5 * (high - low)
+    return (distances > high + 1.5 * (high - low)) & (support < 0.5)
 
 
 def _quartiles(values: Tensor) -> tuple[float, float]:

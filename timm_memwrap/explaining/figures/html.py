@@ -1,15 +1,10 @@
 """Writes explanations as one self-contained HTML file, without scripts and without resources from elsewhere."""
 
-import base64
-import io
 import os
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from timm_memwrap._utils import write_text
@@ -17,7 +12,7 @@ from timm_memwrap.data import SampleImages, batches_of, class_names, picture_of,
 from timm_memwrap.explaining.contenders import NearSample
 from timm_memwrap.explaining.correspondences import sample_input
 from timm_memwrap.explaining.explanation import Explanation, MemorySample
-from timm_memwrap.explaining.figures.page import percent
+from timm_memwrap.explaining.figures.markup import data_url, template
 from timm_memwrap.explaining.figures.pictures import MATCHES, aligned, overlays
 from timm_memwrap.explaining.heatmaps import Attribution
 from timm_memwrap.model import MemoryWrapModel
@@ -26,9 +21,6 @@ __all__ = ["write_html"]
 
 # In pixels: twice the size on the page, for screens of double density.
 _INPUT_SIZE, _SAMPLE_SIZE = 448, 256
-
-# Embeddings, overrides and isolates of text direction. The page itself isolates each name.
-_BIDI_CONTROLS = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
 
 
 def write_html(
@@ -63,8 +55,6 @@ def write_html(
     Raises:
         ValueError: If images, explanations, labels, names or attributions differ in number.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     several, explanations, true = aligned(model, images, explanations, labels, top_k)
     for name, given in (("names", names), ("attributions", attributions)):
         if given is not None and len(given) != len(several):
@@ -74,16 +64,7 @@ def write_html(
                  for i, image in enumerate(several, start=1)]  # fmt: skip
     stored = None if dataset is None else SampleImages(model, dataset)
     heat: Sequence[Attribution | None] = [None] * len(several) if attributions is None else attributions
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        undefined=StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_text,
-    )
-    environment.filters |= {"percent": percent, "points": _points, "share": "{:.2%}".format}
-    html = environment.get_template("explanations.html.jinja").render(
+    html = template("explanations.html.jinja").render(
         title=title,
         architecture=model.pretrained_cfg.get("architecture", type(model.backbone).__name__),
         memory_size=len(model.memory_bank),
@@ -113,12 +94,12 @@ def _input(
                 f"The attribution for {name!r} is of other samples than its explanation. Pass the explanations of the "
                 f"attributions: [attribution.explanation for attribution in attributions]."
             )
-        heat = [*(_data_url(picture, _INPUT_SIZE) for picture in overlays(model, attribution))]
+        heat = [*(data_url(picture, _INPUT_SIZE) for picture in overlays(model, attribution))]
         shares = attribution.shares
 
     def picture_row(sample: MemorySample | NearSample) -> dict[str, Any]:
         picture = picture_of(model, sample.image, sample.id, stored)
-        return {"sample": sample, "picture": None if picture is None else _data_url(picture, _SAMPLE_SIZE)}
+        return {"sample": sample, "picture": None if picture is None else data_url(picture, _SAMPLE_SIZE)}
 
     def row(sample: MemorySample, overlay: str | None = None, share: float = 0.0) -> dict[str, Any]:
         return {**picture_row(sample), "overlay": overlay, "share": share}
@@ -141,7 +122,7 @@ def _input(
     return {
         "name": name,
         "matches": _matches(model, stored, image, explanation),
-        "picture": _data_url(to_picture(model, image), _INPUT_SIZE),
+        "picture": data_url(to_picture(model, image), _INPUT_SIZE),
         "overlay": heat[0],
         "share": shares[0],
         "explanation": explanation,
@@ -164,35 +145,8 @@ def _matches(
     return [
         {
             "sample": sample,
-            "input": _data_url(picture, _SAMPLE_SIZE),
-            "picture": _data_url(to_picture(model, sample_input(model, stored, sample.position, size)), _SAMPLE_SIZE),
+            "input": data_url(picture, _SAMPLE_SIZE),
+            "picture": data_url(to_picture(model, sample_input(model, stored, sample.position, size)), _SAMPLE_SIZE),
         }
         for sample in matched
     ]
-
-
-def _data_url(picture: np.ndarray, size: int) -> str:
-    """Encodes a picture `[H, W, 3]` as the URL of a PNG, with at most `size` pixels a side."""
-    image = Image.fromarray(picture)
-    image.thumbnail((size, size))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _text(value: Any) -> Any:
-    """Replaces characters that HTML cannot hold, or that change the direction of text; what joins letters stays."""
-    return "".join("\ufffd" if _is_control(char) else char for char in value) if type(value) is str else value
-
-
-def _is_control(char: str) -> bool:
-    if char in "\t\n":
-        return False
-    return unicodedata.category(char) in ("Cc", "Cs") or unicodedata.bidirectional(char) in _BIDI_CONTROLS
-
-
-def _points(value: float) -> str:
-    """Formats a change of a probability in percentage points, with a true minus sign."""
-    points = round(100 * value)
-    sign = "\N{MINUS SIGN}" if points < 0 else "+"
-    return f"{sign}{abs(points)}" if points else "±0"

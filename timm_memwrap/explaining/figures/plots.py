@@ -11,7 +11,6 @@ from timm_memwrap.explaining.explanation import Explanation, MemorySample
 from timm_memwrap.explaining.figures.page import BLUE, GREY, LINE, ORANGE, PALE, Card, Line, Page, percent, short
 from timm_memwrap.explaining.figures.pictures import HEAT, aligned, overlays
 from timm_memwrap.explaining.heatmaps import Attribution
-from timm_memwrap.explaining.report import MemoryReport, SampleUse
 from timm_memwrap.familiarity import UNFAMILIAR
 from timm_memwrap.model import MemoryWrapModel
 
@@ -25,7 +24,6 @@ __all__ = [
     "plot_explanation",
     "plot_explanations",
     "plot_heatmaps",
-    "plot_memory_report",
     "sample_card",
 ]
 
@@ -134,61 +132,6 @@ def plot_explanation(
     return page.finish(path, dpi)
 
 
-def plot_memory_report(
-    model: MemoryWrapModel,
-    report: MemoryReport,
-    path: str | os.PathLike | None = None,
-    dataset: Any = None,
-    top_k: int = 6,
-    dpi: int = 150,
-) -> "Figure":
-    """Draws the memory samples that mislead most, and those whose label the model disputes.
-
-    What is not listed is as in `plot_explanations`.
-
-    Args:
-        model: The model that the report is on.
-        report: What `memory_report` returned, for the bank as it is.
-        top_k: How many samples of each kind to draw.
-
-    Raises:
-        ValueError: If the bank has changed since the report.
-    """
-    bank, size = model.memory_bank, len(report.samples)
-    if [sample.id for sample in report.samples] != bank.ids:
-        raise ValueError(f"The report is on {size} samples that are not those of {bank!r}. Call memory_report again.")
-    stored = None if dataset is None else SampleImages(model, dataset)
-    groups = (
-        ("Misleading", report.misleading, ORANGE,
-         "Used more by wrong predictions of the class they support than by right ones: remove the worst, or look why."),
-        ("Disputed", report.disputed, BLUE,
-         "The model sees another class in it than its label says: is the label wrong?"),
-    )  # fmt: skip
-    drawn = [sample for _, samples, _, _ in groups for sample in samples[:top_k]]
-    most = max((max(sample.misleading, sample.helping) for sample in drawn), default=0.0)
-    columns = max(1, *(min(top_k, len(samples)) for _, samples, _, _ in groups))
-    row_height = _SAMPLE + 5.4 * LINE + 0.75
-    page = Page(max(_MARGIN + columns * (_SAMPLE + _GAP) + _MARGIN, 6.8), 0.18 + 2 * row_height + 0.5)
-    for row, (title, samples, color, meaning) in enumerate(groups):
-        top = 0.18 + row * row_height
-        page.text(_MARGIN, top, f"{title}: {len(samples)} of {size} remembered images", 9, color, weight="bold")
-        page.text(_MARGIN, top + 0.19, meaning if samples else "None.", size=7.5, color=GREY)
-        for column, sample in enumerate(samples[:top_k]):
-            thumbnail = None if bank.images is None else bank.images[sample.position]
-            picture, x = picture_of(model, thumbnail, sample.id, stored), _MARGIN + column * (_SAMPLE + _GAP)
-            page.card(x, top + 0.45, _SAMPLE, picture, _use_card(sample, most, color, dashed=row == 0))
-    y = page.height - 0.52
-    for x, color, text in (
-        (_MARGIN, ORANGE, "weight in wrong predictions of its class"),
-        (_MARGIN + 2.9, BLUE, "weight in right ones"),
-    ):
-        page.block(x, y + 0.01, 0.25, 0.09, facecolor=color)
-        page.text(x + 0.32, y, text, size=7.5)
-    summary = f"{report.wrong} of {report.count} predictions are wrong; {len(report.never_read)} remembered images were"
-    page.text(_MARGIN, y + 0.2, f"{summary} never read.", size=7.5, color=GREY)
-    return page.finish(path, dpi)
-
-
 def plot_heatmaps(
     model: MemoryWrapModel,
     attributions: Sequence[Attribution],
@@ -258,20 +201,6 @@ def sample_card(sample: MemorySample) -> Card:
         Line(labelled, 7, GREY),
     ]
     return Card(lines, short(str(sample.id), 40), color, dashed=not sample.is_example)
-
-
-def _use_card(sample: SampleUse, most: float, color: str, dashed: bool) -> Card:
-    """Makes the card of how a memory sample was used, with bars of which the longest stands for `most`."""
-    seen = short(sample.predicted_class_name, 14) if sample.disputed else "the same"
-    misleading, helping = (value / most if most else 0.0 for value in (sample.misleading, sample.helping))
-    lines = [
-        Line(f"labelled {short(sample.class_name, 13)}"),
-        Line(f"seen as {seen}", color="black" if sample.disputed else GREY),
-        Line(f"{sample.misleading:.1f}", color=ORANGE, share=misleading, gap=1.2),
-        Line(f"{sample.helping:.1f}", color=BLUE, share=helping, gap=0.9),
-        Line(short(str(sample.id), 17), 6.5, GREY, gap=1.05),
-    ]
-    return Card(lines, short(str(sample.id), 40), color, dashed)
 
 
 def draw_titles(page: Page, left: float) -> None:
