@@ -656,3 +656,47 @@ def test_class_names_come_with_the_samples_that_need_them() -> None:
     with pytest.raises(ValueError, match="Class name 3"):
         bank.append(more.encodings, more.labels, [1000, 1001], class_names=[3])  # type: ignore[list-item]
     assert len(bank) == 8
+
+
+def several(size: int = 3) -> MemoryBank:
+    bank = MemoryBank()
+    labels = torch.tensor([[1, 1, 0], [0, 1, 0], [0, 0, 0]])[:size]
+    bank.replace(torch.randn(size, 5), labels, range(size), class_names=["cat", "dog", "fox"])
+    return bank
+
+
+def test_a_sample_may_have_several_classes_or_none(tmp_path: Path) -> None:
+    bank = several()
+    assert bank.multi_label and not _bank().multi_label and not MemoryBank().multi_label
+    assert bank.class_counts == {0: 1, 1: 2}
+    assert "3 multi-label samples of 2 classes" in repr(bank)
+    loaded = MemoryBank().load(bank.save(tmp_path / "bank.safetensors"))
+    assert loaded.multi_label and torch.equal(loaded.labels, bank.labels)
+    other = MemoryBank()
+    other.load_state_dict(bank.state_dict())
+    assert other.multi_label and other.largest_label == 2
+
+
+def test_multi_hot_labels_are_appended_and_forgotten(caplog: pytest.LogCaptureFixture) -> None:
+    bank = several()
+    bank.append(torch.randn(1, 5), torch.tensor([[1.0, 0.0, 0.0]]), ["new"])
+    assert bank.class_counts == {0: 2, 1: 2}
+    bank.remove([0, 1])
+    assert bank.class_counts == {0: 1} and "no sample of dog any more" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "labels", [torch.tensor([1]), torch.tensor([[1, 0]]), torch.tensor([[1, 0, 2]]), torch.tensor([[[1, 0, 1]]])]
+)
+def test_labels_of_another_kind_than_the_banks_are_not_appended(labels: torch.Tensor) -> None:
+    bank = several()
+    with pytest.raises(ValueError, match="labels"):
+        bank.append(torch.randn(1, 5), labels, ["new"])
+    assert len(bank) == 3
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([[3, 0]], dtype=torch.uint8), torch.zeros(1, 0, dtype=torch.uint8)])
+def test_a_file_with_labels_that_are_not_multi_hot_is_refused(labels: torch.Tensor) -> None:
+    state = several(1).state_dict()
+    with pytest.raises(RuntimeError, match="label"):
+        MemoryBank().load_state_dict({**state, "labels": labels})

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from timm_memwrap.labels import LABEL_DTYPES, plain_labels
 from timm_memwrap.meaning import Meaning, plain_names
 from timm_memwrap.sample_ids import SampleId
 
@@ -18,13 +19,12 @@ __all__ = [
     "ENTRIES",
     "REQUIRED",
     "addition",
-    "check_integers",
     "check_state",
     "largest_label",
     "parse_state",
 ]
 
-# name: (dtype, number of dimensions)
+# name: (dtype, number of dimensions); labels of several classes are multi-hot, see LABEL_DTYPES
 BUFFERS = {
     "encodings": (torch.float32, 2),
     "labels": (torch.int64, 1),
@@ -63,11 +63,15 @@ def check_state(state: dict[str, Tensor | None], meaning: Meaning) -> None:
         if tensor is None:
             continue
         allowed = DTYPES if name == "encodings" else (dtype,)
+        if name == "labels" and tensor.ndim in LABEL_DTYPES:
+            allowed, ndim = (LABEL_DTYPES[tensor.ndim],), tensor.ndim
         if tensor.dtype not in allowed or tensor.ndim != ndim or len(tensor) != size:
             raise ValueError(
                 f"The memory bank's {name} are {tensor.dtype} of shape {list(tensor.shape)}; expected {dtype} with "
                 f"{ndim} dimensions, the first of length {size} as the labels have."
             )
+    if labels.ndim == 2 and not labels.shape[1]:
+        raise ValueError(f"The memory bank's labels have shape {list(labels.shape)}; expected a column for each class.")
     images = state.get("images")
     if images is not None and (images.shape[1] not in (1, 3) or 0 in images.shape[2:]):
         raise ValueError(f"The memory bank's images have shape {list(images.shape)}; expected [M, 1 or 3, H, W].")
@@ -84,7 +88,10 @@ def check_state(state: dict[str, Tensor | None], meaning: Meaning) -> None:
             f"{len(bad)} of {size} encodings have NaN or infinite entries, the first for id {meaning.ids[bad[0]]!r}. "
             f"Check the images and the model's weights."
         )
-    if int(labels.min()) < 0:
+    if labels.ndim == 2:
+        if int(labels.max()) > 1:
+            raise ValueError(f"A multi-hot label is {int(labels.max())}. Expected 1 for each class that a sample has.")
+    elif int(labels.min()) < 0:
         raise ValueError(f"Label {int(labels.min())} is below 0. Labels are class indices, 0 to num_classes - 1.")
 
 
@@ -102,9 +109,8 @@ def addition(
     Raises:
         ValueError: If they do not fit each other or what is there.
     """
-    check_integers(labels)
     names = meaning.class_names if class_names is None else plain_names(class_names)
-    new: dict[str, Tensor | None] = {"encodings": encodings, "labels": labels.long(), "images": images}
+    new: dict[str, Tensor | None] = {"encodings": encodings, "labels": plain_labels(labels), "images": images}
     for name, given in new.items():
         there = state[name]
         if given is None and there is None:
@@ -123,11 +129,7 @@ def addition(
 
 
 def largest_label(labels: Tensor | None) -> int:
-    """Returns the largest of labels `[M]`, or -1 if there is none to be seen."""
+    """Returns the largest of labels `[M]`, or that multi-hot `[M, C]` tell of; -1 if there is none to be seen."""
+    if labels is not None and labels.ndim == 2:
+        return labels.shape[1] - 1
     return -1 if labels is None or labels.is_meta or not labels.numel() else int(labels.max())
-
-
-def check_integers(labels: Tensor) -> None:
-    """Raises a `ValueError` if labels are not whole numbers."""
-    if labels.is_floating_point() or labels.is_complex():
-        raise ValueError(f"labels are {labels.dtype}; expected integers, one class index per sample.")

@@ -75,7 +75,7 @@ class BankState(nn.Module):
         return bank
 
     def filled(self) -> tuple[Tensor, Tensor]:
-        """Returns the encodings `[M, D]` and labels `[M]`.
+        """Returns the encodings `[M, D]` and labels `[M]`, or `[M, C]` if they are multi-hot.
 
         Raises:
             ValueError: If the bank is empty.

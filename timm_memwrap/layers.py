@@ -148,6 +148,11 @@ class LabelVote(MemoryLayer):
                 "labels=None, but a vote is over the labels of the memory set. In training it has none: train with "
                 "classifier='linear' or 'mlp', then build the memory bank with build_memory_bank."
             )
+        if labels.ndim != 1:
+            raise ValueError(
+                f"labels have shape {list(labels.shape)}, but a vote counts one label [M] for each sample. Pass "
+                f"classifier='own' or 'linear' for samples of several classes."
+            )
         return labels
 
     def _sum_all(self, weights: Tensor, values: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ Shapes: M memory samples, D width of an encoding.
 import dataclasses
 import logging
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ import torch
 from torch import Tensor
 
 from timm_memwrap._utils import check_choice, printable
-from timm_memwrap.bank_format import BUFFERS, DTYPES, addition, check_integers, largest_label, parse_state
+from timm_memwrap.bank_format import BUFFERS, DTYPES, addition, largest_label, parse_state
 from timm_memwrap.bank_state import BankState
+from timm_memwrap.labels import class_counts, plain_labels
 from timm_memwrap.meaning import Meaning, Provenance, Reference, plain_names
 from timm_memwrap.rows import add_rows
 from timm_memwrap.sample_ids import SampleId, SampleIds
@@ -55,7 +55,7 @@ class MemoryBank(BankState):
         images = "no images" if self.images is None else f"images {list(self.images.shape[1:])}"
         source = f", {self.provenance.selection} from {self.provenance.dataset}" if self.provenance.dataset else ""
         return (
-            f"MemoryBank({len(self)} samples of {len(self.class_counts)} classes, "
+            f"MemoryBank({len(self)} {'multi-label ' * self.multi_label}samples of {len(self.class_counts)} classes, "
             f"encodings {list(self.encodings.shape)}, {images}{source})"
         )
 
@@ -80,9 +80,14 @@ class MemoryBank(BankState):
         return self._meaning.read().reference
 
     @property
+    def multi_label(self) -> bool:
+        """Whether a sample may have several classes, or none: labels are then multi-hot."""
+        return self.labels is not None and self.labels.ndim == 2
+
+    @property
     def class_counts(self) -> dict[int, int]:
-        """Number of samples by label."""
-        return dict(sorted(Counter([] if self.labels is None else self.labels.tolist()).items()))
+        """Number of samples by label; a sample of several classes counts for each."""
+        return class_counts(self.labels)
 
     def replace(
         self,
@@ -98,7 +103,7 @@ class MemoryBank(BankState):
 
         Args:
             encodings: Encodings `[M, D]`, finite.
-            labels: Labels `[M]`, integers of at least 0.
+            labels: Labels `[M]`, integers of at least 0; or `[M, C]`, 1 for each class that a sample has, else 0.
             ids: One unique id per sample, which names it in its data set.
             images: Small images for people to look at, uint8 `[M, 3 or 1, H, W]`.
             class_names: Names of the classes by label.
@@ -109,9 +114,8 @@ class MemoryBank(BankState):
             ValueError: If lengths, shapes, types or values do not fit. The bank is then unchanged.
         """
         check_choice("dtype", dtype, DTYPES)
-        check_integers(labels)
         meaning = Meaning(SampleIds(ids), plain_names(class_names), provenance or Provenance())
-        state = {"encodings": encodings.detach().to(dtype), "labels": labels.detach().long(), "images": images}
+        state = {"encodings": encodings.detach().to(dtype), "labels": plain_labels(labels), "images": images}
         self._set(state, meaning)
 
     def append(
@@ -135,7 +139,7 @@ class MemoryBank(BankState):
             with torch.inference_mode(False):
                 grown = add_rows(self._rows, self._buffers, new)
             added = dataclasses.replace(added, ids=meaning.ids.added(added.ids))
-            self._take(grown, added, max(self.largest_label, largest_label(labels)))
+            self._take(grown, added, max(self.largest_label, largest_label(new["labels"])))
 
     def check_append(self, *args: Any) -> None:
         """Raises what `append` would raise with these arguments, and changes nothing."""

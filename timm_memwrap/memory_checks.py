@@ -7,7 +7,7 @@ from timm.utils import unwrap_model
 
 from timm_memwrap.model import MemoryWrapModel
 
-__all__ = ["check_memory", "check_model", "warn_of_new_classifier"]
+__all__ = ["check_memory", "check_model", "check_single_label", "warn_of_new_classifier"]
 
 _logger = logging.getLogger(__name__)
 
@@ -19,6 +19,15 @@ def check_model(model: Any) -> None:
         cure = "Pass timm.utils.unwrap_model(model)." if inside else "Wrap it: timm_memwrap.wrap(model)."
         raise ValueError(f"{type(model).__name__} is not a Memory Wrap model. {cure}")
     model.check_head()
+
+
+def check_single_label(model: MemoryWrapModel, what: str) -> None:
+    """Raises a `ValueError` if a sample of the model's memory may have several classes, which `what` cannot take."""
+    if model.multi_label:
+        raise ValueError(
+            f"{what} is for classes that exclude each other, but the model is multi-label: the labels of its memory are "
+            f"multi-hot. See explain and evaluate_explanations for what there is, or build the memory with class indices."
+        )
 
 
 def warn_of_new_classifier(model: MemoryWrapModel) -> None:

@@ -44,6 +44,7 @@ class TimmInterface(nn.Module):
 
     backbone: Any
     num_classes: int
+    memory_bank: Any
     memory_args: dict[str, Any]
     _traits: dict[str, Any]
     _model_args: dict[str, Any]
@@ -65,6 +66,11 @@ class TimmInterface(nn.Module):
     def keeps_classifier(self) -> bool:
         """Whether the memory is read with the backbone's own classifier."""
         return self.memory_args["read_head"] in OWN_READ_HEADS
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether classes do not exclude each other, as in the memory: each then has a probability of its own."""
+        return self.memory_bank.multi_label
 
     @property
     def num_features(self) -> int:
