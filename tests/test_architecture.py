@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom to the top. A room may import from rooms of lower lines only: those of a line do not know each other.
 # Modules within a folder may import each other, as long as there is no cycle.
 ROOMS = (
-    ("constants", "_utils", "labels"),
+    ("constants", "_utils", "labels", "balancing"),
     ("tensor_files", "attention", "reconstruction", "fingerprint"),
     ("encoding_queue", "new_classes", "rows", "sample_ids"),
     ("search", "memory_args", "meaning", "checks", "selection"),

@@ -10,7 +10,8 @@ from timm_memwrap.labels import class_counts, multi_hot, plain_labels, present, 
 def test_multi_hot_labels_of_any_kind_are_remembered_as_bytes(dtype: torch.dtype) -> None:
     labels = torch.tensor([[1, 0, 1], [0, 0, 0]], dtype=dtype)
     plain = plain_labels(labels)
-    assert plain.dtype == torch.uint8 and plain.tolist() == [[1, 0, 1], [0, 0, 0]]
+    assert plain.dtype == torch.uint8
+    assert plain.tolist() == [[1, 0, 1], [0, 0, 0]]
     labels.zero_()
     assert plain.sum() == 2
 

@@ -667,14 +667,18 @@ def several(size: int = 3) -> MemoryBank:
 
 def test_a_sample_may_have_several_classes_or_none(tmp_path: Path) -> None:
     bank = several()
-    assert bank.multi_label and not _bank().multi_label and not MemoryBank().multi_label
+    assert bank.multi_label
+    assert not _bank().multi_label
+    assert not MemoryBank().multi_label
     assert bank.class_counts == {0: 1, 1: 2}
     assert "3 multi-label samples of 2 classes" in repr(bank)
     loaded = MemoryBank().load(bank.save(tmp_path / "bank.safetensors"))
-    assert loaded.multi_label and torch.equal(loaded.labels, bank.labels)
+    assert loaded.multi_label
+    assert torch.equal(loaded.labels, bank.labels)
     other = MemoryBank()
     other.load_state_dict(bank.state_dict())
-    assert other.multi_label and other.largest_label == 2
+    assert other.multi_label
+    assert other.largest_label == 2
 
 
 def test_multi_hot_labels_are_appended_and_forgotten(caplog: pytest.LogCaptureFixture) -> None:
@@ -682,7 +686,8 @@ def test_multi_hot_labels_are_appended_and_forgotten(caplog: pytest.LogCaptureFi
     bank.append(torch.randn(1, 5), torch.tensor([[1.0, 0.0, 0.0]]), ["new"])
     assert bank.class_counts == {0: 2, 1: 2}
     bank.remove([0, 1])
-    assert bank.class_counts == {0: 1} and "no sample of dog any more" in caplog.text
+    assert bank.class_counts == {0: 1}
+    assert "no sample of dog any more" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from timm_memwrap._utils import check_choice, check_count, evaluating
 from timm_memwrap.attention import unit
 from timm_memwrap.data import BATCH_SIZE, Samples, known_class_names, small_images
+from timm_memwrap.labels import multi_hot, present
 from timm_memwrap.memory_bank import MemoryBank, Provenance, SampleId
 from timm_memwrap.memory_checks import check_model, warn_of_new_classifier
 from timm_memwrap.model import MemoryWrapModel
@@ -50,11 +51,14 @@ def build_memory_bank(
 
     Args:
         model: The model whose bank is to be built, with the weights that it is to be used with.
-        data: A data set or loader of `(image, label)`; see `timm_memwrap.data.Samples` for how loaders are read. Images
-            are remembered as they come: an augmentation at random is not undone, and warned of where it shows.
+        data: A data set or loader of `(image, label)`; see `timm_memwrap.data.Samples` for how loaders are read. A label
+            is a class index, or a vector of 0 and 1 where an image may have several classes: this makes the model
+            multi-label. Images are remembered as they come: an augmentation at random is not undone, and warned of
+            where it shows.
         size: Most samples to remember; `None` for all.
         selection: `"herding"`, an even share of each class, whose mean is close to that of the class; up to 100 random
-            samples of each are encoded to choose from. `"balanced"`, even shares at random; `"random"`; `"all"`.
+            samples of each are encoded to choose from. `"balanced"`, even shares at random; `"random"`; `"all"`. Where
+            images may have several classes, shares are about even, and herding follows the mean of all samples.
         store_images: Whether to keep small uint8 images, at most 64 pixels a side, for people to look at. They stay in
             the bank when it is saved.
         seed: Seed of the choice.
@@ -99,6 +103,7 @@ def build_memory_bank(
         _check_distributed(samples)
     candidates: list[int] | None = None
     if samples.labels is not None:
+        _check_kind(model, samples.labels)
         candidates = find_candidates(selection, samples.labels, size, seed)
     with evaluating(model):
         encoded = _encode(model, samples, candidates, store_images, progress, distributed)
@@ -119,6 +124,11 @@ def build_memory_bank(
         )
         if not named:
             _warn_of_other_labels(model, encoded)
+    if model.multi_label and bool((encoded.labels.sum(dim=1) == 1).all()):
+        _logger.warning(
+            "Labels are multi-hot, so the model is multi-label, but each sample has exactly one class. If classes exclude "
+            "each other, pass class indices."
+        )
     if len(model.memory_bank) == 1:
         _logger.warning("The memory bank has one sample: each prediction reads it alone, and its own reads nothing.")
     return model.memory_bank
@@ -155,12 +165,23 @@ def _by_parts(function: Callable[[Tensor], Tensor], model: MemoryWrapModel, enco
     return torch.cat([function(part.to(device)).to(encodings) for part in encodings.split(BATCH_SIZE)])
 
 
+def _check_kind(model: MemoryWrapModel, labels: Tensor) -> None:
+    """Raises if the model cannot read a memory of samples of several classes, before they are encoded."""
+    if labels.ndim == 2 and model.memory_args["classifier"] == "vote":
+        raise ValueError(
+            f"The labels have shape {list(labels.shape)}, of samples of several classes, but classifier='vote' counts "
+            f"one label for each sample. Pass classifier='own', 'linear' or 'mlp'."
+        )
+
+
 def _warn_of_other_labels(model: MemoryWrapModel, encoded: "_Encoded") -> None:
     """Warns if the backbone's own classifier disagrees with most labels: they may be numbered otherwise than its."""
     if model.memory_args["classifier"] != "own":
         return
-    own = _by_parts(model.own_classifier, model, encoded.encodings).argmax(dim=1)
-    agree = (own == encoded.labels).float().mean().item()
+    logits, has = _by_parts(model.own_classifier, model, encoded.encodings), multi_hot(encoded.labels, model.num_classes)
+    said = present(logits) if model.multi_label else multi_hot(logits.argmax(dim=1), model.num_classes)
+    # Of several labels each counts.
+    agree = said[has].float().mean().item()
     if agree < 0.5:
         _logger.warning(
             "The model's own classifier puts %.0f %% of the memory samples into the class of their label. If it is "
@@ -215,6 +236,7 @@ def _encode(
             features = model.backbone.forward_features(image.to(parameter))
             if not encodings:
                 _check_encoder(model, features)
+                _check_kind(model, label)
             encodings.append(model.encode_features(features).float().cpu())
             labels.append(label.cpu())
             if store_images:

@@ -1,7 +1,7 @@
 """What labels are: one class for each sample, or several; and what logits say in either case.
 
-Several labels are multi-hot: a row for each sample with a 1 for each class that it has. Classes then do not exclude each
-other, each has a probability of its own, and a sample may have none.
+Several labels are multi-hot: a row for each sample, with a 1 for each class that it has. Classes then do not exclude
+each other, each has a probability of its own, and a sample may have none.
 
 Shapes: M samples, C classes, B inputs.
 """
@@ -27,8 +27,8 @@ def plain_labels(labels: Tensor) -> Tensor:
     if labels.ndim == 2:
         if not labels.is_meta and bool(((labels != 0) & (labels != 1)).any()):
             raise ValueError(
-                f"labels [{labels.shape[0]}, {labels.shape[1]}] have values other than 0 and 1; expected 1 for each class "
-                f"that a sample has. Soft labels cannot be remembered: pass what they were made of."
+                f"labels of shape {list(labels.shape)} have values other than 0 and 1; expected 1 for each class that "
+                f"a sample has. Soft labels cannot be remembered: pass what they were made of."
             )
     elif labels.is_floating_point() or labels.is_complex():
         raise ValueError(

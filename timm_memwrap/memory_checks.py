@@ -25,8 +25,8 @@ def check_single_label(model: MemoryWrapModel, what: str) -> None:
     """Raises a `ValueError` if a sample of the model's memory may have several classes, which `what` cannot take."""
     if model.multi_label:
         raise ValueError(
-            f"{what} is for classes that exclude each other, but the model is multi-label: the labels of its memory are "
-            f"multi-hot. See explain and evaluate_explanations for what there is, or build the memory with class indices."
+            f"{what} is for classes that exclude each other, but the labels of this memory are multi-hot: a sample may "
+            f"have several. Call explain or evaluate_explanations, or build the memory with class indices."
         )
 
 

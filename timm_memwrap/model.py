@@ -214,6 +214,8 @@ class MemoryWrapModel(TimmInterface):
     def own_predictions(self, positions: Tensor | None = None) -> Tensor:
         """Returns the class that the model itself predicts for samples of its memory; see `own_logits`.
 
+        Where samples may have several classes, it is the most probable one.
+
         Args:
             positions: Positions in the bank, of any shape; `None` for all, in order. What is known stays known until
                 the weights or the bank change.

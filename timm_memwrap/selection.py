@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from timm_memwrap.attention import unit
+from timm_memwrap.balancing import balance
 
 __all__ = ["CANDIDATES_PER_CLASS", "SELECTIONS", "find_candidates", "herd", "select"]
 
@@ -22,7 +23,8 @@ CANDIDATES_PER_CLASS = 100
 def select(selection: str, labels: Tensor, points: Tensor, size: int | None, seed: int) -> list[int]:
     """Returns the positions of samples to remember, in increasing order: at most `size`, or all for `None`.
 
-    They are chosen by one of `SELECTIONS` from labels `[N]` and points `[N, D]`, of which herding compares directions.
+    They are chosen by one of `SELECTIONS` from labels `[N]`, or multi-hot `[N, C]`, and points `[N, D]`, of which herding
+    compares directions.
     """
     candidates = find_candidates(selection, labels, size, seed)
     if size is None or len(candidates) <= size:
@@ -41,6 +43,9 @@ def find_candidates(selection: str, labels: Tensor, size: int | None, seed: int)
     rng = random.Random(seed)
     if selection == "random":
         return sorted(rng.sample(range(len(labels)), size))
+    if labels.ndim == 2:
+        count = max(size, CANDIDATES_PER_CLASS * labels.shape[1]) if selection == "herding" else size
+        return sorted(balance(labels, count, rng))
     by_class = _by_class(labels)
     counts = _shares(by_class, size)
     if selection == "herding":
@@ -53,10 +58,12 @@ def herd(labels: Tensor, points: Tensor, size: int) -> list[int]:
     """Returns which of the candidates to remember, as positions among them, in increasing order.
 
     Args:
-        labels: Labels `[K]` of the candidates.
+        labels: Labels `[K]` of the candidates, or multi-hot `[K, C]`: they are then chosen as if of one class.
         points: Points `[K, D]`. Only their directions count.
         size: Number of samples to remember, at most K.
     """
+    if labels.ndim == 2:
+        return sorted(_herd(unit(points), size))
     by_class = _by_class(labels)
     chosen = list[int]()
     for label, count in _shares(by_class, size).items():

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -345,7 +345,8 @@ class _NoImages(Dataset):
         ({"targets": [0, 1, 2, 0], "target_transform": lambda label: 0}, None),
         ({"labels": ["cat", "dog", "newt", "owl"]}, None),  # names of something
         ({"targets": [0, 1]}, None),
-        ({"targets": torch.zeros(4, 3)}, None),
+        ({"targets": torch.eye(4)[:, :3]}, [[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0]]),
+        ({"targets": torch.rand(4, 4)}, None),  # boxes, perhaps
         ({}, None),
     ],
 )
@@ -368,7 +369,12 @@ IMAGES = torch.zeros(4, 3, 8, 8)
         (TensorDataset(IMAGES, torch.arange(4)), "are 3, outside num_classes=3.*0 to 2.*num_classes=4"),
         (TensorDataset(IMAGES, torch.arange(4) - 1), "are -1"),
         (TensorDataset(IMAGES, torch.tensor([0, 0.5, 1, 2])), "float32; expected.*class index"),
-        (TensorDataset(IMAGES, torch.zeros(4, 3)), "one-hot"),
+        (TensorDataset(IMAGES, torch.full((4, 3), 0.3)), "float32; expected.*of 0 and 1.*Mixup"),
+        (TensorDataset(IMAGES, torch.full((4, 3), 2)), "other than 0 and 1"),
+        (
+            TensorDataset(IMAGES, torch.zeros(4, 5)),
+            r"\[4, 5\], a column for each of 5 classes; expected 3.*num_classes=5",
+        ),
         (TensorDataset(IMAGES), r"\(image, label\)"),
         ([{"image": 1}], r"dict; expected \(image, label\)"),
         (iter([7]), r"int; expected \(images, labels\)"),
@@ -437,3 +443,54 @@ def test_the_size_is_known_where_it_can_be(make_model: MakeModel) -> None:
     assert size_of(_data()) == size_of(DataLoader(_data(), batch_size=5)) == size_of(_prefetching()) == N
     assert size_of(Subset(_data(), [3, 4])) == 2
     assert size_of(iter([])) is None
+
+
+class _Several(Dataset):
+    """A data set whose samples have several classes, which it may list beforehand."""
+
+    def __init__(self, labels: torch.Tensor, classes: list[str], listed: bool) -> None:
+        self.classes, self._labels = classes, labels
+        if listed:
+            self.targets = labels
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(3, 8, 8), self._labels[index]
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.bool])
+def test_columns_of_several_labels_follow_the_names_of_the_classes(
+    make_model: MakeModel, listed: bool, dtype: torch.dtype
+) -> None:
+    model = make_model()
+    model.pretrained_cfg["label_names"] = ["cat", "dog", "newt"]
+    data = _Several(torch.tensor([[1, 0], [1, 1], [0, 0]]).to(dtype), ["newt", "cat"], listed)
+    samples = Samples(data, model)
+    expected = [[0, 0, 1], [1, 0, 1], [0, 0, 0]]
+    labels = torch.cat([labels for _, labels in samples.batches()])
+    assert labels.dtype == torch.uint8
+    assert labels.tolist() == expected
+    assert samples.labels.tolist() == expected if listed else samples.labels is None
+
+
+class _Reader:
+    """As timm reads Hugging Face data sets: a list of class indices for each sample."""
+
+    class_to_idx: ClassVar = {"cat": 0, "dog": 1, "newt": 2}
+    dense_target = False
+
+    def __init__(self, targets: list[list[int]]) -> None:
+        self._targets = targets
+
+    def iter_targets(self) -> Iterator[list[int]]:
+        yield from self._targets
+
+
+def test_lists_of_class_indices_are_several_labels(make_model: MakeModel) -> None:
+    data = _NoImages(reader=_Reader([[0, 2], [], [1], [2]]))
+    assert Samples(data, make_model()).labels.tolist() == [[1, 0, 1], [0, 0, 0], [0, 1, 0], [0, 0, 1]]
+    with pytest.raises(ValueError, match=r"label 3, but 3 classes"):
+        Samples(_NoImages(reader=_Reader([[0, 3], [], [1], [2]])), make_model()).labels  # noqa: B018

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
+from timm_memwrap.labels import plain_labels
 from timm_memwrap.model import MemoryWrapModel
 
 __all__ = ["class_names", "known_class_names"]
@@ -63,7 +64,14 @@ def dataset_classes(dataset: Any) -> list[str]:
 
 
 def known_labels(dataset: Any) -> Tensor | None:
-    """Returns the labels `[N]` that a data set lists; `None` if they are only known by reading each image."""
+    """Returns the labels that a data set lists: class indices `[N]`, or multi-hot `[N, C]` of several classes.
+
+    Lists of class indices, as of a `Sequence(ClassLabel)` of Hugging Face, are made multi-hot. `None` if the labels are
+    only known by reading each image.
+
+    Raises:
+        ValueError: If a list has a class index without a class.
+    """
     if isinstance(dataset, Subset):
         labels = known_labels(dataset.dataset)
         return None if labels is None else labels[torch.as_tensor(dataset.indices)]
@@ -74,7 +82,10 @@ def known_labels(dataset: Any) -> Tensor | None:
     if isinstance(samples := getattr(reader, "samples", None), list):  # timm's folders
         candidates.append([sample[1] for sample in samples])
     elif hasattr(reader, "iter_targets"):  # Hugging Face data sets in timm
-        candidates.append(list(reader.iter_targets()))
+        targets = list(reader.iter_targets())
+        if targets and isinstance(targets[0], list) and not getattr(reader, "dense_target", False):
+            return _from_lists(targets, len(dataset_classes(dataset)))
+        candidates.append(targets)
     for candidate in candidates:
         try:
             labels = torch.as_tensor(candidate)
@@ -82,7 +93,24 @@ def known_labels(dataset: Any) -> Tensor | None:
             continue
         if labels.shape == (len(dataset),) and not labels.is_floating_point():
             return labels.long()
+        if labels.ndim == 2 and len(labels) == len(dataset) and bool(((labels == 0) | (labels == 1)).all()):
+            return plain_labels(labels)
     return None
+
+
+def _from_lists(rows: Sequence[Sequence[int]], num_classes: int) -> Tensor:
+    """Makes multi-hot labels `[N, C]` of lists of class indices."""
+    indices = [(i, int(index)) for i, row in enumerate(rows) for index in row]
+    outside = [index for _, index in indices if not 0 <= index < num_classes]
+    if outside:
+        raise ValueError(
+            f"The data has the label {outside[0]}, but {num_classes} classes: expected lists of class indices, 0 to "
+            f"{num_classes - 1}, and the names of the classes."
+        )
+    labels = torch.zeros(len(rows), num_classes, dtype=torch.uint8)
+    if indices:
+        labels[tuple(torch.tensor(indices).T)] = 1
+    return labels
 
 
 def model_labels(theirs: Sequence[str], ours: Sequence[str], num_classes: int) -> list[int] | None:

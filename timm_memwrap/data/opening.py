@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from timm.data import create_dataset
-from timm.data.dataset_factory import _search_split
+from timm.data.dataset_factory import _EVAL_SYNONYM, _TRAIN_SYNONYM, _search_split
 
 from timm_memwrap._utils import check_choice, optional_import
-from timm_memwrap.data.classes import labels_by_name
 from timm_memwrap.data.folders import Folder
 from timm_memwrap.data.images import Images
 from timm_memwrap.data.shards import Shards
+from timm_memwrap.data.tables import SUFFIX, Table
 
 __all__ = ["DIGITS", "open_dataset", "open_remembered", "open_source"]
 
@@ -34,11 +34,12 @@ def open_dataset(
 
     Args:
         dataset: `"digits"`, which needs no download; a name that `timm.data.create_dataset` knows (`"torch/cifar10"`,
-            `"hfds/owner/name"`); `"wds/name"` for WebDataset shards in `data_dir`; or `""` for an image folder or tar
-            file.
-        data_dir: The image folder or tar file, or where timm keeps a data set.
-        split: Name of the split; of an image folder, the folder in it (`"train"`, `"validation"` and their synonyms in
-            timm), or `""` if `data_dir` itself has the class folders.
+            `"hfds/owner/name"`); `"wds/name"` for WebDataset shards in `data_dir`; or `""` for an image folder, tar
+            file or CSV file.
+        data_dir: The image folder, the tar or CSV file (see `Table`), a folder with a CSV file for each split, or where
+            timm keeps a data set.
+        split: Name of the split; of an image folder, the folder or CSV file in it (`"train"`, `"validation"` and their
+            synonyms in timm), or `""` if `data_dir` itself has the class folders.
         classes: Class names in the order of the labels, e.g. a model's; `None` for the data set's own, sorted.
         mode: PIL mode of the images, `"RGB"` or `"L"`; `None` for as they are.
         download: Whether a `torch/` data set may be downloaded.
@@ -71,8 +72,7 @@ def open_dataset(
     if not len(images):
         raise ValueError(f"{images.name} holds no images. Check the path and the split.")
     if classes is not None and images.classes != list(classes):
-        labels = labels_by_name(images.classes, classes)
-        images.targets, images.classes = [labels[label] for label in images.targets], list(classes)
+        images = images.with_classes(classes)
     return images
 
 
@@ -90,7 +90,8 @@ def open_source(
 def open_remembered(source: str | os.PathLike) -> Images:
     """Opens the data that a memory was built from: the training split, or an image folder without one as it is."""
     root = os.fspath(source)
-    return open_source(source, "" if os.path.isdir(root) and _search_split(root, "train") == root else "train")
+    whole = os.path.isdir(root) and _search_split(root, "train") == root and _find_table(Path(root), "train") is None
+    return open_source(source, "" if whole else "train")
 
 
 def open_digits(split: str, mode: str | None = None) -> Images:
@@ -108,10 +109,14 @@ def open_digits(split: str, mode: str | None = None) -> Images:
 
 def _open_folder(root: str, split: str, mode: str | None) -> Images:
     if not root:
-        raise ValueError("No data: pass an image folder, a tar file, 'digits', 'torch/...' or 'hfds/...'.")
+        raise ValueError("No data: pass an image folder, a tar or CSV file, 'digits', 'torch/...' or 'hfds/...'.")
     folder = Path(root)
     if not folder.exists():
-        raise ValueError(f"There is no {root!r}. Pass an image folder or a tar file.")
+        raise ValueError(f"There is no {root!r}. Pass an image folder, or a tar or CSV file.")
+    # The name goes into memories and cards, which may be published: the path does not.
+    name = folder.resolve().name
+    if table := _find_table(folder, split):
+        return Images(Table(table), name, mode)
     if folder.is_dir() and split:
         folder = Path(_search_split(root, split))
         # timm takes the whole folder in place of a split that is not there.
@@ -121,8 +126,15 @@ def _open_folder(root: str, split: str, mode: str | None) -> Images:
                 f"There is no folder {split!r} in {root!r}, which has {inside[:10]}. Name the split after one of them, "
                 f"or pass split='' if they are the classes."
             )
-    # The name goes into memories and cards, which may be published: the path does not.
-    return Images(Folder(folder), Path(root).resolve().name, mode)
+    return Images(Folder(folder), name, mode)
+
+
+def _find_table(root: Path, split: str) -> Path | None:
+    """Returns the CSV file that is the data, or that a folder has for a split, under a name as timm finds folders."""
+    if root.is_file():
+        return root if root.suffix.lower() == SUFFIX else None
+    synonyms = next((names for names in (_TRAIN_SYNONYM, _EVAL_SYNONYM) if split in names), {})
+    return next((path for name in (split, *synonyms) if name and (path := root / f"{name}{SUFFIX}").is_file()), None)
 
 
 def _open_torchvision(dataset: str, root: str, split: str, download: bool) -> Any:

@@ -23,6 +23,7 @@ from timm_memwrap.data.classes import (
     model_labels,
 )
 from timm_memwrap.data.transforms import BATCH_SIZE, as_batch, data_config, to_batch
+from timm_memwrap.labels import LABEL_DTYPES, plain_labels
 from timm_memwrap.memory_bank import SampleId
 from timm_memwrap.model import MemoryWrapModel
 
@@ -93,7 +94,7 @@ class Samples:
 
     @cached_property
     def labels(self) -> Tensor | None:
-        """Labels `[N]` of all samples if the data set lists them; `None` if only reading each image would tell."""
+        """Labels of all samples, as in `batches`, if the data set lists them; `None` if only reading tells."""
         labels = None if self.length is None else known_labels(self._dataset)
         return None if labels is None else self._known(labels[torch.as_tensor(self._indices, dtype=torch.long)])
 
@@ -121,7 +122,10 @@ class Samples:
         return [*names] if len(set(names)) == len(indices) else [*indices]
 
     def batches(self, positions: Sequence[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields images `[B, C, H, W]` and labels `[B]` of the samples at these positions, or all for `None`."""
+        """Yields images `[B, C, H, W]` and labels of the samples at these positions, or all for `None`.
+
+        Labels are class indices `[B]`, or multi-hot `[B, classes]` in uint8.
+        """
         inner, changes = self._inner, {}
         if inner is not None and inner.collate_fn is default_collate:
             changes["collate_fn"] = partial(_collate, self._config)
@@ -143,17 +147,20 @@ class Samples:
     def _checked(self, batch: Any) -> tuple[Tensor, Tensor]:
         images, labels = _pair(batch, "batch", "(images, labels)")
         images, labels = as_batch(self._config, images), torch.as_tensor(labels)
-        if labels.shape != images.shape[:1] or bool((labels != labels.long()).any()):
+        indices, several = labels.shape == images.shape[:1], labels.ndim == 2 and len(labels) == len(images)
+        if not (indices or several) or bool((labels != labels.to(LABEL_DTYPES[labels.ndim])).any()):
             raise ValueError(
                 f"A batch of the data has images {list(images.shape)} and labels {list(labels.shape)} of "
-                f"{labels.dtype}; expected [B, C, H, W] and [B], one class index per image. Mixup and one-hot labels "
-                f"are for training, not for the memory."
+                f"{labels.dtype}; expected [B, C, H, W] and [B], one class index per image, or [B, classes] of 0 and 1 "
+                f"if an image may have several classes. What Mixup makes is for training, not for the memory."
             )
-        return images, self._known(labels.long())
+        return images, self._known(plain_labels(labels if several else labels.long()))
 
     def _known(self, labels: Tensor) -> Tensor:
-        """Returns the model's labels for the data's `[N]`, or raises a `ValueError` if there are no such classes."""
+        """Returns the model's labels for the data's, or raises a `ValueError` if there are no such classes."""
         num_classes = self._model.num_classes if self._labels is None else len(self._labels)
+        if labels.ndim == 2:
+            return self._known_classes(labels, num_classes)
         outside = labels[(labels < 0) | (labels >= num_classes)].unique().tolist()
         if outside:
             raise ValueError(
@@ -163,6 +170,19 @@ class Samples:
             )
         return labels if self._labels is None else torch.tensor(self._labels)[labels]
 
+    def _known_classes(self, labels: Tensor, num_classes: int) -> Tensor:
+        """Returns multi-hot labels with a column for each of the model's classes."""
+        if labels.shape[1] != num_classes:
+            raise ValueError(
+                f"Labels of the data are {list(labels.shape)}, with a column for each of {labels.shape[1]} classes; "
+                f"expected {num_classes}. Create the model with num_classes={labels.shape[1]}."
+            )
+        if self._labels is None:
+            return labels
+        known = labels.new_zeros(len(labels), self._model.num_classes)
+        known[:, self._labels] = labels
+        return known
+
     def _unknown_order(self) -> ValueError:
         return ValueError(
             f"{type(self._loader).__name__} reads its data set in an order that is not known, so its samples cannot be "
@@ -171,8 +191,17 @@ class Samples:
 
 
 def encoded_batches(model: MemoryWrapModel, data: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields encodings `[B, E]` and labels `[B]` of the `Samples` of a data set or loader, on the model's device."""
+    """Yields encodings `[B, E]` and labels of the `Samples` of a data set or loader, on the model's device.
+
+    Raises a `ValueError` if images may have several classes and samples of the model's memory not, or the reverse.
+    """
     for images, labels in Samples(data, model).batches():
+        if (labels.ndim == 2) != model.multi_label:
+            kinds = ("one class per image", "several classes per image")
+            raise ValueError(
+                f"The labels of the data say {kinds[labels.ndim == 2]}, those of the memory "
+                f"{kinds[model.multi_label]}. Pass data with labels of the same kind."
+            )
         encoding = model.encode(to_batch(model, images))
         yield encoding, labels.to(encoding.device)
 
