@@ -51,8 +51,8 @@ def build_memory_bank(
 
     Args:
         model: The model whose bank is to be built, with the weights that it is to be used with.
-        data: A data set or loader of `(image, label)`; see `timm_memwrap.data.Samples` for how loaders are read. A label
-            is a class index, or a vector of 0 and 1 where an image may have several classes: this makes the model
+        data: A data set or loader of `(image, label)`; see `timm_memwrap.data.Samples` for how loaders are read. A
+            label is a class index, or a vector of 0 and 1 where an image may have several classes: this makes the model
             multi-label. Images are remembered as they come: an augmentation at random is not undone, and warned of
             where it shows.
         size: Most samples to remember; `None` for all.
@@ -126,8 +126,8 @@ def build_memory_bank(
             _warn_of_other_labels(model, encoded)
     if model.multi_label and bool((encoded.labels.sum(dim=1) == 1).all()):
         _logger.warning(
-            "Labels are multi-hot, so the model is multi-label, but each sample has exactly one class. If classes exclude "
-            "each other, pass class indices."
+            "Labels are multi-hot, so the model is multi-label, but each sample has exactly one class. If classes "
+            "exclude each other, pass class indices."
         )
     if len(model.memory_bank) == 1:
         _logger.warning("The memory bank has one sample: each prediction reads it alone, and its own reads nothing.")

@@ -212,13 +212,11 @@ class MemoryWrapModel(TimmInterface):
         return torch.cat(parts)
 
     def own_predictions(self, positions: Tensor | None = None) -> Tensor:
-        """Returns the class that the model itself predicts for samples of its memory; see `own_logits`.
-
-        Where samples may have several classes, it is the most probable one.
+        """Returns the class that the model itself predicts for samples of its memory, the most probable of several.
 
         Args:
-            positions: Positions in the bank, of any shape; `None` for all, in order. What is known stays known until
-                the weights or the bank change.
+            positions: Positions in the bank, of any shape; `None` for all, in order. See `own_logits`. What is known
+                stays known until the weights or the bank change.
         """
         if positions is None:
             positions = torch.arange(len(self.memory_bank), device=self.memory_bank.filled()[1].device)

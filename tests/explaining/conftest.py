@@ -60,3 +60,34 @@ def make_model() -> Callable[..., MemoryWrapModel]:
 @pytest.fixture(scope="session")
 def make_images() -> Callable[..., torch.Tensor]:
     return images
+
+
+def make_several(read_head: str | None = None, size: int = 16, **kwargs: object) -> MemoryWrapModel:
+    """Returns a model whose memory holds samples of several classes, and some of none."""
+    torch.manual_seed(0)
+    model = timm_memwrap.wrap(timm.create_model("test_resnet", num_classes=CLASSES), read_head=read_head).eval()
+    numbers = torch.arange(size)
+    labels = torch.stack([(numbers >> bit) % 2 for bit in range(CLASSES)], dim=1)
+    data = TensorDataset(images(size, seed=1), labels)
+    with torch.no_grad():
+        timm_memwrap.build_memory_bank(model, data, size=None, progress=False)
+        classifier = model.backbone.get_classifier()
+        if model.memory_args["classifier"] != "own":
+            classifier = model.get_classifier()
+        # So that samples and inputs have several classes by the model, and some have none.
+        logits = model.own_logits(numbers)
+        classifier.weight *= 4 / logits.std(dim=0, keepdim=True).T
+        classifier.bias.zero_()
+        classifier.bias -= model.own_logits(numbers).mean(dim=0)
+    timm_memwrap.build_memory_bank(model, data, size=None, progress=False, **kwargs)
+    return model
+
+
+@pytest.fixture(params=[None, "probabilities", "linear"], ids=["joint", "probabilities", "trained head"])
+def several(request: pytest.FixtureRequest) -> MemoryWrapModel:
+    return make_several(request.param)
+
+
+@pytest.fixture(scope="session")
+def make_several_model() -> Callable[..., MemoryWrapModel]:
+    return make_several

@@ -108,3 +108,29 @@ def test_nothing_of_the_size_of_the_memory_is_made(monkeypatch: pytest.MonkeyPat
         nearest_by_class(queries, encodings, lengths, labels, classes, 3)
     # Seven queries by a block, or a block of encodings.
     assert largest <= 7 * 100
+
+
+@pytest.mark.parametrize("size", [1, 4, 50])
+@pytest.mark.parametrize("count", [1, 3, 60])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_sample_of_several_classes_is_found_for_each(
+    size: int, count: int, dtype: torch.dtype, block_size: int
+) -> None:
+    queries, encodings, _, classes = _parts(size, dtype)
+    # Of 5 classes; no sample says anything of the sixth, which came later.
+    labels = (torch.rand(size, 5, generator=torch.Generator().manual_seed(size)) < 0.4).to(torch.uint8)
+    lengths = lengths_of(encodings, 5, queries.dtype)
+    similarities, positions = nearest_by_class(queries, encodings, lengths, labels, classes, count)
+    assert positions.shape == (7, 3, count)
+    for label in range(6):
+        of_class = [i for i in range(size) if label < 5 and labels[i, label]]
+        rows = (classes == label).nonzero().tolist()
+        if not of_class:
+            assert all((positions[row, place] == -1).all() for row, place in rows)
+            continue
+        alone = torch.where(torch.tensor([i in of_class for i in range(size)]), 0, 1)
+        expected = _search(queries, encodings, alone, torch.zeros(7, 1, dtype=torch.long), count)
+        for row, place in rows:
+            found = [i for i in positions[row, place].tolist() if i >= 0]
+            assert found == expected[row][0]
+            assert similarities[row, place, : len(found)].isfinite().all()

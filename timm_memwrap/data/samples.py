@@ -174,8 +174,8 @@ class Samples:
         """Returns multi-hot labels with a column for each of the model's classes."""
         if labels.shape[1] != num_classes:
             raise ValueError(
-                f"Labels of the data are {list(labels.shape)}, with a column for each of {labels.shape[1]} classes; "
-                f"expected {num_classes}. Create the model with num_classes={labels.shape[1]}."
+                f"Labels of the data have shape {list(labels.shape)}, a column for each of {labels.shape[1]} classes; "
+                f"expected {num_classes} columns. Create the model with num_classes={labels.shape[1]}."
             )
         if self._labels is None:
             return labels

@@ -22,15 +22,15 @@ _NEAR = 3
 
 @dataclass(frozen=True)
 class NearSample(Result):
-    """A memory sample that looks like an input, whether the prediction used it or not.
+    """A memory sample of a class that looks like an input, whether the prediction used it or not.
 
     Args:
         position: Position in the memory bank.
         id: What names the sample in its data set.
         similarity: Cosine similarity of its pre-logits to those of the input. What the model predicts plays no part in
             it, so it may speak against the prediction.
-        label: Its label.
-        class_name: Name of its label.
+        label: Its label, that is the class; it may have others where samples may have several.
+        class_name: Name of the class.
         image: Its picture, uint8 `[3 or 1, H, W]`, if the bank holds one.
     """
 
@@ -98,11 +98,12 @@ def find_contenders(
         similarities: Similarities `[B, R, K]` of the samples to show of them.
         positions: Positions `[B, R, K]` of these samples, -1 for none.
     """
-    bank, (_, labels) = model.memory_bank, model.memory_bank.filled()
+    bank = model.memory_bank
     names, ids, found = class_names(model), bank.ids, positions >= 0
     at = positions[found]
     images = [None] * len(at) if bank.images is None else bank.images[at].cpu()
-    rows = zip(at.tolist(), similarities[found].tolist(), labels[at].tolist(), images, strict=True)
+    labels = classes.unsqueeze(-1).expand_as(found)[found]
+    rows = zip(at.tolist(), similarities[found].tolist(), labels.tolist(), images, strict=True)
     samples = (NearSample(i, ids[i], similarity, label, names[label], image) for i, similarity, label, image in rows)
     # `samples` are in the order of inputs, contenders and similarity; each contender takes as many as it has.
     return [

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from timm_memwrap.attention import float32_island, unit
+from timm_memwrap.labels import multi_hot
 
 __all__ = ["lengths_of", "nearest_by_class"]
 
@@ -38,13 +39,15 @@ def nearest_by_class(
         queries: Vectors `[B, D]`.
         encodings: The memory `[M, E]` in any precision. Its first D columns are compared.
         lengths: Their lengths `[M]`, as `lengths_of` returns them.
-        labels: Labels `[M]`.
+        labels: Labels `[M]`, or multi-hot `[M, C]`: a sample is then found for each of its classes.
         classes: Different classes `[B, R]`, of at least 0.
         count: How many samples K to find of each.
 
     Returns:
         Similarities `[B, R, K]`, highest first, and positions `[B, R, K]` of the samples: -1 where a class has fewer.
     """
+    if labels.ndim == 2:
+        return _nearest_of_several(unit(queries), encodings, lengths, labels, classes, count)
     (rows, several), width, device = classes.shape, queries.shape[1], queries.device
     # The place of a class among those that a query asks for; one more for all others, which nothing is found of.
     places = classes.new_full((rows, 1 + int(max(labels.max(), classes.max()))), several)
@@ -71,3 +74,25 @@ def nearest_by_class(
         kept = order[(size.cumsum(0) - size).unsqueeze(1) + torch.arange(count, device=device)]
         best, positions = found[kept], where[kept]
     return best.view(rows, several, count), positions.view(rows, several, count)
+
+
+def _nearest_of_several(
+    queries: Tensor, encodings: Tensor, lengths: Tensor, labels: Tensor, classes: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """Finds what `nearest_by_class` does for multi-hot labels, with queries of length 1."""
+    (rows, several), width = classes.shape, queries.shape[1]
+    best = queries.new_full((rows, several, count), -torch.inf)
+    positions = classes.new_full(best.shape, -1)
+    num_classes = max(labels.shape[1], 1 + int(classes.max()))
+    block_size = max(1, min(_BLOCK, _MOST_SCORES // max(1, rows * several)))
+    for start in range(0, len(labels), block_size):
+        block = slice(start, start + block_size)
+        with float32_island(queries):
+            similarities = queries @ encodings[block, :width].to(queries.dtype).T / lengths[block]
+        has = multi_hot(labels[block], num_classes).T[classes]
+        found = torch.cat([best, similarities.unsqueeze(1).masked_fill(~has, -torch.inf)], dim=-1)
+        at = torch.arange(start, start + has.shape[-1], device=classes.device).expand_as(has).where(has, -1)
+        # What was found before comes first, so that it stays so where two are equal.
+        best, order = (part[..., :count] for part in found.sort(dim=-1, descending=True, stable=True))
+        positions = torch.cat([positions, at], dim=-1).gather(-1, order)
+    return best, positions
