@@ -68,7 +68,7 @@ def test_influence_is_on_the_class_that_is_explained(several: MemoryWrapModel, m
                 for sample in each.samples:
                     without = read_without(several, encoding[i : i + 1], torch.tensor([[sample.position]]))[0]
                     left = float(without[each.prediction].sigmoid())
-                    assert sample.influence == pytest.approx(each.probability - left, abs=1e-5)
+                    assert sample.influence == pytest.approx(each.probability - left, abs=1e-4)
                     assert sample.prediction_without == (each.prediction if left > 0.5 else None)
 
 
@@ -120,8 +120,9 @@ def test_what_the_samples_carry_is_a_share_of_the_plain_logit(
     for i, explanation in enumerate(explain(model, images)):
         for each in explanation.classes:
             whole = float(plain[i, each.prediction])
-            expected = float(read[i, each.prediction]) / whole if whole > 0 else None
-            assert each.carried == pytest.approx(expected, rel=1e-3)
+            assert (each.carried is None) == (whole <= 0)
+            if each.carried is not None:
+                assert each.carried * whole == pytest.approx(float(read[i, each.prediction]), abs=1e-3)
 
 
 def test_a_summary_names_all_classes_and_json_holds_them(make_several_model: Make, make_images: MakeImages) -> None:

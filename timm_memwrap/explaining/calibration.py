@@ -13,6 +13,7 @@ from torch import Tensor
 from timm_memwrap.explaining.confidence import confidence_features, fit_confidence, log_odds
 from timm_memwrap.explaining.reading import encodings_of, snapshot
 from timm_memwrap.familiarity import fit_reference
+from timm_memwrap.labels import present, probabilities
 from timm_memwrap.model import MemoryWrapModel
 
 __all__ = ["calibrate", "fit_temperature"]
@@ -36,7 +37,8 @@ def calibrate(model: MemoryWrapModel, data: Any, progress: bool = True) -> float
     `Explanation.confidence` is the probability that a prediction is right, by a logistic regression on the log odds of
     the predicted class, in the read and as the backbone's own classifier sees the input, and on how much more the input
     looks like samples of that class than like those of another. It ranks errors at least as well as the plain
-    classifier does, which the probabilities alone do not; of fewer than about 400 images, it may not.
+    classifier does, which the probabilities alone do not; of fewer than about 400 images, it may not. Where images may
+    have several classes it is not fitted, and the temperature is that of all classes together.
 
     Args:
         model: A model with a memory bank.
@@ -67,7 +69,7 @@ def calibrate(model: MemoryWrapModel, data: Any, progress: bool = True) -> float
         parts = []
         for encoding, targets in batches:
             readout = model.read(encoding)
-            features = confidence_features(model, readout)
+            features = torch.zeros(len(targets), 0) if model.multi_label else confidence_features(model, readout)
             parts.append((readout.logits.float() * model.temperature, features, readout.remainder, targets))
     logits, features, remainders, labels = map(torch.cat, zip(*parts, strict=True))
     if bank.encodings is not model.memory_bank.encodings:
@@ -76,7 +78,7 @@ def calibrate(model: MemoryWrapModel, data: Any, progress: bool = True) -> float
             "calibrate again."
         )
     bank.set_reference(fit_reference(model, remainders))
-    right = logits.argmax(dim=-1) == labels
+    right = (present(logits) == labels.bool()).all(dim=1) if model.multi_label else logits.argmax(dim=-1) == labels
     if bool(right.all()):
         _logger.warning(
             f"All {len(labels)} images are classified correctly, which any temperature near 0 fits, so it stays at "
@@ -84,7 +86,7 @@ def calibrate(model: MemoryWrapModel, data: Any, progress: bool = True) -> float
         )
     else:
         model.temperature = fit_temperature(logits, labels)
-        if bool(right.any()):
+        if bool(right.any()) and not model.multi_label:
             # As `explain` will see them, at the new temperature.
             features[:, 0] = log_odds(logits / model.temperature, logits.argmax(dim=-1)).cpu()
             model.calibration.confidence.copy_(fit_confidence(features, right.cpu()))
@@ -92,16 +94,16 @@ def calibrate(model: MemoryWrapModel, data: Any, progress: bool = True) -> float
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Finds the temperature that minimises the cross-entropy of logits `[N, C]` with labels `[N]`.
+    """Finds the temperature that minimises the cross-entropy of logits `[N, C]` with labels.
 
-    It is an end of the range, 0.01 or 100, if the labels are always or never predicted.
+    Of class indices `[N]` it is that of the softmax, of multi-hot labels `[N, C]` the mean binary one. It is an end of the range, 0.01 or 100, if the labels are always or never predicted.
     """
-    logits = logits.double()
-    of_labels = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
+    logits, several = logits.double(), labels.ndim == 2
+    of_labels = (logits * labels).sum(dim=1) if several else logits.gather(1, labels.unsqueeze(1)).squeeze(1)
     low, high = math.log(_LOWEST), math.log(_HIGHEST)
     for _ in range(_STEPS):
         middle = (low + high) / 2
-        expected = ((logits / math.exp(middle)).softmax(dim=-1) * logits).sum(dim=-1)
+        expected = (probabilities(logits / math.exp(middle), several) * logits).sum(dim=-1)
         # The cross-entropy is convex in the inverse temperature, and this is its slope: above 0, that is too large.
         low, high = (middle, high) if float((expected - of_labels).mean()) > 0 else (low, middle)
     return math.exp((low + high) / 2)

@@ -17,6 +17,7 @@ from timm_memwrap._utils import evaluating
 from timm_memwrap.data import BATCH_SIZE, SampleImages, class_names
 from timm_memwrap.explaining.reading import encodings_of, own_predictions, snapshot
 from timm_memwrap.explaining.results import Result
+from timm_memwrap.memory_checks import check_single_label
 from timm_memwrap.model import MemoryWrapModel
 
 __all__ = ["CounterfactualMetrics", "evaluate_counterfactuals", "im1", "im2"]
@@ -66,10 +67,11 @@ def evaluate_counterfactuals(
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If the bank or the data is empty, a class that occurs has no autoencoder, or a counterfactual is not
-            in `memory`.
+        ValueError: If the bank or the data is empty, a class that occurs has no autoencoder, a counterfactual is not in
+            `memory`, or samples may have several classes.
     """
     model, count, found = snapshot(model), 0, Counter[tuple[int, int, int]]()
+    check_single_label(model, "evaluate_counterfactuals")
     with ExitStack() as stack:
         batches = stack.enter_context(encodings_of(model, data, "Counterfactuals", progress))
         for module in (autoencoder_of_all, *autoencoders.values()):

@@ -110,7 +110,7 @@ def attribute(
             https://arxiv.org/abs/1312.6034).
         top_k: How many of the strongest samples to attribute to.
         explanations: What `explain` returned for the images; `None` to call it.
-        target: The class; `None` for the predicted one.
+        target: The class; `None` for the predicted one, the most probable of several.
         baseline: Where Integrated Gradients starts: `"black"` images, or `"mean"`, grey ones that normalise to 0.
         n_steps: Points on its path.
         batch_size: How many images to encode at a time, which bounds the use of memory.
@@ -182,7 +182,7 @@ def _score_of(model: MemoryWrapModel, positions: list[int], target: int, bar: tq
         # One prepared memory serves all points: each sees its own K encodings at the end, and neither those of other
         # points nor the stored ones that they replace.
         encodings = [stored.to(torch.promote_types(inputs.dtype, torch.float32)), *memory]
-        labels = [stored_labels, *(stored_labels[position].expand(count) for position in positions)]
+        labels = [stored_labels, *(stored_labels[[position] * count] for position in positions)]
         replaced = torch.zeros(count, len(stored), dtype=torch.bool, device=inputs.device)
         replaced[:, positions] = True
         others = ~torch.eye(count, dtype=torch.bool, device=inputs.device).repeat(1, len(memory))

@@ -14,6 +14,7 @@ from timm_memwrap.explaining.inspection import Inspection
 from timm_memwrap.explaining.reading import encodings_of, snapshot
 from timm_memwrap.explaining.results import Result
 from timm_memwrap.memory_bank import SampleId
+from timm_memwrap.memory_checks import check_single_label
 from timm_memwrap.model import MemoryWrapModel
 
 __all__ = ["MemoryReport", "SampleUse", "memory_report"]
@@ -143,9 +144,11 @@ def memory_report(model: MemoryWrapModel, data: Any = None, progress: bool = Tru
         progress: Whether to show progress bars.
 
     Raises:
-        ValueError: If the bank has fewer than two samples, the data is empty, or a label is outside `num_classes`.
+        ValueError: If the bank has fewer than two samples, the data is empty, a label is outside `num_classes`, or
+            samples may have several classes.
     """
     model = snapshot(model)
+    check_single_label(model, "memory_report")
     if len(model.memory_bank) < 2:
         raise ValueError(f"{model.memory_bank!r} has one sample, which has no neighbours. Remember two at least.")
     with torch.no_grad():

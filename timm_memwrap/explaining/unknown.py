@@ -18,6 +18,7 @@ from timm_memwrap.explaining.ranking import auroc, fpr_at_95
 from timm_memwrap.explaining.reading import encodings_of, snapshot
 from timm_memwrap.explaining.results import Result
 from timm_memwrap.familiarity import UNFAMILIAR, familiarity, reference_quantiles
+from timm_memwrap.memory_checks import check_single_label
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.search import ExactIndex
 
@@ -98,9 +99,10 @@ def evaluate_unknown(model: MemoryWrapModel, known: Any, unknown: Any, progress:
         progress: Whether to show progress bars.
 
     Raises:
-        ValueError: If the bank or the data is empty.
+        ValueError: If the bank or the data is empty, or samples may have several classes.
     """
     model = snapshot(model)
+    check_single_label(model, "evaluate_unknown")
     with encodings_of(model, known, "Known", progress) as batches:
         scores = [_scores(model, (encoding for encoding, _ in batches))]
     with evaluating(model):
