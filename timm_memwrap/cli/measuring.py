@@ -13,6 +13,7 @@ from timm_memwrap.experiments.plots import plot_rows
 from timm_memwrap.experiments.timing import table
 from timm_memwrap.explaining import (
     ExplanationMetrics,
+    MultiLabelMetrics,
     UnknownMetrics,
     evaluate_explanations,
     evaluate_unknown,
@@ -91,7 +92,8 @@ def evaluate(
 
     Args:
         source: The model: a folder, or a repository on the Hub, owner/name or owner/name@revision.
-        data: The images: an image folder or tar file, digits, or torch/NAME or hfds/OWNER/NAME as timm reads them.
+        data: The images: an image folder, a tar or CSV file, digits, or torch/NAME or hfds/OWNER/NAME as timm reads
+            them.
         split: The split; of an image folder the folder in it, or '' if the classes are in the folder itself.
         unknown: Folder of images of none of the model's classes, to measure instead how well it tells the two apart.
         json: File to write the metrics to as JSON, or - to print that instead of a table.
@@ -102,7 +104,7 @@ def evaluate(
     strangers = None if unknown is None else [path for path, _ in find_images([unknown], inference.unreadable)]
     model, batches = _open(source, data, split, inference, progress)
     given: dict[str, Any] = {"source": source, "data": data, "split": split}
-    metrics: ExplanationMetrics | UnknownMetrics
+    metrics: ExplanationMetrics | MultiLabelMetrics | UnknownMetrics
     if strangers is None:
         metrics = evaluate_explanations(model, batches, progress=progress)
     else:

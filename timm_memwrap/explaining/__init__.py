@@ -13,13 +13,15 @@ from timm_memwrap.explaining.figures.plots import plot_explanation, plot_explana
 from timm_memwrap.explaining.findings import Finding, ticked
 from timm_memwrap.explaining.heatmaps import Attribution, attribute
 from timm_memwrap.explaining.metrics import ExplanationMetrics, evaluate_explanations, randomisation_check
+from timm_memwrap.explaining.multi_label import MultiLabelMetrics
 from timm_memwrap.explaining.report import MemoryReport, SampleUse, memory_report
 from timm_memwrap.explaining.unknown import Detection, UnknownMetrics, evaluate_unknown
 
 __all__ = [
     "explain", "Explanation", "MemorySample", "plot_explanation", "plot_explanations",
     "Contender", "NearSample", "plot_contenders",
-    "evaluate_explanations", "ExplanationMetrics", "evaluate_unknown", "UnknownMetrics", "Detection",
+    "evaluate_explanations", "ExplanationMetrics", "MultiLabelMetrics",
+    "evaluate_unknown", "UnknownMetrics", "Detection",
     "calibrate", "fit_temperature",
     "evaluate_counterfactuals", "CounterfactualMetrics", "im1", "im2", "randomisation_check",
     "memory_report", "MemoryReport", "Finding", "SampleUse", "plot_memory_report",

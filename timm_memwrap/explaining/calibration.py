@@ -96,7 +96,8 @@ def calibrate(model: MemoryWrapModel, data: Any, progress: bool = True) -> float
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """Finds the temperature that minimises the cross-entropy of logits `[N, C]` with labels.
 
-    Of class indices `[N]` it is that of the softmax, of multi-hot labels `[N, C]` the mean binary one. It is an end of the range, 0.01 or 100, if the labels are always or never predicted.
+    Of class indices `[N]` it is that of the softmax, of multi-hot labels `[N, C]` the mean binary one. It is an end of
+    the range, 0.01 or 100, if the labels are always or never predicted.
     """
     logits, several = logits.double(), labels.ndim == 2
     of_labels = (logits * labels).sum(dim=1) if several else logits.gather(1, labels.unsqueeze(1)).squeeze(1)

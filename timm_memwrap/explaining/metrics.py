@@ -19,13 +19,14 @@ from timm_memwrap.data import BATCH_SIZE, SampleImages, class_names
 from timm_memwrap.explaining.answers import measure_answers
 from timm_memwrap.explaining.confidence import read_confidence
 from timm_memwrap.explaining.explanation import explain
-from timm_memwrap.explaining.ranking import area_under_risk_coverage, auroc
+from timm_memwrap.explaining.multi_label import MultiLabelMeter, MultiLabelMetrics
+from timm_memwrap.explaining.ranking import area_under_risk_coverage, auroc, expected_calibration_error
 from timm_memwrap.explaining.reading import (
     encodings_of,
     no_class_leads,
     own_predictions,
     read_nothing,
-    read_without,
+    read_with_deletions,
     snapshot,
 )
 from timm_memwrap.explaining.results import Result
@@ -155,6 +156,11 @@ class ExplanationMetrics(Result):
     in_memory: int
     by_class: tuple[ClassMetrics, ...]
 
+    @property
+    def scores(self) -> dict[str, float]:
+        """How good the predictions are, by the name that a model card gives it."""
+        return {"accuracy": self.accuracy}
+
     def __str__(self) -> str:
         """Returns a table of the values, and one of the classes, the least accurate first."""
         values = Result.table({name: value for name, value in self.to_dict().items() if name != "by_class"})
@@ -170,10 +176,11 @@ class ExplanationMetrics(Result):
 
 def evaluate_explanations(
     model: MemoryWrapModel, data: Any, deleted: int = 5, seed: int = 0, progress: bool = True
-) -> ExplanationMetrics:
+) -> ExplanationMetrics | MultiLabelMetrics:
     """Measures a model's predictions and explanations in one pass over a data set.
 
-    Each image is encoded once; the deletion test takes further reads. The model's mode is restored.
+    Each image is encoded once; the deletion test takes further reads. The model's mode is restored. Where images may
+    have several classes, what is measured is in `MultiLabelMetrics`.
 
     Args:
         model: A model with a memory bank.
@@ -184,10 +191,11 @@ def evaluate_explanations(
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If the bank or the data is empty, or a label is outside `num_classes`.
+        ValueError: If the bank or the data is empty, a label is outside `num_classes`, or the labels of the data are of
+            another kind than those of the memory.
     """
     model = snapshot(model)
-    meter = ExplanationMeter(model, deleted, seed)
+    meter = MultiLabelMeter(model, deleted, seed) if model.multi_label else ExplanationMeter(model, deleted, seed)
     with encodings_of(model, data, "Explanations", progress) as batches:
         for encoding, labels in batches:
             meter.update(encoding, labels)
@@ -288,18 +296,11 @@ def randomisation_check(model: MemoryWrapModel, images: Any, memory: Any, top_k:
     return sum(shares) / len(shares)
 
 
-def expected_calibration_error(probabilities: Tensor, right: Tensor, bins: int = 15) -> float:
-    """Computes the mean gap between probabilities `[N]` of predictions and how often they are right `[N]`, by bins."""
-    index = (probabilities * bins).ceil().long().clamp(1, bins) - 1
-    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, right.double() - probabilities.double())
-    return float(gap.abs().sum() / len(right))
-
-
 def _measure(
     model: MemoryWrapModel, readout: MemoryReadout, labels: Tensor, deleted: int, rng: random.Random
 ) -> dict[str, Tensor]:
     """Computes the probability of the predictions, and by name the columns of which the metrics are the means."""
-    bank, (encodings, bank_labels) = model.memory_bank, model.memory_bank.filled()
+    encodings, bank_labels = model.memory_bank.filled()
     weights, positions, logits = readout.weights.float(), readout.positions, readout.logits.float()
     probability, prediction = logits.softmax(dim=-1).max(dim=-1)
     confidence = read_confidence(model, readout)
@@ -334,16 +335,7 @@ def _measure(
         "input_nonrepresentativeness": (own - logits[has_example]).abs().mean(dim=1),
         "prediction_nonrepresentativeness": F.cross_entropy(own, prediction[has_example], reduction="none"),
     }
-    counts = support.clamp(max=deleted)
-    left_out = {name: logits.new_zeros(logits.shape) for name in ("deletion", "random")}
-    # Row by row, so that the size of a batch changes none.
-    draws = [rng.sample(range(len(bank)), count) for count in counts.tolist()]
-    for count in counts.unique().tolist():
-        rows = (counts == count).nonzero().squeeze(1)
-        drawn = torch.tensor([draws[row] for row in rows.tolist()], device=positions.device)
-        left_out["deletion"][rows] = read_without(model, readout.encoding[rows], positions[rows, :count])
-        left_out["random"][rows] = read_without(model, readout.encoding[rows], drawn)
-    for name, left in left_out.items():
+    for name, left in read_with_deletions(model, readout, deleted, rng).items():
         result[f"{name}_flip_rate"] = (left.argmax(dim=-1) != prediction) | no_class_leads(left)
         result[f"{name}_drop"] = probability - left.softmax(dim=-1).gather(1, prediction.unsqueeze(1)).squeeze(1)
     return result

@@ -6,7 +6,7 @@ Shapes: N images.
 import torch
 from torch import Tensor
 
-__all__ = ["area_under_risk_coverage", "auroc", "fpr_at_95"]
+__all__ = ["area_under_risk_coverage", "auroc", "average_precision", "expected_calibration_error", "fpr_at_95"]
 
 
 def auroc(scores: Tensor, positive: Tensor) -> float | None:
@@ -26,6 +26,22 @@ def auroc(scores: Tensor, positive: Tensor) -> float | None:
     # Equal scores share the mean of their ranks.
     ranks = ties.cumsum(0).double() - (ties - 1).double() / 2
     return float((ranks[place[positive]].sum() - count * (count + 1) / 2) / pairs)
+
+
+def average_precision(scores: Tensor, positive: Tensor) -> float | None:
+    """Computes the mean precision of the images down to each positive, highest score first (AP; higher is better).
+
+    As scikit-learn's and timm's: not interpolated, and equal scores are one threshold. `None` if none is positive.
+
+    Args:
+        scores: Scores `[N]`.
+        positive: Which are positive, bool `[N]`.
+    """
+    if not bool(positive.any()):
+        return None
+    _, place, ties = (-scores).unique(return_inverse=True, return_counts=True)
+    found = torch.zeros(len(ties), dtype=torch.float64).index_add_(0, place, positive.double())
+    return float((found * found.cumsum(0) / ties.cumsum(0)).sum() / found.sum())
 
 
 def area_under_risk_coverage(confidence: Tensor, right: Tensor) -> float:
@@ -54,3 +70,10 @@ def fpr_at_95(scores: Tensor, positive: Tensor) -> float:
     ordered = scores[positive].sort().values
     threshold = ordered[len(ordered) // 20]
     return float((scores[~positive] >= threshold).double().mean())
+
+
+def expected_calibration_error(probabilities: Tensor, right: Tensor, bins: int = 15) -> float:
+    """Computes the mean gap between probabilities `[N]` of predictions and how often they are right `[N]`, by bins."""
+    index = (probabilities * bins).ceil().long().clamp(1, bins) - 1
+    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, right.double() - probabilities.double())
+    return float(gap.abs().sum() / len(right))

@@ -4,6 +4,7 @@ Shapes: B inputs, E width of an encoding, C classes, K samples read per input, H
 """
 
 import copy
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +20,15 @@ from timm_memwrap.data import encoded_batches, size_of
 from timm_memwrap.memory_checks import check_memory
 from timm_memwrap.model import MemoryReadout, MemoryWrapModel
 
-__all__ = ["encodings_of", "no_class_leads", "own_predictions", "read_nothing", "read_without", "snapshot"]
+__all__ = [
+    "encodings_of",
+    "no_class_leads",
+    "own_predictions",
+    "read_nothing",
+    "read_with_deletions",
+    "read_without",
+    "snapshot",
+]
 
 # Scores computed at a time when samples are left out one by one: 64 MB of float32.
 _MOST_SCORES = 2**24
@@ -70,6 +79,22 @@ def read_without(model: MemoryWrapModel, encoding: Tensor, hidden: Tensor) -> Te
     pairs = zip(encoding.split(block), hidden.split(block), strict=True)
     logits = [_logits(model, model.read(rows, hidden=positions)) for rows, positions in pairs]
     return torch.cat(logits) if logits else encoding.new_zeros(0, model.num_classes, dtype=torch.float32)
+
+
+def read_with_deletions(
+    model: MemoryWrapModel, readout: MemoryReadout, deleted: int, rng: random.Random
+) -> dict[str, Tensor]:
+    """Computes by name logits `[B, C]` without the `deleted` strongest samples, and without as many drawn at random."""
+    counts = (readout.weights > 0).sum(dim=1).clamp(max=deleted)
+    left_out = {name: torch.zeros_like(readout.logits, dtype=torch.float32) for name in ("deletion", "random")}
+    # Row by row, so that the size of a batch changes none.
+    draws = [rng.sample(range(len(model.memory_bank)), count) for count in counts.tolist()]
+    for count in counts.unique().tolist():
+        rows = (counts == count).nonzero().squeeze(1)
+        drawn = torch.tensor([draws[row] for row in rows.tolist()], device=rows.device)
+        left_out["deletion"][rows] = read_without(model, readout.encoding[rows], readout.positions[rows, :count])
+        left_out["random"][rows] = read_without(model, readout.encoding[rows], drawn)
+    return left_out
 
 
 def read_nothing(model: MemoryWrapModel, encoding: Tensor) -> Tensor:
