@@ -104,6 +104,11 @@ def _print_report(report: Any, plain: str, *more: tuple[float, str]) -> None:
             if accuracy is not None:
                 print(f"  {accuracy:7.2%}  {what}")
         metrics, wrong = report.metrics, report.metrics.identical_class_rate_wrong
+        if report.model.multi_label:
+            ranked = (metrics.mean_average_precision, through_memory[1])
+            for precision, what in ((metrics.mean_average_precision_plain, plain), ranked):
+                if precision is not None:
+                    print(f"  {precision:7.2%}  {what}, by mean average precision (mAP) over the classes")
         errors = "" if wrong is None else f", and in {wrong:.1%} of the wrong ones"
         print(
             f"A prediction uses {metrics.support_size:.1f} samples on average. The strongest is of the predicted class "

@@ -13,7 +13,7 @@ import torch
 
 from timm_memwrap import __version__
 from timm_memwrap._utils import write_text
-from timm_memwrap.explaining import ExplanationMetrics, calibrate, evaluate_explanations
+from timm_memwrap.explaining import ExplanationMetrics, MultiLabelMetrics, calibrate, evaluate_explanations
 from timm_memwrap.hub import check_repo_id, push_to_hub, save_pretrained
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.training.configuration import Recipe
@@ -35,7 +35,8 @@ class TrainingReport:
     Args:
         directory: Folder with the model and all else.
         model: The model with its memory.
-        accuracy: Validation accuracy of the model with its memory, 0 to 1.
+        accuracy: Validation accuracy of the model with its memory, 0 to 1; where images may have several classes, that
+            of all classes (`MultiLabelMetrics.accuracy`).
         plain_accuracy: Validation accuracy of the plain classifier, with `memory.mode` none.
         sampled_accuracies: Validation accuracies by the paper's protocol, if they were asked for.
         metrics: Metrics of the explanations on the validation images.
@@ -49,7 +50,7 @@ class TrainingReport:
     accuracy: float
     plain_accuracy: float | None
     sampled_accuracies: list[float]
-    metrics: ExplanationMetrics
+    metrics: ExplanationMetrics | MultiLabelMetrics
     history: list[dict[str, Any]]
     seconds: float
     first: bool
@@ -96,7 +97,7 @@ def _finish(fitted: Fitted, out: Path, seconds: float) -> TrainingReport:
     recipe, env, model, progress = fitted.recipe, fitted.processes, fitted.model, fitted.progress
     memory, plain_accuracy = recipe.memory, None
     if not isinstance(model, MemoryWrapModel):
-        plain_accuracy = evaluate(model, fitted.eval_batches, env)["accuracy"]
+        plain_accuracy = evaluate(model, fitted.eval_batches, env, fitted.images.multi_label)["accuracy"]
         model = wrap_trained(model, recipe.model).eval()
     fitted.remember(model, memory.store_images, progress)
     # Each process evaluates all images, so that none waits for another through a long evaluation.
@@ -108,7 +109,8 @@ def _finish(fitted: Fitted, out: Path, seconds: float) -> TrainingReport:
     if memory.sampled_evaluations:
         images = fitted.batches(fitted.images).dataset
         draws, seed = memory.sampled_evaluations, recipe.training.seed
-        sampled = sampled_accuracy(model, loader, images, memory.train_size, draws, seed)
+        several = fitted.images.multi_label
+        sampled = sampled_accuracy(model, loader, images, memory.train_size, draws, seed, several)
     report = TrainingReport(
         out, model, metrics.accuracy, plain_accuracy, sampled, metrics, fitted.history, seconds, env.first
     )
@@ -124,12 +126,12 @@ def _write(fitted: Fitted, report: TrainingReport) -> None:
     curves = plot_curves(report.history, report.directory / "curves.png", None if plain is None else report.accuracy)
     name, split = data.dataset or Path(data.data_dir or "data").name, data.val_split or "held out"
     common = {"dataset": name, "dataset_id": hub.dataset_id, "split": split}
-    values = {"accuracy": metrics.accuracy}
-    if plain is not None:
-        values["accuracy of the plain classifier"] = plain
+    values: dict[str, float | None] = {**metrics.scores, "accuracy of the plain classifier": plain}
     values |= {"explanation accuracy": metrics.explanation_accuracy, "samples a prediction": metrics.support_size}
     card = {
-        "results": [{"metric": metric, "value": value, **common} for metric, value in values.items()],
+        "results": [
+            {"metric": metric, "value": value, **common} for metric, value in values.items() if value is not None
+        ],
         "description": _describe(fitted),
         "license": hub.license,
         "datasets": hub.dataset_id,
@@ -169,7 +171,8 @@ def _describe(fitted: Fitted) -> str:
         "sample": f"In training, the memory was {recipe.memory.train_size} images drawn for each step.",
         "queue": f"In training, the memory was the {recipe.memory.train_size} most recent encodings.",
     }[recipe.memory.mode]
-    chosen = " The weights are of the best epoch by validation accuracy." if config.keep == "best" else ""
+    by = "mean average precision" if fitted.images.multi_label else "accuracy"
+    chosen = f" The weights are of the best epoch by validation {by}." if config.keep == "best" else ""
     return (
         f"Trained {start} ({part}) on {len(fitted.images)} images for {config.epochs} epochs, evaluated on "
         f"{len(fitted.held_out)} others. {how}{chosen}"

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from timm_memwrap.building import build_memory_bank
 from timm_memwrap.data import Images, data_config, image_mode, known_class_names, open_source
-from timm_memwrap.explaining import ExplanationMetrics, evaluate_explanations
+from timm_memwrap.explaining import ExplanationMetrics, MultiLabelMetrics, evaluate_explanations
 from timm_memwrap.explaining import calibrate as calibrate_model
 from timm_memwrap.hub import FileError, save_pretrained
 from timm_memwrap.jobs.inference import Inference
@@ -31,7 +31,7 @@ class WrapReport:
     directory: Path  # with the model and its memory
     model: MemoryWrapModel
     plain_accuracy: float | None  # of the classifier before, 0 to 1; `None` if it was a Memory Wrap model already
-    metrics: ExplanationMetrics | None  # of the model and its explanations
+    metrics: ExplanationMetrics | MultiLabelMetrics | None  # of the model and its explanations
 
 
 def wrap_classifier(
@@ -57,7 +57,7 @@ def wrap_classifier(
     Args:
         model_id: What `timm.create_model` takes: an architecture with its tag, `"hf-hub:..."`, `"local-dir:..."`; or a
             folder.
-        data: The training images: an image folder, a tar file, `"digits"`, or a data set that timm can read.
+        data: The training images: an image folder, a tar or CSV file, `"digits"`, or a data set that timm can read.
         out: Folder for the model with its memory.
         checkpoint: A safetensors file with weights for the architecture `model_id`, instead of pretrained ones.
         split: Split of `data` to remember.
@@ -99,7 +99,7 @@ def wrap_classifier(
     plain_accuracy = None
     if not has_memory:
         if unseen:
-            plain_accuracy = evaluate(model, unseen, Processes(device))["accuracy"]
+            plain_accuracy = evaluate(model, unseen, Processes(device), images.multi_label)["accuracy"]
         model = wrap(model)
     build_memory_bank(
         model,
@@ -116,7 +116,8 @@ def wrap_classifier(
     metrics = evaluate_explanations(model, unseen, progress=progress) if unseen else None
     card: dict[str, Any] = {}
     if metrics is not None:
-        card["results"] = [{"value": metrics.accuracy, "dataset": images.name, "split": val_split}]
+        common = {"dataset": images.name, "split": val_split}
+        card["results"] = [{"metric": metric, "value": value, **common} for metric, value in metrics.scores.items()]
     save_pretrained(model.cpu(), out, model_card=card, overwrite_card=True)
     return WrapReport(Path(out), model, plain_accuracy, metrics)
 

@@ -63,8 +63,8 @@ class DataConfig:
 
     Args:
         dataset: digits, a data set that timm reads (torch/cifar10, hfds/owner/name, wds/...), or empty for data_dir.
-        data_dir: Folder or tar file of the images.
-        train_split: Name of the training split, or folder in data_dir.
+        data_dir: Folder, tar file or CSV file of the images, or a folder with a CSV file for each split.
+        train_split: Name of the training split, or folder or CSV file in data_dir.
         val_split: Name of the validation split; null to hold out a fraction of the training images.
         val_fraction: That fraction.
         train_samples: Number of training images to use, balanced over the classes; null for all.
@@ -141,7 +141,8 @@ class TrainingConfig:
         clip_grad: Largest norm of the gradient; null to disable.
         grad_accum_steps: Batches whose gradients are accumulated for one step.
         smoothing: Label smoothing.
-        class_weight: balanced to weigh an image in the loss by how rare its class is; null to weigh all the same.
+        class_weight: balanced to weigh an image in the loss by how rare its class is; null to weigh all the same, and
+            where images may have several classes.
         amp: Whether to train in mixed precision.
         amp_dtype: bfloat16 or float16.
         model_ema: Whether to keep, evaluate and save an average of the weights.
@@ -151,7 +152,8 @@ class TrainingConfig:
         torchcompile: Whether to compile the model.
         freeze_backbone: Whether to train the head alone, on encodings that are computed once, without augmentation.
         val_interval: Epochs between evaluations; the last epoch is always evaluated.
-        keep: Whether to save the weights of the last epoch, or of the best, whose validation accuracy is then biased.
+        keep: Whether to save the weights of the last epoch, or of the best by validation accuracy (by mean average
+            precision where images may have several classes), which is then biased.
         seed: Seed of weights, batches and augmentation.
         device: A torch device; null for cuda if available, else cpu.
         tensorboard: Whether to write TensorBoard events.

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from timm.data.transforms import _str_to_pil_interpolation
+from timm.loss import create_classification_loss
 from timm.task import ClassificationTask
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -66,7 +67,7 @@ def open_data(recipe: Recipe, progress: bool, source: nn.Module | None = None) -
     if source is not None and set(names := known_class_names(source)) == set(images.classes):
         # Labels follow the model, which keeps its classifier.
         images = open_split(data.train_split, names)
-    if len(set(images.targets)) < 2:
+    if not images.multi_label and len(set(images.targets)) < 2:
         raise ValueError(
             f"{images.name} has images of one class only, {images.classes[images.targets[0]]!r}. Pass a folder with a "
             f"folder for each class."
@@ -76,11 +77,39 @@ def open_data(recipe: Recipe, progress: bool, source: nn.Module | None = None) -
         if data.dataset != DIGITS and data.val_split == data.train_split:
             raise ValueError(f"data.val_split and data.train_split are both {data.train_split!r}. Pass two splits.")
         held_out = open_split(data.val_split, images.classes)
+    if len(images.classes) < 2:
+        raise ValueError(f"{images.name} has one class only, {images.classes[0]!r}. Label images with two at least.")
+    if held_out is not None and held_out.multi_label != images.multi_label:
+        raise ValueError(
+            f"data.val_split={data.val_split!r} and data.train_split={data.train_split!r} have labels of two kinds: "
+            f"one has one class for each image, the other several. Give their CSV files the same header."
+        )
     if data.unreadable == "skip":
         images, held_out = images.readable(progress), held_out and held_out.readable(progress)
     if held_out is None:
         images, held_out = split_off(images, data.val_fraction, data.subset_seed)
     return images.subset(data.train_samples, data.subset_seed), held_out.subset(data.val_samples, data.subset_seed)
+
+
+def _check_labels(recipe: Recipe, images: Images) -> None:
+    """Raises if a recipe cannot train with images of several classes."""
+    if not images.multi_label:
+        return
+    if recipe.training.class_weight is not None:
+        raise ValueError(
+            f"training.class_weight={recipe.training.class_weight!r} weighs an image by its one class, but images of "
+            f"{images.name} may have several. Leave it out."
+        )
+    if recipe.model.classifier == "vote":
+        raise ValueError(
+            f"model.classifier='vote' counts one label of each image, but images of {images.name} may have several. "
+            f"Leave it out."
+        )
+    if recipe.memory.selection == "kmeans":
+        raise ValueError(
+            f"memory.selection='kmeans' chooses from one class after the other, but images of {images.name} may have "
+            f"several. Pass balanced, random or all."
+        )
 
 
 def balanced_weight(images: Images) -> torch.Tensor:
@@ -128,6 +157,7 @@ def fit_recipe(
         write_recipe(recipe, out / "recipe.yaml")
     source = load_source(recipe)
     images, held_out = open_data(recipe, progress, source)
+    _check_labels(recipe, images)
     check_batch_size(recipe.data, memory, len(images), processes.world_size)
     classes = len(images.classes)
     torch.manual_seed(config.seed)
@@ -145,7 +175,7 @@ def fit_recipe(
 
     fitted = Fitted(recipe, processes, model, images, held_out, progress, reads_memory)
     task, loader, validate = fitted.head_alone() if config.freeze_backbone else fitted.whole()
-    mixup = create_mixup(recipe.data, config.smoothing, classes)
+    mixup = create_mixup(recipe.data, config.smoothing, classes, images.multi_label)
     fitted.history = fit(task, loader, config, processes, validate, mixup, checkpoints, progress, on_epoch)
     processes.wait()
     # Weights of the last epoch are there already, unless their average is what was evaluated.
@@ -214,12 +244,12 @@ class Fitted:
         kwargs: dict[str, Any] = {}
         if isinstance(head, FrozenMemory) and self.reads_memory:
             encodings, size = known.tensors[0], None if memory.selection == "all" else memory.size
-            labels = torch.tensor(self.images.targets)
-            chosen = select(memory.selection, labels, encodings, size, recipe.training.seed)
+            chosen = select(memory.selection, self.images.labels, encodings, size, recipe.training.seed)
             kwargs["memory"] = encodings[chosen].to(processes.device)
         mine = TensorDataset(*(tensor[processes.rank :: processes.world_size] for tensor in unseen.tensors))
         batches = DataLoader(mine, recipe.data.batch_size)
-        return self._task(head), loader, lambda module: evaluate(module, batches, processes, **kwargs)
+        several = self.images.multi_label
+        return self._task(head), loader, lambda module: evaluate(module, batches, processes, several, **kwargs)
 
     def _task(self, module: Any) -> ClassificationTask:
         data, memory = self.recipe.data, self.recipe.memory
@@ -230,7 +260,8 @@ class Fitted:
             weight = balanced_weight(self.images)
             common["criterion"] = nn.CrossEntropyLoss(weight, label_smoothing=0.0 if mixes else smoothing)
         else:
-            common["criterion_kwargs"] = {"soft_targets": True} if mixes else {"smoothing": smoothing}
+            soft = {"soft_targets": True} if mixes else {"smoothing": smoothing}
+            common["criterion"] = create_classification_loss(multi_label=self.images.multi_label, **soft)
         if not self.reads_memory:
             return ClassificationTask(WithoutMemory(module), **common)
         if memory.mode == "none":
@@ -241,8 +272,8 @@ class Fitted:
         """Evaluates with a bank of these weights, which is then cleared."""
         # A control is not a MemoryWrapModel but has one inside, and needs no bank.
         if not isinstance(model, MemoryWrapModel):
-            return evaluate(model, self.eval_batches, self.processes)
+            return evaluate(model, self.eval_batches, self.processes, self.images.multi_label)
         self.remember(model, store_images=False, progress=False)
-        found = evaluate(model, self.eval_batches, self.processes)
+        found = evaluate(model, self.eval_batches, self.processes, self.images.multi_label)
         model.memory_bank.clear()
         return found

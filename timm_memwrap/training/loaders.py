@@ -76,11 +76,11 @@ def eval_loader(
     return DataLoader(mine, config.batch_size, num_workers=config.workers)
 
 
-def create_mixup(config: DataConfig, smoothing: float, num_classes: int) -> Mixup | None:
+def create_mixup(config: DataConfig, smoothing: float, num_classes: int, multi_label: bool = False) -> Mixup | None:
     """Creates timm's Mixup and CutMix, which also smooth the labels; `None` if neither is enabled."""
     if not (config.mixup or config.cutmix):
         return None
-    options = {"label_smoothing": smoothing, "num_classes": num_classes}
+    options = {"label_smoothing": smoothing, "num_classes": num_classes, "multi_label": multi_label}
     return Mixup(config.mixup, config.cutmix, prob=config.mixup_prob, **options)
 
 

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from timm_memwrap.labels import present
 from timm_memwrap.training.checkpoint import Checkpoints, SafetensorsSaver
 from timm_memwrap.training.configuration import TrainingConfig
 from timm_memwrap.training.processes import Processes
@@ -59,13 +60,13 @@ def fit(
                 # The model itself, because a compiled or distributed one around it has no memory bank.
                 module = unwrap_model(task.get_eval_model(ema=config.model_ema))
                 found = validate(getattr(module, "_orig_mod", module))
-                row |= {"val_loss": found["loss"], "val_accuracy": found["accuracy"]}
+                row |= {f"val_{name}": value for name, value in found.items()}
             history.append(row)
             _logger.info("%s", _describe(row, config.epochs))
             if processes.first and on_epoch is not None:
                 on_epoch(history)
             if saver is not None:
-                saver.save_checkpoint(epoch, row.get("val_accuracy"))
+                saver.save_checkpoint(epoch, row.get("val_mean_average_precision", row.get("val_accuracy")))
             processes.wait()
     return history
 
@@ -146,7 +147,7 @@ class _Loop:
             loss, output = self._step(epoch, i, inputs, labels, extra)
             sums[0] += loss * len(inputs)
             if self.mixup is None:
-                sums[1] += (output.argmax(dim=-1) == labels).sum()
+                sums[1] += _right(output, labels)
             seen += len(inputs)
             # Only as often as the bar is drawn, because metrics wait for the device.
             if bar.update():
@@ -199,12 +200,21 @@ class _Loop:
         return loss.detach(), result["output"].detach()
 
 
+def _right(output: Tensor, labels: Tensor) -> Tensor:
+    """Returns how many predictions are right; of several classes each counts for its share."""
+    if labels.ndim == 2:
+        return (present(output) == labels.bool()).float().mean(dim=1).sum()
+    return (output.argmax(dim=-1) == labels).sum()
+
+
 def _describe(row: Row, epochs: int) -> str:
     text = f"Epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  loss {row['train_loss']:.4f}"
     if "train_accuracy" in row:
         text += f"  accuracy {row['train_accuracy']:.2%}"
     if "val_accuracy" in row:
         text += f"  validation: loss {row['val_loss']:.4f}  accuracy {row['val_accuracy']:.2%}"
+    if "val_mean_average_precision" in row:
+        text += f"  mAP {row['val_mean_average_precision']:.2%}"
     return f"{text}  lr {row['lr']:.2e}  {row['images_per_second']:.0f} img/s"
 
 
