@@ -648,3 +648,17 @@ def test_indices_point_at_the_samples_that_explain_names(tmp_path: Path) -> None
         np.testing.assert_allclose(
             weights[row, :used].detach().numpy(), [sample.weight for sample in explanation.samples], atol=1e-4
         )
+
+
+@each_format_onnx_slow
+def test_a_model_of_several_classes_says_so_beside_its_logits(format: str, tmp_path: Path) -> None:
+    model = remember(create(kind="memwrap_evidence"), 3)
+    bank, labels = model.memory_bank, torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [0, 1, 0, 1]])
+    bank.replace(bank.encodings, labels, bank.ids, class_names=CLASS_NAMES, provenance=bank.provenance)
+    report = export(model, tmp_path, format, with_evidence=True)
+    meaning = metadata_of(report.path)
+    assert meaning["multi_label"] is True
+    assert meaning["memory"]["labels"] == [[0, 1], [], [1, 3]]
+    said = model.own_logits(torch.arange(3)) > 0
+    assert meaning["memory"]["predictions"] == [row.nonzero().flatten().tolist() for row in said]
+    assert_computes_the_same(report.path, model)

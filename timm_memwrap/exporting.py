@@ -27,6 +27,7 @@ from timm_memwrap.data import data_config, known_class_names
 from timm_memwrap.familiarity import familiarity, reference_quantiles
 from timm_memwrap.hub import from_pretrained
 from timm_memwrap.hub.privacy import public_bank
+from timm_memwrap.labels import present
 from timm_memwrap.memory_bank import MemoryBank
 from timm_memwrap.memory_checks import check_memory
 from timm_memwrap.model import MemoryReadout, MemoryWrapModel
@@ -108,8 +109,9 @@ def export_model(
     """Exports a model in evaluation mode, with its memory bank inside, and checks the file against the model.
 
     The file takes a batch `image` of any size `[B, C, H, W]` and returns `logits` `[B, C]`. JSON in it holds the
-    memory's ids, labels and predictions, class names, the encoder's fingerprint, and how images are prepared. As in a
-    push, images are left out, and of an id that is a path its name stays. The file is written whole or not at all.
+    memory's ids, labels and predictions, class names, whether images may have several classes (`multi_label`), the
+    encoder's fingerprint, and how images are prepared. As in a push, images are left out, and of an id that is a path
+    its name stays. The file is written whole or not at all.
 
     Args:
         model_or_dir: A model with a memory bank, or what `from_pretrained` takes.
@@ -207,16 +209,27 @@ def _trace(exported: nn.Module, size: tuple[int, ...]) -> ExportedProgram:
 
 def _describe(model: MemoryWrapModel, size: tuple[int, ...]) -> dict[str, Any]:
     config, bank = data_config(model) | {"input_size": size}, model.memory_bank
-    labels, predictions = bank.filled()[1].tolist(), model.own_predictions().tolist()
     return {
         "format_version": 1,
         "architecture": model.pretrained_cfg["architecture"],
         "class_names": known_class_names(model),
+        # Whether classes have a probability each, the sigmoid of the logit, instead of one of all, the softmax.
+        "multi_label": model.multi_label,
         "input": {key: config[key] for key in _INPUT_KEYS},
-        "memory": {"ids": bank.ids, "labels": labels, "predictions": predictions, **asdict(bank.provenance)},
+        "memory": {"ids": bank.ids, **_labels_of(model), **asdict(bank.provenance)},
         # 0 if the memory's own samples stand in for held-out images.
         "calibrated_on": bank.reference.count,
     }
+
+
+def _labels_of(model: MemoryWrapModel) -> dict[str, list[Any]]:
+    """Returns labels and own predictions of the samples: a class index each, or a list of those of several classes."""
+    _, labels = model.memory_bank.filled()
+    if not model.multi_label:
+        return {"labels": labels.tolist(), "predictions": model.own_predictions().tolist()}
+    said = present(model.own_logits(torch.arange(len(labels), device=labels.device)))
+    pairs = {"labels": labels, "predictions": said}
+    return {name: [row.nonzero().flatten().tolist() for row in rows] for name, rows in pairs.items()}
 
 
 def _write_program(program: ExportedProgram, path: Path, metadata: str) -> _Runner:

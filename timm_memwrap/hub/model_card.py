@@ -70,6 +70,7 @@ def make_card(model: MemoryWrapModel, source: str, details: Mapping[str, Any] | 
         loading=loading_code(source),
         figure=CARD_FIGURE_FILE if details.get("figure") else None,
         memory=_memory(bank),
+        multi_label=bank.multi_label,
         results=results,
     )
     text = f"---\n{data.to_yaml()}\n---\n\n{body}\n"
@@ -108,12 +109,17 @@ def describe_memory(bank: MemoryBank) -> dict[str, Any]:
     if not memory["size"]:
         return memory
     counts = {str(label): count for label, count in bank.class_counts.items()}
-    found = {"class_counts": counts, "images": bank.images is not None, "calibrated_on": bank.reference.count}
+    found = {
+        "class_counts": counts,
+        "multi_label": bank.multi_label,
+        "images": bank.images is not None,
+        "calibrated_on": bank.reference.count,
+    }
     return {**memory, **found, **asdict(bank.provenance)}
 
 
 def named_counts(bank: MemoryBank) -> list[tuple[str, int]]:
-    """Returns the number of samples of each class in a bank, by the name of the class."""
+    """Returns the number of samples of each class in a bank, by the name of the class; of several, each counts."""
     names = bank.class_names
     return [(names[i] if i < len(names) else str(i), count) for i, count in bank.class_counts.items()]
 

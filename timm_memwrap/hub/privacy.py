@@ -20,7 +20,9 @@ def public_bank(bank: MemoryBank, include_images: bool = False) -> MemoryBank:
     if len(bank):
         encodings, labels = bank.filled()
         names = dict(enumerate(bank.class_names))
-        ids = _public_ids(bank.ids, [names.get(label, "") for label in labels.tolist()])
+        # A folder is not the one class of a sample that may have several.
+        classes = [""] * len(bank) if bank.multi_label else [names.get(label, "") for label in labels.tolist()]
+        ids = _public_ids(bank.ids, classes)
         images = bank.images if include_images else None
         provenance = dataclasses.replace(bank.provenance, dataset=file_name(bank.provenance.dataset))
         public.replace(encodings, labels, ids, images, bank.class_names, provenance, encodings.dtype)

@@ -49,6 +49,7 @@ class Summary:
         calibrated = f"on {memory['calibrated_on']:,} images" if memory["calibrated_on"] else "no"
         lines += [
             f"  memory        {memory['size']:,} samples, {self.memory_bytes / 1e6:,.2f} MB",
+            *(["  labels        several classes per sample, or none"] if memory["multi_label"] else []),
             f"  from          {printable(source)}{population}{seed}{changes}",
             f"  images        {f'{self.image_bytes / 1e6:,.2f} MB' if memory['images'] else 'not inside'}",
             f"  fingerprint   {fits[self.stale]}",

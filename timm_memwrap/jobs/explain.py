@@ -101,31 +101,15 @@ def explain_files(
 
 
 def describe(model: MemoryWrapModel, name: str, explanation: Explanation) -> str:
-    """Returns an explanation as a short table, for a terminal."""
-    names = class_names(model)
-
-    def instead(prediction: int | None, probability: float, nothing: str) -> str:
-        if prediction == explanation.prediction:
-            return f"still {explanation.class_name} ({probability:.0%})"
-        return nothing if prediction is None else names[prediction]
-
-    def row(sample: MemorySample) -> str:
-        sees = f"{'' if sample.is_example else '≠ '}{sample.predicted_class_name}"[:18]
-        left = instead(sample.prediction_without, explanation.probability - sample.influence, "no class leads")
-        return f"  {sample.weight:6.1%}  {str(sample.id)[-28:]:28}  {sample.class_name[:16]:16}  {sees:18}  {left}"
-
-    alone = instead(explanation.prediction_without_memory, explanation.probability_without_memory, "it could not tell")
+    """Returns an explanation as a short table, for a terminal; of several classes, a table for each."""
     lines = [
-        f"{name}: {explanation.verdict}, without its memory {alone}",
+        f"{name}: {explanation.verdict}{'' if explanation.classes else f', {_alone(model, explanation)}'}",
         *(f"  but {doubt}" for doubt in explanation.doubts),
-        f"  {'weight':>6}  {'id':28}  {'labelled':16}  {'model sees':18}  without it",
-        *map(row, explanation.samples),
     ]
-    rest = explanation.support_size - len(explanation.samples)
-    if rest > 0:
-        lines.append(f"  {max(0.0, 1 - sum(sample.weight for sample in explanation.samples)):6.1%}  {rest} more")
-    if explanation.carried is not None:
-        lines.append(f"  the samples carry {explanation.carried:.0%} of the plain classifier's margin")
+    for each in explanation.classes or [explanation]:
+        if explanation.classes:
+            lines.append(f"  {each.class_name} ({each.probability:.0%}), {_alone(model, each)}")
+        lines += _evidence(model, each)
     if explanation.contenders:
         lines.append(
             f"  {'may be':16}  {'probability':>11}  {'alike':>6}  images that look most like it, with similarity"
@@ -137,3 +121,37 @@ def describe(model: MemoryWrapModel, name: str, explanation: Explanation) -> str
         head = f"  {contender.class_name[:16]:16}  {contender.probability:11.1%}  {alike:>6}"
         lines.append(f"{head}  {mark}{near or 'none remembered'}")
     return "\n".join(map(printable, lines))
+
+
+def _instead(
+    model: MemoryWrapModel, explanation: Explanation, prediction: int | None, probability: float, nothing: str
+) -> str:
+    if prediction == explanation.prediction:
+        return f"still {explanation.class_name} ({probability:.0%})"
+    if model.multi_label:
+        return f"no {explanation.class_name} ({probability:.0%})"
+    return nothing if prediction is None else class_names(model)[prediction]
+
+
+def _alone(model: MemoryWrapModel, explanation: Explanation) -> str:
+    without, probability = explanation.prediction_without_memory, explanation.probability_without_memory
+    return f"without its memory {_instead(model, explanation, without, probability, 'it could not tell')}"
+
+
+def _evidence(model: MemoryWrapModel, explanation: Explanation) -> list[str]:
+    def row(sample: MemorySample) -> str:
+        sees = f"{'' if sample.is_example else '≠ '}{sample.predicted_class_name}"[:18]
+        probability = explanation.probability - sample.influence
+        left = _instead(model, explanation, sample.prediction_without, probability, "no class leads")
+        return f"  {sample.weight:6.1%}  {str(sample.id)[-28:]:28}  {sample.class_name[:16]:16}  {sees:18}  {left}"
+
+    lines = [
+        f"  {'weight':>6}  {'id':28}  {'labelled':16}  {'model sees':18}  without it",
+        *map(row, explanation.samples),
+    ]
+    rest = explanation.support_size - len(explanation.samples)
+    if rest > 0:
+        lines.append(f"  {max(0.0, 1 - sum(sample.weight for sample in explanation.samples)):6.1%}  {rest} more")
+    if explanation.carried is not None:
+        lines.append(f"  the samples carry {explanation.carried:.0%} of the plain classifier's margin")
+    return lines

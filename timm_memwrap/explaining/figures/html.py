@@ -45,7 +45,7 @@ def write_html(
         images: What was explained: see `plot_explanations`.
         explanations: What `explain` returned for them; `None` to call it.
         path: File to write. It is written whole or not at all.
-        labels: True classes of the inputs, if known.
+        labels: True classes of the inputs, if known; not where images may have several.
         names: Titles of the inputs; `None` for their file names, or their numbers.
         attributions: What `attribute` returned for them, to show heatmaps too.
         dataset: As in `plot_explanations`.
@@ -72,6 +72,7 @@ def write_html(
         heatmaps=attributions is not None,
         match_colors=MATCHES,
         classes=dict(enumerate(class_names(model))),
+        several=model.multi_label,
         inputs=[_input(model, stored, *parts) for parts in zip(names, several, explanations, true, heat, strict=True)],
     )
     return write_text(path, html)
@@ -104,11 +105,19 @@ def _input(
     def row(sample: MemorySample, overlay: str | None = None, share: float = 0.0) -> dict[str, Any]:
         return {**picture_row(sample), "overlay": overlay, "share": share}
 
-    shown = {sample.position for sample in explanation.samples}
-    more = [
-        ("More examples: the model sees the predicted class in them too", explanation.examples),
-        ("More counterfactuals: the model sees another class in them", explanation.counterfactuals),
-    ]
+    def part(one: Explanation, overlays_of: list[str | None], shares_of: list[float]) -> dict[str, Any]:
+        shown = {sample.position for sample in one.samples}
+        more = [
+            ("More examples: the model sees the predicted class in them too", one.examples),
+            ("More counterfactuals: the model sees another class in them", one.counterfactuals),
+        ]
+        groups = [(heading, [row(each) for each in samples if each.position not in shown]) for heading, samples in more]
+        return {
+            "explanation": one,
+            "samples": [row(*parts) for parts in zip(one.samples, overlays_of, shares_of, strict=True)],
+            "groups": [(heading, rows) for heading, rows in groups if rows],
+        }
+
     best = explanation.most_alike
     contenders = [
         {
@@ -118,7 +127,10 @@ def _input(
         }
         for contender in explanation.contenders
     ]
-    groups = [(heading, [row(one) for one in samples if one.position not in shown]) for heading, samples in more]
+    # Heat is of the first of several classes, the most probable.
+    parts = [part(explanation, heat[1:], shares[1:])]
+    for other in explanation.classes[1:]:
+        parts.append(part(other, [None] * len(other.samples), [0.0] * len(other.samples)))
     return {
         "name": name,
         "matches": _matches(model, stored, image, explanation),
@@ -127,9 +139,8 @@ def _input(
         "share": shares[0],
         "explanation": explanation,
         "label": label,
-        "samples": [row(*parts) for parts in zip(explanation.samples, heat[1:], shares[1:], strict=True)],
+        "parts": parts,
         "contenders": contenders,
-        "groups": [(heading, rows) for heading, rows in groups if rows],
     }
 
 

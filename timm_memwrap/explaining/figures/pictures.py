@@ -11,9 +11,10 @@ from torch import Tensor
 from timm_memwrap.data import one_by_one, to_picture
 from timm_memwrap.explaining.explanation import Explanation, explain
 from timm_memwrap.explaining.heatmaps import Attribution
+from timm_memwrap.memory_checks import check_single_label
 from timm_memwrap.model import MemoryWrapModel
 
-__all__ = ["HEAT", "MATCHES", "aligned", "overlays"]
+__all__ = ["HEAT", "MATCHES", "aligned", "each_class", "overlays"]
 
 # Yellow: differs from grey in hue and brightness with any common colour vision, and from the colours of the frames.
 HEAT = (255, 214, 10)
@@ -28,9 +29,15 @@ def aligned(
     labels: Sequence[int] | Tensor | None,
     top_k: int = 5,
 ) -> tuple[list[Any], list[Explanation], list[int | None]]:
-    """Lists images, at least one, with their explanations, made if `None`, and their labels, `None` if unknown."""
+    """Lists images, at least one, with their explanations, made if `None`, and their labels, `None` if unknown.
+
+    Raises:
+        ValueError: If they differ in number, or there are labels and images may have several classes.
+    """
     if explanations is None:
         explanations = explain(model, images, top_k)
+    if labels is not None:
+        check_single_label(model, "labels=")
     several = one_by_one(images)
     true: list[int | None] = [None] * len(several) if labels is None else [int(label) for label in labels]
     if not len(several) == len(explanations) == len(true) or not several:
@@ -39,6 +46,12 @@ def aligned(
             f"and one label if any, for each image, and at least one image."
         )
     return several, list(explanations), true
+
+
+def each_class(several: list[Any], explanations: list[Explanation], true: list[int | None]) -> list[tuple[Any, ...]]:
+    """Lists images, explanations and labels with a row for each class that an image has, if it may have several."""
+    rows = zip(several, explanations, true, strict=True)
+    return [(image, each, label) for image, explanation, label in rows for each in explanation.classes or [explanation]]
 
 
 def overlays(model: MemoryWrapModel, attribution: Attribution) -> list[np.ndarray]:

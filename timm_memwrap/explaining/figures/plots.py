@@ -9,7 +9,7 @@ from torch import Tensor
 from timm_memwrap.data import SampleImages, class_names, picture_of, to_picture
 from timm_memwrap.explaining.explanation import Explanation, MemorySample
 from timm_memwrap.explaining.figures.page import BLUE, GREY, LINE, ORANGE, PALE, Card, Line, Page, percent, short
-from timm_memwrap.explaining.figures.pictures import HEAT, aligned, overlays
+from timm_memwrap.explaining.figures.pictures import HEAT, aligned, each_class, overlays
 from timm_memwrap.explaining.heatmaps import Attribution
 from timm_memwrap.familiarity import UNFAMILIAR
 from timm_memwrap.model import MemoryWrapModel
@@ -44,12 +44,14 @@ def plot_explanations(
 ) -> "Figure":
     """Draws a grid: a row per input, with the memory samples that its prediction used, strongest first.
 
+    Where images may have several classes, each that is present has a row.
+
     Args:
         model: The model that was explained.
         images: What was explained: see `explain`. Float tensors are model inputs, and their normalisation is undone;
             uint8 tensors, PIL images and paths are shown as they are.
         explanations: What `explain` returned for them; `None` to call it.
-        labels: True classes of the inputs, if known.
+        labels: True classes of the inputs, if known; not where images may have several.
         path: File to write the figure to, by its suffix a PNG, PDF or SVG; `None` to write none.
         dataset: Where to find the memory samples' pictures by id, if the bank has none: the dataset that it was built
             from, or a mapping from id to image. Without it, a tile shows the sample's id.
@@ -65,12 +67,13 @@ def plot_explanations(
     """
     several, explanations, true = aligned(model, images, explanations, labels, top_k)
     stored, names = None if dataset is None else SampleImages(model, dataset), class_names(model)
+    rows = each_class(several, explanations, true)
     columns = max(1, min(top_k, max(len(explanation.samples) for explanation in explanations)))
     left, row_height = _MARGIN + _INPUT + 2.2 * _GAP, _INPUT + 3.4 * LINE + 0.16
     width = left + columns * (_SAMPLE + _GAP) + 0.35 + _MARGIN
-    page = Page(max(width, 7.2), 0.5 + len(several) * row_height + 0.62)
+    page = Page(max(width, 7.2), 0.5 + len(rows) * row_height + 0.62)
     draw_titles(page, left)
-    for row, (image, explanation, label) in enumerate(zip(several, explanations, true, strict=True)):
+    for row, (image, explanation, label) in enumerate(rows):
         top, x = 0.5 + row * row_height, left
         page.card(_MARGIN, top, _INPUT, to_picture(model, image), input_card(explanation, label, names))
         page.text(left - 1.1 * _GAP, top + _INPUT / 2, "←", size=16, color=GREY, ha="center", va="center")
@@ -100,7 +103,8 @@ def plot_explanation(
 ) -> "Figure":
     """Draws one explanation: examples above, counterfactuals below, and what each sample changed.
 
-    Arguments, return value and errors are as in `plot_explanations`, for one image.
+    Arguments, return value and errors are as in `plot_explanations`, for one image. Where it may have several classes,
+    pass one of `explanation.classes` to draw another than the most probable one.
     """
     one = image.unsqueeze(0) if isinstance(image, Tensor) and image.ndim == 3 else image
     given = None if explanation is None else [explanation]
@@ -174,8 +178,13 @@ def plot_heatmaps(
 
 def input_card(explanation: Explanation, label: int | None, names: list[str]) -> Card:
     """Makes the card of an input: the predicted class, whether it is right if the label is known, and what says so."""
-    probability = "" if explanation.unfamiliar else f" {explanation.probability:.0%}"
-    lines = [Line(f"{short(explanation.title)}{probability}", 9, weight="bold")]
+    probability = f" {explanation.probability:.0%}"
+    title = explanation.class_name
+    if explanation.unfamiliar or explanation.classes:
+        title, probability = explanation.title, ""
+    lines = [Line(f"{short(title)}{probability}", 9, weight="bold")]
+    if not (explanation.present or explanation.classes):
+        lines.append(Line("not predicted", 7.5, GREY, gap=1.15))
     if label is not None:
         right = label == explanation.prediction
         true = names[label] if 0 <= label < len(names) else f"class {label}"
@@ -194,7 +203,7 @@ def input_card(explanation: Explanation, label: int | None, names: list[str]) ->
 def sample_card(sample: MemorySample) -> Card:
     """Makes the card of a memory sample: its weight and the class that the model sees in it."""
     color, mark = (BLUE, "") if sample.is_example else (ORANGE, "≠ ")
-    labelled = f"labelled {short(sample.class_name, 14)}" if sample.label != sample.prediction else ""
+    labelled = f"labelled {short(sample.class_name, 14)}" if sample.disputed else ""
     lines = [
         Line(percent(sample.weight), 7.5, color, share=sample.weight),
         Line(f"{mark}{short(sample.predicted_class_name, 15)}", 8, color, gap=0.9),
