@@ -28,7 +28,7 @@ from timm_memwrap.experiments.table import ComparisonReport
 from timm_memwrap.experiments.timing import Call, compare_calls
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.selection import SELECTIONS, select
-from timm_memwrap.training.fitting import Fitted, check_recipe, fit_recipe
+from timm_memwrap.training.fitting import Fitted, check_one_class_each, check_recipe, fit_recipe
 from timm_memwrap.training.processes import processes
 from timm_memwrap.training.recipes import first_difference, to_dict, write_recipe
 from timm_memwrap.wrapping import wrap
@@ -52,6 +52,7 @@ def compare(config: Comparison, out: str | os.PathLike, progress: bool = True) -
     out, settings = Path(out), config.comparison
     heads = {name: parse_head(name) for name in settings.heads}
     _check(config)
+    check_one_class_each(config, "A comparison")
     _check_folder(config, out)
     report = ComparisonReport(out, {}, {})
     with tqdm(total=len(settings.seeds) * len(heads), desc="Comparison", unit="head", disable=not progress) as bar:

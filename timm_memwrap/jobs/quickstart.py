@@ -18,7 +18,7 @@ from timm_memwrap.hub import save_pretrained
 from timm_memwrap.jobs.train import TrainingReport, train
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.training.configuration import Recipe
-from timm_memwrap.training.fitting import open_data
+from timm_memwrap.training.fitting import check_one_class_each, open_data
 
 __all__ = ["QuickstartReport", "run_quickstart"]
 
@@ -42,6 +42,7 @@ def run_quickstart(recipe: Recipe, out: str | os.PathLike, progress: bool = True
         raise ValueError(
             f"memory.mode={recipe.memory.mode!r}: the quickstart trains the plain classifier. Pass none, or call train."
         )
+    check_one_class_each(recipe, "The quickstart")
     report = train(recipe, out, overwrite=True, progress=progress)
     with_head = copy.deepcopy(recipe)
     with_head.memory.mode = "batch"

@@ -37,7 +37,7 @@ from timm_memwrap.training.processes import Processes
 from timm_memwrap.training.recipes import write_recipe
 from timm_memwrap.training.task import MemoryWrapTask
 
-__all__ = ["Fitted", "check_recipe", "fit_recipe", "open_data"]
+__all__ = ["Fitted", "check_one_class_each", "check_recipe", "fit_recipe", "open_data"]
 
 _logger = logging.getLogger(__name__)
 
@@ -89,6 +89,17 @@ def open_data(recipe: Recipe, progress: bool, source: nn.Module | None = None) -
     if held_out is None:
         images, held_out = split_off(images, data.val_fraction, data.subset_seed)
     return images.subset(data.train_samples, data.subset_seed), held_out.subset(data.val_samples, data.subset_seed)
+
+
+def check_one_class_each(recipe: Recipe, what: str) -> None:
+    """Raises if training images of a recipe may have several classes, which `what` cannot take."""
+    data = recipe.data
+    images = open_dataset(data.dataset, data.data_dir, data.train_split, download=data.download)
+    if images.multi_label:
+        raise ValueError(
+            f"{what} is for classes that exclude each other, but images of {images.name} may have several. Call "
+            f"timm-memwrap train with them, or pass other data."
+        )
 
 
 def _check_labels(recipe: Recipe, images: Images) -> None:
