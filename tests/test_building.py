@@ -244,7 +244,7 @@ def test_one_class_is_refused() -> None:
         build_memory_bank(model, TensorDataset(torch.zeros(2, 3, 32, 32), torch.zeros(2).long()), progress=False)
 
 
-@pytest.mark.parametrize("labels", [torch.full((2,), 0.9), torch.tensor([[0, 1], [1, 1]])], ids=["float", "multi-hot"])
+@pytest.mark.parametrize("labels", [torch.full((2,), 0.9), torch.tensor([[0, 0.5], [1, 1]])], ids=["float", "soft"])
 def test_labels_that_are_no_classes_are_refused(labels: Tensor) -> None:
     with pytest.raises(ValueError, match=r"expected .* one class index per image"):
         build_memory_bank(_model(), TensorDataset(torch.zeros(2, 3, 32, 32), labels), progress=False)
@@ -261,7 +261,8 @@ def test_labels_that_are_no_classes_are_refused(labels: Tensor) -> None:
         (_data(), {"selection": "best"}, r"'best'.*'balanced'"),
         (TensorDataset(torch.zeros(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])), {"size": 2}, "3.*num_classes=4"),
         (TensorDataset(torch.zeros(2, 3, 32, 32), torch.tensor([0, -1])), {"size": 2}, "-1"),
-        (TensorDataset(torch.zeros(2, 3, 32, 32), torch.zeros(2, 3)), {"size": 2}, "one-hot"),
+        (TensorDataset(torch.zeros(2, 3, 32, 32), torch.full((2, 3), 0.3)), {"size": 2}, "Mixup"),
+        (TensorDataset(torch.zeros(2, 3, 32, 32), torch.zeros(2, 9)), {"size": 2}, "9.*num_classes=9"),
         (TensorDataset(torch.zeros(2, 3, 32, 32)), {"size": 2}, r"\(image, label\)"),
         ([torch.zeros(2, 3, 32, 32)], {"size": 2}, r"\(image"),
         (7, {}, "int is neither"),
@@ -349,3 +350,17 @@ def test_a_bank_of_one_sample_is_built_with_a_warning(caplog: pytest.LogCaptureF
     with caplog.at_level(logging.WARNING):
         assert len(build_memory_bank(_model(), _data(), size=1, progress=False)) == 1
     assert "one sample" in caplog.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_samples_of_several_classes_are_remembered_with_all_of_them(stream: bool) -> None:
+    labels = (torch.rand(20, 3, generator=torch.Generator().manual_seed(0)) < 0.4).float()
+    data = TensorDataset(torch.randn(20, 3, 32, 32), labels)
+    model = _model()
+    bank = build_memory_bank(model, iter(DataLoader(data, 6)) if stream else data, size=8, progress=False)
+    assert model.multi_label
+    assert len(bank) == 8
+    assert torch.equal(bank.labels, labels[bank.ids].to(torch.uint8))
+    assert bank.provenance.selection == "balanced"
+    with pytest.raises(ValueError, match="selection='kmeans'"):
+        build_memory_bank(model, data, size=8, selection="kmeans", progress=False)

@@ -1,14 +1,17 @@
 import re
 import tarfile
 from collections import Counter
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 from training_images import CLASSES, write_images
 
 import timm_memwrap
-from timm_memwrap.data import Images, open_dataset, open_remembered, open_source, split_off
+from timm_memwrap.data import Images, open_dataset, open_remembered, open_source, opening, split_off
 
 
 def test_a_folder_gives_images_labels_names_and_files(folder: Path) -> None:
@@ -184,3 +187,38 @@ def test_a_missing_library_of_a_data_set_is_named(capsys: pytest.CaptureFixture)
     with pytest.raises(ImportError, match=r"dataset='hfds/me/cats' needs .*pip install datasets"):
         open_dataset("hfds/me/cats")
     assert capsys.readouterr().out == ""  # timm prints
+
+
+@pytest.mark.parametrize("column", ["label", "labels"])
+def test_labels_of_a_hub_data_set_are_in_either_column(column: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reader:
+        class_to_idx: ClassVar = {"cat": 0, "dog": 1}
+
+        def __init__(self, key: str) -> None:
+            self.dataset, self.key = SimpleNamespace(features={"image": None, column: None}), key
+
+        def __len__(self) -> int:
+            return 3
+
+        def iter_targets(self) -> Iterator[list[int]]:
+            assert self.key == column
+            yield from ([0, 1], [], [1])
+
+    def create(name: str, root: str | None, split: str, target_key: str = "label") -> Any:
+        return Found(Reader(target_key))
+
+    class Found:
+        def __init__(self, reader: Reader) -> None:
+            self.reader = reader
+
+        def __len__(self) -> int:
+            return len(self.reader)
+
+    monkeypatch.setattr(opening, "create_dataset", create)
+    monkeypatch.setattr(opening, "find_spec", lambda name: True)
+    images = open_source("hfds/me/pets", "train")
+    assert images.classes == ["cat", "dog"]
+    assert images.targets.tolist() == [[1, 1], [0, 0], [0, 1]]
+    column = "tags"
+    with pytest.raises(ValueError, match=r"columns \['image', 'tags'\], none of which is 'label' or 'labels'"):
+        open_source("hfds/me/pets", "train")

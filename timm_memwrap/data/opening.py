@@ -33,9 +33,9 @@ def open_dataset(
     """Opens labelled images.
 
     Args:
-        dataset: `"digits"`, which needs no download; a name that `timm.data.create_dataset` knows (`"torch/cifar10"`,
-            `"hfds/owner/name"`); `"wds/name"` for WebDataset shards in `data_dir`; or `""` for an image folder, tar
-            file or CSV file.
+        dataset: `"digits"`, which needs no download; a name that `timm.data.create_dataset` knows (`"torch/cifar10"`;
+            `"hfds/owner/name"`, with its labels in the column `label` or `labels`); `"wds/name"` for WebDataset shards
+            in `data_dir`; or `""` for an image folder, tar file or CSV file.
         data_dir: The image folder, the tar or CSV file (see `Table`), a folder with a CSV file for each split, or where
             timm keeps a data set.
         split: Name of the split; of an image folder, the folder or CSV file in it (`"train"`, `"validation"` and their
@@ -59,7 +59,7 @@ def open_dataset(
     elif prefix == "hfds" and slash:
         if find_spec("datasets") is None:
             raise ImportError(f"dataset={dataset!r} needs the datasets library of Hugging Face: pip install datasets.")
-        images = Images(create_dataset(dataset, root=root or None, split=split), name, mode)
+        images = Images(_open_hub(dataset, root, split), name, mode)
     elif prefix == "wds" and slash:
         # As in timm, the rest of the name is for people only, and the shards are found by folder and split.
         images = Images(Shards(root or ".", split), name, mode)
@@ -147,6 +147,22 @@ def _open_torchvision(dataset: str, root: str, split: str, download: bool) -> An
         return SVHN(root, split=_train_or_test(split), download=download)
     except (AssertionError, RuntimeError) as error:  # timm asserts on names that it does not know
         raise ValueError(f"dataset={dataset!r} in {root!r}: {error}") from error
+
+
+def _open_hub(dataset: str, root: str, split: str) -> Any:
+    """Opens a Hugging Face data set whose labels are in the column `label`, or of several classes often in `labels`."""
+    found = create_dataset(dataset, root=root or None, split=split)
+    columns = list(found.reader.dataset.features)
+    for column in ("label", "labels"):
+        if column in columns:
+            return (
+                found
+                if column == "label"
+                else create_dataset(dataset, root=root or None, split=split, target_key=column)
+            )
+    raise ValueError(
+        f"{dataset!r} has the columns {columns}, none of which is 'label' or 'labels'. Rename one of them."
+    )
 
 
 def _train_or_test(split: str) -> str:
