@@ -22,12 +22,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pre_logits": {"prefix": "memwrap_evidence_", "read_head": "pre_logits"},
     "probabilities": {"prefix": "memwrap_evidence_", "read_head": "probabilities"},
     "joint": {"prefix": "memwrap_evidence_"},
+    "joint_equal": {"prefix": "memwrap_evidence_", "read_head": "joint_equal"},
     "vote": {"prefix": "memwrap_baseline_", "classifier": "vote", "read_head": "identity", "scale": 5.0},
     "logits vote": {"prefix": "memwrap_evidence_", "classifier": "vote", "read_head": "logits"},
 }
 # A vote has no labels to count in training.
 TRAINED = [name for name in VARIANTS if "vote" not in name]
-EVIDENCE = ("logits", "pre_logits", "probabilities", "joint")
+EVIDENCE = ("logits", "pre_logits", "probabilities", "joint", "joint_equal")
 
 
 def new_model(variant: str = "mlp", backbone: str = "test_resnet", num_classes: int = CLASSES) -> MemoryWrapModel:

@@ -41,13 +41,13 @@ def test_defaults_are_those_of_the_read_head(read_head: str) -> None:
         "scale": {"logits": 10.0, "pre_logits": 10.0, "probabilities": 20.0}.get(read_head, 1.0),
         "read_head": read_head,
         "classifier": "own" if read_head in OWN_READ_HEADS else "mlp",
-        "read": "reconstruction" if read_head == "joint" else "sparsemax",
+        "read": "reconstruction" if read_head.startswith("joint") else "sparsemax",
     }
 
 
 @pytest.mark.parametrize(("read", "scale"), [("sparsemax", 20.0), ("reconstruction", 1.0)])
 def test_the_scale_is_that_of_the_read(read: str, scale: float) -> None:
-    for read_head in ("probabilities", "joint"):
+    for read_head in ("probabilities", "joint", "joint_equal"):
         assert resolve_memory_args(True, read_head=read_head, read=read)["scale"] == scale
 
 

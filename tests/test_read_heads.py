@@ -46,13 +46,15 @@ def test_probabilities_of_encodings_with_logits_behind_compare_the_pre_logits_al
     torch.testing.assert_close(F.cosine_similarity(head(one), head(other)), 0.8 * seen + 0.2 * predicted)
 
 
-def test_joint_compares_to_a_seventh_the_centred_logits() -> None:
+@pytest.mark.parametrize(("weight", "part"), [(Joint.LOGIT_WEIGHT, 7), (Joint.EQUAL_WEIGHT, 2)])
+def test_joint_compares_to_a_seventh_or_a_half_the_centred_logits(weight: float, part: int) -> None:
     classifier, one, other = nn.Linear(6, 4), torch.randn(5, 6), torch.randn(5, 6)
-    head, centred = Joint(6, classifier), CentredLogits(classifier)
+    head, centred = Joint(6, classifier, weight), CentredLogits(classifier)
     seen, predicted = F.cosine_similarity(one, other), F.cosine_similarity(centred(one), centred(other))
-    share = Joint.LOGIT_WEIGHT**2 / (1 + Joint.LOGIT_WEIGHT**2)
+    share = weight**2 / (1 + weight**2)
     torch.testing.assert_close(F.cosine_similarity(head(one), head(other)), (1 - share) * seen + share * predicted)
-    assert round(1 / share) == 7
+    assert round(1 / share) == part
+    assert Joint(6, classifier).logit_weight == Joint.LOGIT_WEIGHT
 
 
 def test_probabilities_without_confidence_or_features_have_a_finite_gradient() -> None:

@@ -29,6 +29,7 @@ def new_head(
         "probabilities": Probabilities(features, own),
         "logits": CentredLogits(own),
         "joint": Joint(features, own),
+        "joint_equal": Joint(features, own, Joint.EQUAL_WEIGHT),
     }
     common = {"head": read_heads.get(name), **{arg: memory_args[arg] for arg in ("distance", "scale", "read")}}
     if classifier_name == "vote":

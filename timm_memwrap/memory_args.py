@@ -10,14 +10,16 @@ __all__ = ["CLASSIFIERS", "MEMORY_ARGS", "OWN_READ_HEADS", "READ_HEADS", "check_
 
 # Read heads that are trained with the memory, and those that read with the backbone's own, trained classifier.
 TRAINED_READ_HEADS = ("linear", "identity")
-OWN_READ_HEADS = ("joint", "probabilities", "pre_logits", "logits")
+OWN_READ_HEADS = ("joint", "joint_equal", "probabilities", "pre_logits", "logits")
 READ_HEADS = (*TRAINED_READ_HEADS, *OWN_READ_HEADS)
 DEFAULT_OWN_READ_HEAD = "joint"
+# With which a classifier of several classes keeps its ranking (hub_configs/README.md).
+MULTI_LABEL_READ_HEAD = "joint_equal"
 CLASSIFIERS = ("mlp", "linear", "own", "vote")
 MEMORY_ARGS = ("distance", "scale", "read_head", "classifier", "read")
 
 # By read head, chosen on held-out training images (hub_configs/README.md). Others have 1.0, as published.
-_SCALES = {"logits": 10.0, "pre_logits": 10.0, "probabilities": 20.0, "joint": 20.0}
+_SCALES = {"logits": 10.0, "pre_logits": 10.0, "probabilities": 20.0, "joint": 20.0, "joint_equal": 20.0}
 
 
 def resolve_memory_args(
@@ -34,11 +36,12 @@ def resolve_memory_args(
         memory_only: Whether the prediction is made from the memory alone.
         distance: `"cosine"`, `"l2"` or `"dot"`.
         scale: Factor on the similarities; `"learned"` makes it a parameter. `None` is 20.0 with
-            `read_head="probabilities"` and `"joint"`, 10.0 with `"pre_logits"` and `"logits"`, else 1.0 as published,
-            and with `read="reconstruction"`, which has none.
+            `read_head="probabilities"`, `"joint"` and `"joint_equal"`, 10.0 with `"pre_logits"` and `"logits"`, else
+            1.0 as published, and with `read="reconstruction"`, which has none.
         read_head: What projects query and key: `"linear"`, a layer of its own; `"identity"`, nothing, as in the
-            published code. Four read with the backbone's own classifier: `"joint"` compares the pre-logits that go
-            into it and, to a seventh, its centred logits; `"probabilities"` the pre-logits and, to a fifth, the
+            published code. Five read with the backbone's own classifier: `"joint"` compares the pre-logits that go
+            into it and, to a seventh, its centred logits; `"joint_equal"` either to a half, for images of several
+            classes; `"probabilities"` the pre-logits and, to a fifth, the
             probabilities that it predicts; `"pre_logits"` and `"logits"` one alone. `None` is `"identity"` for a vote,
             which trains no layer, else `"linear"`.
         classifier: What makes logits of the memory vector: `"mlp"`, as published; `"linear"`, one layer; `"own"`, the
@@ -46,7 +49,7 @@ def resolve_memory_args(
             for the read heads that read with it, else `"mlp"`.
         read: How the samples are weighed: `"sparsemax"`, as published, by how similar each is to the input;
             `"reconstruction"`, so that their weighted mean comes closest to it. `None` is `"reconstruction"` for the
-            read head `"joint"`, else `"sparsemax"`.
+            read heads `"joint"` and `"joint_equal"`, else `"sparsemax"`.
 
     Raises:
         ValueError: If an argument is unknown, or two do not fit each other.
@@ -72,7 +75,7 @@ def resolve_memory_args(
     if classifier == "own" and not own:
         raise ValueError(
             f"classifier='own' keeps the backbone's classifier, but read_head={read_head!r} is trained without one. "
-            f"Pass read_head='joint', 'probabilities', 'pre_logits' or 'logits'."
+            f"Pass read_head={', '.join(map(repr, OWN_READ_HEADS))}."
         )
     if classifier == "vote" and read_head == "pre_logits":
         raise ValueError(
@@ -85,7 +88,7 @@ def resolve_memory_args(
             "memory_only=True to wrap."
         )
     if read is None:
-        read = "reconstruction" if read_head == "joint" else "sparsemax"
+        read = "reconstruction" if read_head in ("joint", "joint_equal") else "sparsemax"
     if scale is None:
         scale = 1.0 if read == "reconstruction" else _SCALES.get(read_head, 1.0)
     check_read(read, distance, scale)

@@ -62,17 +62,18 @@ class Probabilities(nn.Module):
 
 
 class Joint(nn.Module):
-    """Compares what is seen and, to a seventh, what is predicted: the pre-logits and the centred logits."""
+    """Compares what is seen and, by default to a seventh, what is predicted: the pre-logits and the centred logits."""
 
     # Length of the logits beside the 1 of the pre-logits. The larger, the more the prediction depends on what the
     # classifier says of an input instead of how it looks. Chosen on held-out training images, for reconstruction: from
-    # 0.25 to 1 the accuracy is that of the classifier, without logits a point less.
-    LOGIT_WEIGHT = 0.4
+    # 0.25 to 1 the accuracy is that of the classifier, without logits a point less. Of several classes it takes 1 to
+    # rank as the classifier does.
+    LOGIT_WEIGHT, EQUAL_WEIGHT = 0.4, 1.0
 
-    def __init__(self, features: int, classifier: nn.Module) -> None:
+    def __init__(self, features: int, classifier: nn.Module, logit_weight: float = LOGIT_WEIGHT) -> None:
         super().__init__()
         self.pre_logits, self.logits = PreLogits(features), CentredLogits(classifier)
-        self.logit_weight = self.LOGIT_WEIGHT
+        self.logit_weight = logit_weight
 
     def forward(self, encoding: Tensor) -> Tensor:
         """Returns `[N, D + C]`."""

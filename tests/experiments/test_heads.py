@@ -91,7 +91,7 @@ def test_heads_of_the_plain_training_keep_its_weights(name: str) -> None:
         ("logits:scale", "'scale' in comparison.heads is not an option"),
         ("logits:speed=5", "'speed=5' in comparison.heads is not an option"),
         ("logits:scale=fast", "'scale=fast' in comparison.heads is not an option"),
-        ("probabilities:logit_weight=1", "only the head 'joint' has a logit_weight"),
+        ("probabilities:logit_weight=1", "only the heads 'joint' and 'joint_equal' have a logit_weight"),
     ],
 )
 def test_what_is_no_head_is_said(text: str, message: str) -> None:

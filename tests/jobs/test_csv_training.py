@@ -71,6 +71,7 @@ def test_every_mode_learns_several_classes(tmp_path: Path, recipe: Callable[...,
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     assert model.multi_label
     assert model.memory_bank.class_names == [*CLASSES]
+    assert model.memory_args["read_head"] == ("joint_equal" if mode == "none" else "linear")
     rows = list(csv.DictReader((tmp_path / "out" / "metrics.csv").open()))
     assert {"train_accuracy", "val_loss", "val_accuracy", "val_mean_average_precision"} <= rows[0].keys()
     card = (tmp_path / "out" / "README.md").read_text()

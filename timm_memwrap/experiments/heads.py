@@ -124,7 +124,7 @@ HEADS: dict[str, Head] = {
     "batch": Head("batch", _as_trained),
     "queue": Head("queue", _as_trained),
     "vote": Head("plain", _wrapped(classifier="vote")),
-    **{name: Head("plain", _wrapped(read_head=name)) for name in ("logits", "pre_logits", "probabilities", "joint")},
+    **{name: Head("plain", _wrapped(read_head=name)) for name in OWN_READ_HEADS},
 }
 _OPTIONS: dict[str, Callable[[str], Any]] = {
     "scale": float,
@@ -147,8 +147,8 @@ def parse_head(text: str) -> Head:
         return HEADS[name]
     if name not in OWN_READ_HEADS:
         raise ValueError(f"{text!r} in comparison.heads: {name!r} takes no options, {', '.join(OWN_READ_HEADS)} do.")
-    if name != "joint" and any(option.startswith("logit_weight=") for option in options):
-        raise ValueError(f"{text!r} in comparison.heads: only the head 'joint' has a logit_weight.")
+    if not name.startswith("joint") and any(option.startswith("logit_weight=") for option in options):
+        raise ValueError(f"{text!r} in comparison.heads: only the heads 'joint' and 'joint_equal' have a logit_weight.")
     given: dict[str, Any] = {}
     for option in options:
         key, _, value = option.partition("=")

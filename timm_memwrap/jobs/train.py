@@ -98,7 +98,7 @@ def _finish(fitted: Fitted, out: Path, seconds: float) -> TrainingReport:
     memory, plain_accuracy = recipe.memory, None
     if not isinstance(model, MemoryWrapModel):
         plain_accuracy = evaluate(model, fitted.eval_batches, env, fitted.images.multi_label)["accuracy"]
-        model = wrap_trained(model, recipe.model).eval()
+        model = wrap_trained(model, recipe.model, fitted.images.multi_label).eval()
     fitted.remember(model, memory.store_images, progress)
     # Each process evaluates all images, so that none waits for another through a long evaluation.
     loader = fitted.batches(fitted.held_out)

@@ -15,6 +15,7 @@ from timm_memwrap.explaining import ExplanationMetrics, MultiLabelMetrics, evalu
 from timm_memwrap.explaining import calibrate as calibrate_model
 from timm_memwrap.hub import FileError, save_pretrained
 from timm_memwrap.jobs.inference import Inference
+from timm_memwrap.memory_args import MULTI_LABEL_READ_HEAD
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.training.creation import check_safetensors, source_of
 from timm_memwrap.training.evaluation import evaluate
@@ -100,7 +101,7 @@ def wrap_classifier(
     if not has_memory:
         if unseen:
             plain_accuracy = evaluate(model, unseen, Processes(device), images.multi_label)["accuracy"]
-        model = wrap(model)
+        model = wrap(model, read_head=MULTI_LABEL_READ_HEAD if images.multi_label else None)
     build_memory_bank(
         model,
         batches(images),

@@ -32,8 +32,8 @@ class ModelConfig:
         memory_only: Whether a trained head predicts from the memory alone. Always true with memory.mode none.
         distance: cosine, l2 or dot.
         scale: Factor on the similarities, or learned; null for the read head's default.
-        read_head: joint, probabilities, pre_logits or logits with memory.mode none, else linear or identity; null: the
-            first.
+        read_head: joint, joint_equal, probabilities, pre_logits or logits with memory.mode none, else linear or
+            identity; null: the first, or joint_equal where images may have several classes.
         classifier: own or vote with memory.mode none, else mlp or linear; null for the read head's default.
         read: sparsemax or reconstruction; null for the read head's default.
         temperature: Divisor of the logits; null for 1, or for what memory.calibrate finds.
@@ -50,7 +50,9 @@ class ModelConfig:
     memory_only: bool = False
     distance: Literal["cosine", "l2", "dot"] = "cosine"
     scale: float | Literal["learned"] | None = None
-    read_head: Literal["linear", "identity", "joint", "probabilities", "pre_logits", "logits"] | None = None
+    read_head: Literal["linear", "identity", "joint", "joint_equal", "probabilities", "pre_logits", "logits"] | None = (
+        None
+    )
     classifier: Literal["mlp", "linear", "own", "vote"] | None = None
     read: Literal["sparsemax", "reconstruction"] | None = None
     temperature: float | None = None

@@ -15,7 +15,13 @@ from timm_memwrap import registry
 from timm_memwrap._utils import check_choice
 from timm_memwrap.constants import BASELINE_PREFIX, PREFIX
 from timm_memwrap.data import DIGITS, data_config, known_class_names
-from timm_memwrap.memory_args import DEFAULT_OWN_READ_HEAD, MEMORY_ARGS, OWN_READ_HEADS, resolve_memory_args
+from timm_memwrap.memory_args import (
+    DEFAULT_OWN_READ_HEAD,
+    MEMORY_ARGS,
+    MULTI_LABEL_READ_HEAD,
+    OWN_READ_HEADS,
+    resolve_memory_args,
+)
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.training.configuration import DataConfig, ModelConfig, Recipe
 from timm_memwrap.wrapping import wrap
@@ -192,9 +198,10 @@ def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
     return model
 
 
-def wrap_trained(model: nn.Module, config: ModelConfig) -> MemoryWrapModel:
-    """Wraps a plain model that was trained; its classifier is read through the memory."""
-    wrapped = wrap(model, **_memory_args(config))
+def wrap_trained(model: nn.Module, config: ModelConfig, multi_label: bool = False) -> MemoryWrapModel:
+    """Wraps a plain model that was trained, on images of several classes or not, to be read through its classifier."""
+    several = {"read_head": MULTI_LABEL_READ_HEAD} if multi_label else {}
+    wrapped = wrap(model, **{**several, **_memory_args(config)})
     if config.temperature is not None:
         wrapped.temperature = config.temperature
     return wrapped
