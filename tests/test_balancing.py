@@ -2,11 +2,10 @@
 
 import random
 
-import pytest
 import torch
 
 from timm_memwrap.balancing import balance
-from timm_memwrap.selection import select
+from timm_memwrap.selection import find_candidates, select
 
 
 def _labels(count: int = 300) -> torch.Tensor:
@@ -28,11 +27,22 @@ def test_classes_are_shown_by_about_as_many_samples() -> None:
 def test_all_are_chosen_if_all_are_wanted_and_a_seed_repeats_itself() -> None:
     labels = _labels(30)
     assert sorted(balance(labels, 99, random.Random(0))) == list(range(30))
-    assert select("balanced", labels, None, 12, 3) == select("balanced", labels, None, 12, 3)
-    assert select("balanced", labels, None, 12, 3) != select("balanced", labels, None, 12, 4)
-    assert len(select("random", labels, None, 12, 3)) == 12
+    for selection in ("balanced", "random"):
+        assert find_candidates(selection, labels, 12, 3) == find_candidates(selection, labels, 12, 3)
+        assert find_candidates(selection, labels, 12, 3) != find_candidates(selection, labels, 12, 4)
+        assert len(find_candidates(selection, labels, 12, 3)) == 12
 
 
-def test_clusters_of_a_class_are_refused_where_classes_overlap() -> None:
-    with pytest.raises(ValueError, match=r"selection='kmeans'.*'balanced', 'random' or 'all'"):
-        select("kmeans", _labels(), torch.randn(300, 3), 12, 0)
+def test_herding_follows_the_mean_of_samples_of_all_classes() -> None:
+    labels, points = _labels(2000), torch.randn(2000, 5, generator=torch.Generator().manual_seed(1))
+    candidates = find_candidates("herding", labels, 20, 0)
+    # As many as of four classes that exclude each other.
+    assert len(candidates) == 400
+    chosen = select("herding", labels, points, 20, 0)
+    assert len(chosen) == 20
+    assert {*chosen} <= {*candidates}
+    directions = torch.nn.functional.normalize(points, dim=1)
+    missed, by_chance = (
+        (directions[some].mean(dim=0) - directions[candidates].mean(dim=0)).norm() for some in (chosen, candidates[:20])
+    )
+    assert missed < 0.5 * by_chance

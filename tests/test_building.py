@@ -353,14 +353,14 @@ def test_a_bank_of_one_sample_is_built_with_a_warning(caplog: pytest.LogCaptureF
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_samples_of_several_classes_are_remembered_with_all_of_them(stream: bool) -> None:
+@pytest.mark.parametrize("selection", ["herding", "balanced", "random"])
+def test_samples_of_several_classes_are_remembered_with_all_of_them(selection: str, stream: bool) -> None:
     labels = (torch.rand(20, 3, generator=torch.Generator().manual_seed(0)) < 0.4).float()
     data = TensorDataset(torch.randn(20, 3, 32, 32), labels)
     model = _model()
-    bank = build_memory_bank(model, iter(DataLoader(data, 6)) if stream else data, size=8, progress=False)
+    given = iter(DataLoader(data, 6)) if stream else data
+    bank = build_memory_bank(model, given, size=8, selection=selection, progress=False)
     assert model.multi_label
     assert len(bank) == 8
     assert torch.equal(bank.labels, labels[bank.ids].to(torch.uint8))
-    assert bank.provenance.selection == "balanced"
-    with pytest.raises(ValueError, match="selection='kmeans'"):
-        build_memory_bank(model, data, size=8, selection="kmeans", progress=False)
+    assert bank.provenance.selection == selection

@@ -178,7 +178,8 @@ def _warn_of_other_labels(model: MemoryWrapModel, encoded: "_Encoded") -> None:
     """Warns if the backbone's own classifier disagrees with most labels: they may be numbered otherwise than its."""
     if model.memory_args["classifier"] != "own":
         return
-    logits, has = _by_parts(model.own_classifier, model, encoded.encodings), multi_hot(encoded.labels, model.num_classes)
+    logits = _by_parts(model.own_classifier, model, encoded.encodings)
+    has = multi_hot(encoded.labels, model.num_classes)
     said = present(logits) if model.multi_label else multi_hot(logits.argmax(dim=1), model.num_classes)
     # Of several labels each counts.
     agree = said[has].float().mean().item()

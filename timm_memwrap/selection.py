@@ -23,8 +23,8 @@ CANDIDATES_PER_CLASS = 100
 def select(selection: str, labels: Tensor, points: Tensor, size: int | None, seed: int) -> list[int]:
     """Returns the positions of samples to remember, in increasing order: at most `size`, or all for `None`.
 
-    They are chosen by one of `SELECTIONS` from labels `[N]`, or multi-hot `[N, C]`, and points `[N, D]`, of which herding
-    compares directions.
+    They are chosen by one of `SELECTIONS` from labels `[N]`, or multi-hot `[N, C]`, and points `[N, D]`, of which
+    herding compares directions.
     """
     candidates = find_candidates(selection, labels, size, seed)
     if size is None or len(candidates) <= size:

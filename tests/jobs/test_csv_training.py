@@ -129,7 +129,6 @@ def test_the_mean_leaves_out_classes_that_no_image_has() -> None:
     [
         ({"training": {"class_weight": "balanced"}}, "class_weight='balanced' weighs an image by its one class"),
         ({"model": {"classifier": "vote", "read_head": "logits"}}, "classifier='vote' counts one label"),
-        ({"memory": {"selection": "kmeans"}}, "selection='kmeans'.*balanced, random or all"),
     ],
 )
 def test_what_needs_one_class_is_refused_before_training(

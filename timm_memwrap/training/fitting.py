@@ -116,11 +116,6 @@ def _check_labels(recipe: Recipe, images: Images) -> None:
             f"model.classifier='vote' counts one label of each image, but images of {images.name} may have several. "
             f"Leave it out."
         )
-    if recipe.memory.selection == "kmeans":
-        raise ValueError(
-            f"memory.selection='kmeans' chooses from one class after the other, but images of {images.name} may have "
-            f"several. Pass balanced, random or all."
-        )
 
 
 def balanced_weight(images: Images) -> torch.Tensor:
