@@ -146,6 +146,28 @@ def test_a_label_is_corrected_and_the_class_follows() -> None:
     assert model.num_classes == CLASSES
 
 
+@pytest.mark.parametrize("labels", [[["bee", 3], []], torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0]])])
+def test_images_of_several_classes_are_remembered(labels: Any) -> None:
+    model = new_model("joint")
+    hot = torch.eye(CLASSES).repeat(2, 1)
+    hot[:, 1] = 1
+    build_memory_bank(model, torch.utils.data.TensorDataset(new_images(8), hot), class_names=NAMES, progress=False)
+    _remember(model, new_images(2, seed=9), labels)
+    assert model.memory_bank.labels is not None
+    assert model.memory_bank.labels[8:].tolist() == [[0, 1, 0, 1], [0, 0, 0, 0]]
+    model.forget("remembered-1")
+    assert len(model.memory_bank) == 9
+    for call, message in (
+        (lambda: _remember(model, new_images(1), [["zebra"]]), "'zebra' is neither"),
+        (lambda: _remember(model, new_images(1), torch.zeros(1, 9)), r"\[1, 9\]; expected \[1, 4\]"),
+        (lambda: model.forget(classes="bee"), "multi-hot"),
+        (lambda: model.relabel({0: "bee"}), "multi-hot"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert len(model.memory_bank) == 9
+
+
 def test_pictures_are_kept_if_the_bank_has_some() -> None:
     model = new_model("joint")
     data = torch.utils.data.TensorDataset(new_images(8), torch.arange(8) % CLASSES)

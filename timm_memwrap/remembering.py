@@ -16,7 +16,7 @@ from timm_memwrap._utils import evaluating, printable
 from timm_memwrap.added_classes import check_can_add, learn_classes
 from timm_memwrap.data import batches_of, class_names, known_class_names, one_by_one, small_images
 from timm_memwrap.memory_bank import MemoryBank, SampleId
-from timm_memwrap.memory_checks import check_memory
+from timm_memwrap.memory_checks import check_memory, check_single_label
 from timm_memwrap.model import MemoryWrapModel
 
 __all__ = ["forget", "relabel", "remember"]
@@ -41,7 +41,8 @@ def remember(
     Args:
         model: A model with a memory bank.
         images: What is to be remembered, as `explain` takes it: model inputs `[N, C, H, W]`, PIL images or paths.
-        labels: A class index or a class name for each image, or one for all of them.
+        labels: A class index or a class name for each image, or one for all of them. Where samples may have several
+            classes, a list of them for each image, or multi-hot `[N, C]`; a class cannot then be added.
         ids: What names each sample; `None` for the file names of paths, with the folder that is the class, and else for
             "remembered-1" and so on.
         progress: Whether to show a progress bar.
@@ -68,10 +69,14 @@ def remember(
     several = one_by_one(images)
     if not several:
         raise ValueError("No images to remember: the list is empty. Pass at least one.")
-    bank, (targets, names) = model.memory_bank, _targets(model, labels, len(several))
+    bank = model.memory_bank
+    if bank.multi_label:
+        targets, names = _multi_hot_targets(model, labels, len(several)), class_names(model)
+    else:
+        targets, names = _targets(model, labels, len(several))
     if len(names) > model.num_classes:
         check_can_add(model, names[model.num_classes])
-    chosen = _default_ids(bank, several, [names[target] for target in targets]) if ids is None else list(ids)
+    chosen = list(ids) if ids is not None else _default_ids(bank, several, targets, names)
     parts, pictures = list[Tensor](), list[Tensor]()
     with evaluating(model), tqdm(total=len(several), desc="Remember", unit="img", disable=not progress) as bar:
         for batch in batches_of(model, images):
@@ -80,7 +85,7 @@ def remember(
                 pictures.append(small_images(batch.cpu(), model, bank.images.shape[-2:]))
             bar.update(len(batch))
     encodings, there = bank.filled()
-    new = (torch.cat(parts).to(encodings), torch.tensor(targets).to(there))
+    new = (torch.cat(parts).to(encodings), targets.to(there))
     stored = torch.cat(pictures) if pictures else None
     given = (*new, chosen, stored, names if known_class_names(model) else None)
     # First, so that nothing is changed if something does not fit; and the classifier before the bank, so that who reads
@@ -115,15 +120,18 @@ def forget(
         ValueError: If an id or a class is not in the memory, or nothing would be left. Nothing is then changed.
     """
     check_memory(model, stale="refuse", rehash=True)
+    if classes:
+        check_single_label(model, "forget(classes=...)")
     bank, names = model.memory_bank, class_names(model)
     wanted = [ids] if isinstance(ids, str | int) else list(ids)
     whole = [_class_index(each, names) for each in ([classes] if isinstance(classes, str | int) else classes)]
     missing = [names[label] for label in whole if label not in bank.class_counts]
     if missing:
         raise ValueError(f"The memory has no sample of {missing[0]!r}, so there is none to forget.")
-    labels = bank.filled()[1].tolist()
-    # In order and once each: an id may be of a class that goes too.
-    wanted += [sample_id for sample_id, label in zip(bank.ids, labels, strict=True) if label in whole]
+    if whole:
+        # Once each: an id may be of a class that goes too.
+        of_classes = torch.isin(bank.filled()[1], torch.tensor(whole, device=bank.filled()[1].device))
+        wanted += [sample_id for sample_id, gone in zip(bank.ids, of_classes.tolist(), strict=True) if gone]
     if not wanted:
         raise ValueError("Nothing to forget: pass the ids of samples, or classes.")
     bank.remove(dict.fromkeys(wanted))
@@ -142,14 +150,15 @@ def relabel(model: MemoryWrapModel, labels: Mapping[SampleId, int | str]) -> Mem
         ValueError: If an id is not in the memory, or a label is not a class of the model. Nothing is then changed.
     """
     check_memory(model, stale="refuse", rehash=True)
+    check_single_label(model, "relabel")
     names = class_names(model)
     model.memory_bank.relabel({sample_id: _class_index(label, names) for sample_id, label in labels.items()})
     _learn_again(model)
     return model.memory_bank
 
 
-def _targets(model: MemoryWrapModel, labels: Any, count: int) -> tuple[list[int], list[str]]:
-    """Returns class indices of so many images, and the names of the model's classes with those that are new."""
+def _targets(model: MemoryWrapModel, labels: Any, count: int) -> tuple[Tensor, list[str]]:
+    """Returns class indices `[N]` of so many images, and the names of the model's classes with those that are new."""
     names, named = class_names(model), bool(known_class_names(model))
     single = isinstance(labels, str) or not isinstance(labels, Iterable)
     given = [labels] if single else labels.tolist() if isinstance(labels, Tensor) else list(labels)
@@ -165,7 +174,22 @@ def _targets(model: MemoryWrapModel, labels: Any, count: int) -> tuple[list[int]
                 )
             names.append(label)
         targets.append(_class_index(label, names))
-    return (targets if len(targets) == count else targets * count), names
+    return torch.tensor(targets).expand(count), names
+
+
+def _multi_hot_targets(model: MemoryWrapModel, labels: Any, count: int) -> Tensor:
+    """Returns multi-hot labels `[N, C]` of so many images."""
+    names, width = class_names(model), model.memory_bank.filled()[1].shape[1]
+    if not isinstance(labels, Tensor):
+        several = [[label] if isinstance(label, str | Integral) else label for label in labels]
+        positions = [[_class_index(label, names) for label in each] for each in several]
+        labels = torch.tensor([[int(i in each) for i in range(width)] for each in positions]).reshape(-1, width)
+    if labels.shape != (count, width):
+        raise ValueError(
+            f"labels have shape {list(labels.shape)}; expected [{count}, {width}] of 0 and 1, or a list of the classes "
+            f"of each image, since a sample of this memory may have several."
+        )
+    return labels
 
 
 def _class_index(label: Any, names: Sequence[str]) -> int:
@@ -187,13 +211,14 @@ def _tell_of_new(names: Sequence[str], first: int) -> None:
         _logger.info("New class: %s%s", printable(name), printable(f" (there is also {near[0]})") if near else "")
 
 
-def _default_ids(bank: MemoryBank, images: Sequence[Any], names: Sequence[str]) -> list[SampleId]:
+def _default_ids(bank: MemoryBank, images: Sequence[Any], targets: Tensor, names: Sequence[str]) -> list[SampleId]:
     """Names images by their files, as the data sets do, or numbers them."""
     number, ids = bank.provenance.appended, list[SampleId]()
-    for image, name in zip(images, names, strict=True):
+    for image, target in zip(images, targets, strict=True):
         if isinstance(image, str | os.PathLike):
             parts = PurePath(image).parts
-            ids.append("/".join(parts[-2:] if parts[-2:-1] == (name,) else parts[-1:]))
+            in_class_folder = target.ndim == 0 and parts[-2:-1] == (names[int(target)],)
+            ids.append("/".join(parts[-2:] if in_class_folder else parts[-1:]))
             continue
         number += 1
         while f"remembered-{number}" in bank:

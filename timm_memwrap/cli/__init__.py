@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 from timm_memwrap import __version__
 from timm_memwrap._utils import printable
-from timm_memwrap.cli import measuring, remembering, sharing, training
+from timm_memwrap.cli import measuring, sharing, teaching, training
 from timm_memwrap.cli.arguments import expand, make_parser
 
 __all__ = ["COMMANDS", "main"]
@@ -23,8 +23,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "explain": measuring.explain,
     "evaluate": measuring.evaluate,
     "report": measuring.report,
-    "remember": remembering.remember,
-    "forget": remembering.forget,
+    "remember": teaching.remember,
+    "forget": teaching.forget,
     "export": sharing.export,
     "compare": measuring.compare,
     "benchmark": measuring.benchmark,
