@@ -90,7 +90,8 @@ def placeholders() -> Callable[[], dict[str, Any]]:
     trained = timm.create_model("test_resnet", num_classes=CLASSES, pretrained_cfg_overlay=overlay).eval()
     model = timm_memwrap.wrap(copy.deepcopy(trained))
     train = _dataset(1000, seed=1)
-    timm_memwrap.build_memory_bank(model, train, size=40, progress=False)
+    names = ["horse", *(f"animal {i}" for i in range(1, CLASSES))]
+    timm_memwrap.build_memory_bank(model, train, size=40, class_names=names, progress=False)
 
     def make() -> dict[str, Any]:
         own = copy.deepcopy(model)
@@ -101,6 +102,7 @@ def placeholders() -> Callable[[], dict[str, Any]]:
             "train_dataset": train,
             "held_out_dataset": _dataset(20, seed=2),
             "test_dataset": _dataset(20, seed=3),
+            "photos": torch.randn(3, *SIZE, generator=torch.Generator().manual_seed(6)),
             "images": torch.randn(4, *SIZE, generator=torch.Generator().manual_seed(4)),
             "memory_images": torch.randn(6, *SIZE, generator=torch.Generator().manual_seed(5)),
             "ask_your_engine": lambda encoding: (bank.encodings, bank.labels),
