@@ -14,7 +14,7 @@ import timm_memwrap
 from timm_memwrap import explain
 from timm_memwrap.cli import main
 from timm_memwrap.data import open_source
-from timm_memwrap.explaining import evaluate_explanations, evaluate_unknown, memory_report
+from timm_memwrap.explaining import evaluate_explanations, evaluate_unknown, memory_report, ticked
 from timm_memwrap.jobs.explain import describe, find_images
 
 CLASSES = ["ant", "bee", "cow"]
@@ -203,9 +203,33 @@ def test_report_prints_and_draws(
     args = ["report", str(place / "model"), "--data", str(place / "data"), "--out", str(out)]
     assert main([*args, "--memory_data", str(place / "data/train"), "--progress", "false"]) == 0
     by_hand = [(Image.open(path), CLASSES.index(path.parent.name)) for path, _ in find_images([place / "data/test"])]
-    assert capsys.readouterr().out.strip() == str(memory_report(model, by_hand, progress=False)).strip()
+    expected = f"{memory_report(model, by_hand, progress=False)}\n\nWritten: {out}"
+    assert capsys.readouterr().out.strip() == expected.strip()
     with Image.open(out) as picture:
         assert picture.format == "PNG"
+
+
+def test_report_writes_a_table_and_a_page_of_the_memory_alone(
+    place: Path, model: timm_memwrap.MemoryWrapModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tmp_path / "report.csv", tmp_path / "report.html"]
+    args = ["report", str(place / "model"), "--out", f"[{files[0]}, {files[1]}]", "--progress", "false"]
+    assert main([*args, "--memory_data", str(place / "data/train")]) == 0
+    expected = memory_report(model, progress=False)
+    assert capsys.readouterr().out.startswith(str(expected))
+    assert ticked(files[0]) == ([], {})
+    assert files[0].read_text(encoding="utf-8-sig").count("\n") == 1 + len(expected.findings)
+    assert "no picture" not in files[1].read_text(encoding="utf-8")
+
+
+def test_report_names_the_images_of_the_memory_in_the_data(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["report", str(place / "model"), "--data", str(place / "data"), "--split", "train", "--json", "-"]
+    assert main(args) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["leaked"] == found["count"] == 12
+    leaks = {finding["id"]: finding["neighbours"] for finding in found["findings"] if finding["kind"] == "leak"}
+    assert len(leaks) == 12
+    assert all(sample_id in near for sample_id, near in leaks.items())
 
 
 @pytest.mark.parametrize("command", ["explain", "evaluate", "report"])
@@ -254,6 +278,7 @@ def test_names_do_not_steer_the_terminal(place: Path, tmp_path: Path, capsys: py
         (["evaluate", "{0}/model", "--data", "{0}/data", "--device", "warp"], "device='warp' cannot be used"),
         (["explain", "{0}/model", "{0}/data", "--batch_size", "0"], "batch_size=0"),
         (["report", "{0}/model", "--data", "{0}/data", "--workers", "-1"], "workers=-1"),
+        (["report", "{0}/model", "--out", "r.json"], "Unknown suffix of out='.json'. Pass one of '.csv'"),
         (["evaluate", "{0}/model", "--data", "{0}/data", "--split", "nope"], "There is no folder 'nope'"),
         (["report", "{0}/model", "--data", "{0}/others", "--split", ""], "does not know: 'elk'"),
     ],

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import timm_memwrap
 from timm_memwrap.explaining import memory_report
+from timm_memwrap.explaining.findings import KINDS
 from timm_memwrap.model import MemoryWrapModel
 
 
@@ -37,9 +38,8 @@ def test_it_agrees_with_a_count_by_hand(model: MemoryWrapModel, make_images: Cal
         assert sample.reads == expected[0]
         assert (sample.weight, sample.helping, sample.misleading) == pytest.approx(expected[1:], abs=1e-4)
         assert sample.id == bank.ids[sample.position]
-        assert sample.disputed == (int(bank.labels[sample.position]) != int(own[sample.position]))
+        assert sample.prediction == int(own[sample.position])
     assert report.never_read == [sample for sample in report.samples if sample.reads == 0]
-    assert {sample.position for sample in report.disputed} == {s.position for s in report.samples if s.disputed}
     harms = [sample.harm for sample in report.misleading]
     assert harms == sorted(harms, reverse=True)
     assert all(harm > 0 for harm in harms)
@@ -65,7 +65,9 @@ def test_a_wrong_label_is_found_and_removing_it_helps() -> None:
     report = memory_report(model, data, progress=False)
     assert report.wrong == 4
     assert [sample.id for sample in report.misleading] == ["s5"]
-    assert [sample.id for sample in report.disputed] == ["s5"]
+    assert [(finding.id, finding.action, finding.target) for finding in report.of_kind("label")] == [
+        ("s5", "relabel as", "class 1")
+    ]
     assert len(report.never_read) == 11
     assert "s5" in str(report)
     bank.remove([sample.id for sample in report.misleading])
@@ -78,6 +80,56 @@ def test_it_is_json(make_model: Callable[..., MemoryWrapModel], make_images: Cal
     assert report.count == 1
 
 
+def test_the_memory_alone_is_enough(make_model: Callable[..., MemoryWrapModel]) -> None:
+    model = make_model("wrapped", size=40)
+    alone, used = memory_report(model, progress=False), memory_report(model, [(torch.zeros(3, 32, 32), 0)], False)
+    assert (alone.size, alone.samples, alone.count, alone.misleading, alone.never_read) == (40, (), 0, [], [])
+    assert alone.findings == tuple(finding for finding in used.findings if finding.kind != "leak")
+    assert json.loads(alone.to_json())["findings"] == [finding.to_dict() for finding in alone.findings]
+
+
+def test_images_of_the_data_that_are_in_the_memory_are_leaks(
+    make_model: Callable[..., MemoryWrapModel], make_images: Callable[..., torch.Tensor]
+) -> None:
+    model = make_model("wrapped", size=40)
+    data = TensorDataset(torch.cat([make_images(5, seed=9), make_images(40, seed=1)[[7, 3]]]), torch.zeros(7).long())
+    report = memory_report(model, data, progress=False)
+    assert report.leaked == 2
+    assert {(f.id, f.action, f.target, f.neighbours) for f in report.of_kind("leak")} == {
+        (7, "remove", None, (5,)),
+        (3, "remove", None, (6,)),
+    }
+
+
+def test_findings_are_sorted_by_kind_and_score(make_model: Callable[..., MemoryWrapModel]) -> None:
+    model = make_model("wrapped", size=40)
+    bank = model.memory_bank
+    bank.append(bank.encodings[:5] * 1.5, bank.labels[:5].roll(1), [f"copy {i}" for i in range(5)])
+    report = memory_report(model, progress=False)
+    assert report.of_kind("label")
+    assert len(report.of_kind("duplicate")) == 5
+    assert list(report.findings) == [finding for kind in KINDS for finding in report.of_kind(kind)]
+    for kind in KINDS:
+        scores = [finding.score for finding in report.of_kind(kind)]
+        assert scores == sorted(scores, reverse=True)
+        assert all(0 <= score <= 1 for score in scores)
+    for finding in report.findings:
+        assert bank.ids[finding.position] == finding.id
+        assert finding.id not in finding.neighbours
+        assert str(finding.target or finding.action)[:16] in str(report)
+    with pytest.raises(ValueError, match="Unknown kind='labels'"):
+        report.of_kind("labels")
+
+
+def test_a_report_looks_at_a_memory_of_two_at_least(make_model: Callable[..., MemoryWrapModel]) -> None:
+    model = make_model("wrapped")
+    model.memory_bank.select([0, 1])
+    assert memory_report(model, progress=False).size == 2
+    model.memory_bank.select([0])
+    with pytest.raises(ValueError, match="one sample, which has no neighbours"):
+        memory_report(model, progress=False)
+
+
 def test_no_data_and_no_memory_are_refused(make_model: Callable[..., MemoryWrapModel]) -> None:
     with pytest.raises(ValueError, match="data is empty"):
         memory_report(make_model("wrapped"), [], progress=False)
@@ -85,5 +137,7 @@ def test_no_data_and_no_memory_are_refused(make_model: Callable[..., MemoryWrapM
     model.memory_bank.clear()
     with pytest.raises(ValueError, match="bank is empty"):
         memory_report(model, [])
+    with pytest.raises(ValueError, match="bank is empty"):
+        memory_report(model)
     with pytest.raises(ValueError, match="Wrap it"):
         memory_report(timm_memwrap.layers.BaselineMemory(4, 4), [])  # type: ignore[arg-type]

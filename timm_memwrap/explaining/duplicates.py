@@ -12,37 +12,61 @@ from timm_memwrap.explaining.neighbours import Neighbours
 
 __all__ = ["Sameness", "keep_one"]
 
-# The ball around a sample that reaches to the furthest of its 50 neighbours holds 50. If they are spread evenly, a
-# 65,536th of its volume holds one in 1 of 1,300 cases; what is nearer is the same picture.
+# The ball around a sample that reaches to the furthest of 50 neighbours holds 50. If they are spread evenly, a 65,536th
+# of its volume holds one in 1 of 1,300 cases; what is nearer is the same picture.
 _HALVINGS = 16
+# Where samples are nowhere near each other (features of very many dimensions), a copy is still less than half as far.
+_MOST = 0.5
 # Cosine distance of two encodings of one picture, up to rounding.
 _ROUNDING = 1e-6
+# Neighbours that tell how fast a ball fills.
+_ENOUGH = 4
 
 
 @dataclass(frozen=True)
 class Sameness:
-    """How near samples are that show the same picture, as a share of the distance of the furthest neighbour.
+    """How near samples are that show the same picture, as a share of the distance of one of their neighbours.
 
-    It depends on the network and the data how fast a ball of neighbours fills as it grows, but not on copies: it is
-    measured between half of the neighbours and all of them.
+    That neighbour is as far away as half of the class reaches, and at most the last of all: beyond its class, all is
+    far from a sample, and its whole class would look like copies. It depends on the network and the data how fast a
+    ball of neighbours fills as it grows, but not on copies, if half of the neighbours are measured against all of them.
+
+    Args:
+        share: The share of the distance.
+        reach: Which of the neighbours it is, by class; 0 for the nearest.
     """
 
     share: float
+    reach: Tensor
 
     @classmethod
-    def of(cls, neighbours: Neighbours) -> "Sameness":
-        """Measures it on the neighbours of all samples of a memory, `[M, K]`."""
-        distances = _distances(neighbours.similarities)
-        half, furthest = distances[:, (distances.shape[1] - 1) // 2], distances[:, -1].clamp(min=_ROUNDING)
+    def of(cls, neighbours: Neighbours, labels: Tensor, most: int) -> "Sameness":
+        """Measures it on the neighbours of all samples of a memory, `[M, K]`, with labels `[M]`.
+
+        Args:
+            most: The last of the neighbours that may be measured against, at most K.
+        """
+        count = ((labels.bincount() - 1) // 2).clamp(1, most)
+        reach, distances = count[labels].unsqueeze(1), _distances(neighbours.similarities)
+        half = (reach + 1) // 2
+        far, near = distances.gather(1, reach - 1), distances.gather(1, half - 1)
+        measured = (reach >= _ENOUGH) & (far > _ROUNDING)
+        if not bool(measured.any()):
+            return cls(0.0, count - 1)
         # Each halving of the volume brings the distance down by the same factor.
-        return cls(float((half / furthest).median()) ** _HALVINGS)
+        halving = (near / far)[measured].log() / (reach / half)[measured].log2()
+        return cls(min(_MOST, float((_HALVINGS * halving.median()).exp())), count - 1)
+
+    def furthest(self, neighbours: Neighbours, labels: Tensor) -> Tensor:
+        """Returns the similarities `[N]` to measure against, of samples that look like those of classes `[N]`."""
+        return neighbours.similarities.gather(1, self.reach[labels].unsqueeze(1)).flatten()
 
     def closeness(self, similarities: Tensor, furthest: Tensor) -> Tensor:
-        """Computes how near samples are: 1 for a copy, 0 for as far as the furthest neighbour.
+        """Computes how near samples are: 1 for a copy, 0 for as far as what is measured against.
 
         Args:
             similarities: Cosine similarities `[N, K]`.
-            furthest: That of the furthest neighbour, `[N]`.
+            furthest: Those to measure against, `[N]`.
         """
         return 1 - _distances(similarities) / _distances(furthest).clamp(min=_ROUNDING).unsqueeze(1)
 

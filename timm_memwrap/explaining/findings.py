@@ -70,7 +70,7 @@ def write_findings(findings: Iterable[Finding], path: str | os.PathLike) -> Path
         path: File to write, whole or not at all.
     """
     rows = io.StringIO(newline="")
-    writer = csv.writer(rows, lineterminator="\n")
+    writer = csv.writer(rows)
     writer.writerow(_COLUMNS)
     for f in findings:
         near = json.dumps(f.neighbours, ensure_ascii=False)

@@ -45,9 +45,9 @@ class Inspection:
         self._count = max(1, min(NEIGHBOURS, (size - 1) // 2))
         found = find_neighbours(self._index, self._keys.vectors, min(size - 1, self._count + _COPIES), progress)
         self._all = found
-        among = Neighbours(found.similarities[:, : self._count], found.positions[:, : self._count])
-        self._sameness = Sameness.of(among)
-        self._copies = self._sameness.same(found.similarities, among.similarities[:, -1])
+        self._sameness = Sameness.of(found, self._labels, self._count)
+        self._furthest = self._sameness.furthest(found, self._labels)
+        self._copies = self._sameness.same(found.similarities, self._furthest)
         # Its copies would support any label that they share with it.
         self._neighbours = found.without(self._copies, self._count)
         self._support = label_support(self._neighbours, self._labels)
@@ -56,13 +56,15 @@ class Inspection:
 
     def add(self, encodings: Tensor, start: int) -> None:
         """Looks for copies of a batch of the data, `[B, E]`, whose first image is at position `start`."""
-        similarities, positions = self._index.nearest(unit(wide(encodings)[:, : self._width]), self._count)
-        same = self._sameness.same(similarities, similarities[:, -1])
-        closeness = self._sameness.closeness(similarities, similarities[:, -1])
+        found = Neighbours(*self._index.nearest(unit(wide(encodings)[:, : self._width]), self._count))
+        similarities, positions = found
+        furthest = self._sameness.furthest(found, self._labels[positions[:, 0]])
+        same = self._sameness.same(similarities, furthest)
+        closeness = self._sameness.closeness(similarities, furthest)
         self.leaked += int(same.any(dim=1).sum())
         rows, columns = same.nonzero(as_tuple=True)
-        found = (part.tolist() for part in (rows, *(t[rows, columns] for t in (positions, closeness, similarities))))
-        for row, position, close, similarity in zip(*found, strict=True):
+        parts = (rows, *(part[rows, columns] for part in (positions, closeness, similarities)))
+        for row, position, close, similarity in zip(*(part.tolist() for part in parts), strict=True):
             self._leaks[position].append((close, start + row, similarity))
 
     @property
@@ -90,7 +92,7 @@ class Inspection:
         for i in (kept != own).nonzero().flatten().tolist():
             keep = int(kept[i])
             similarity = (vectors[i] @ vectors[keep]).reshape(1, 1)
-            score = float(self._sameness.closeness(similarity, self._furthest(i)).clamp(min=0))
+            score = float(self._sameness.closeness(similarity, self._furthest[i].reshape(1)).clamp(min=0))
             yield self._finding("duplicate", i, DUPLICATE_OF, ids[keep], score, (ids[keep],), (float(similarity),))
 
     def _leaked(self, data_ids: Sequence[SampleId]) -> Iterable[Finding]:
@@ -103,9 +105,6 @@ class Inspection:
         for i in out_of_place(self._neighbours, self._support.share).nonzero().flatten().tolist():
             score = min(1.0, 1 - float(self._neighbours.similarities[i, -1]))
             yield self._finding("out_of_place", i, REMOVE, None, score, *self._near(i))
-
-    def _furthest(self, position: int) -> Tensor:
-        return self._all.similarities[position, self._count - 1].reshape(1)
 
     def _near(self, position: int) -> tuple[tuple[SampleId, ...], tuple[float, ...]]:
         """Returns the ids of the nearest samples and their similarities."""

@@ -17,8 +17,8 @@ __all__ = ["NEIGHBOURS", "Neighbours", "Support", "find_neighbours", "label_supp
 NEIGHBOURS = 50
 # Scores computed at a time: 64 MB of float32.
 _MOST_SCORES = 2**24
-# Votes that each class has to begin with.
-_FIRST_VOTES = 2
+# Of so many votes, each class has one to begin with.
+_FIRST = 25
 # Samples whose neighbours vote at a time.
 _ROWS = 2**12
 
@@ -71,8 +71,8 @@ def label_support(neighbours: Neighbours, labels: Tensor) -> Support:
     """Computes how far the neighbours of each sample support its label.
 
     Neighbours vote, the nearer the more. So that a rare class does not lose for being rare, the votes of a class are
-    divided by the root of its size, and each class has two votes to begin with: a class of few samples has few
-    neighbours anywhere, which says little. In a second round, a vote counts as far as the voter's own label was
+    divided by the root of its size, and each class has a few votes to begin with: that a class of few samples has no
+    neighbours somewhere says little. In a second round, a vote counts as far as the voter's own label was
     supported in the first, and so does a sample in the size of its class.
 
     Args:
@@ -99,15 +99,16 @@ def _vote_of(rows: Tensor, neighbours: Neighbours, labels: Tensor, trust: Tensor
     furthest, spread = similarities[:, -1:], similarities[:, :1] - similarities[:, -1:]
     # From 1 for the nearest to 0 for the furthest; 1 for all where all are as near.
     weights = torch.where(spread > 0, (similarities - furthest) / spread, torch.ones_like(similarities))
-    first = _FIRST_VOTES * weights.mean(dim=1, keepdim=True)
+    unseen = weights.shape[1] / _FIRST
+    first = unseen * weights.mean(dim=1, keepdim=True)
     theirs = labels[positions]
     weights = weights * trust[positions]
     # The votes [B, K] of the class of each neighbour.
     votes = ((theirs.unsqueeze(1) == theirs.unsqueeze(2)) * weights.unsqueeze(1)).sum(dim=2)
-    votes = (votes + first) / (sizes[theirs] + _FIRST_VOTES).sqrt()
+    votes = (votes + first) / (sizes[theirs] + unseen).sqrt()
     is_own = theirs == own.unsqueeze(1)
     for_own = (weights * is_own).sum(dim=1) + first.flatten()
-    for_own = for_own / (sizes[own] - trust[rows] + _FIRST_VOTES).sqrt()
+    for_own = for_own / (sizes[own] - trust[rows] + unseen).sqrt()
     best, place = votes.masked_fill(is_own, 0.0).max(dim=1)
     other = torch.where(best > 0, theirs.gather(1, place.unsqueeze(1)).flatten(), own)
     return Support(for_own / (for_own + best), other)

@@ -17,11 +17,9 @@ from timm_memwrap import explain
 from timm_memwrap.data import to_picture
 from timm_memwrap.explaining import (
     attribute,
-    memory_report,
     plot_explanation,
     plot_explanations,
     plot_heatmaps,
-    plot_memory_report,
 )
 from timm_memwrap.explaining.figures import plots
 from timm_memwrap.explaining.figures.page import BLUE, ORANGE
@@ -160,24 +158,6 @@ def test_counts_that_differ_are_refused(
         plot_explanations(model, images, labels=[0, 1, 2])
     with pytest.raises(ValueError, match="plot_explanations"):
         plot_explanation(model, images)
-
-
-def test_a_report_is_drawn_for_the_bank_as_it_is(
-    make_model: Callable[..., MemoryWrapModel], make_images: Callable[..., torch.Tensor], tmp_path: Path
-) -> None:
-    model = make_model("wrapped", size=12)
-    report = memory_report(model, TensorDataset(make_images(6), torch.arange(6) % 4), progress=False)
-    text = "\n".join(_texts(plot_memory_report(model, report, path=tmp_path / "report.png")))
-    assert f"Misleading: {len(report.misleading)} of 12" in text
-    assert f"Disputed: {len(report.disputed)} of 12" in text
-    for sample in report.misleading[:6]:
-        assert f"labelled {sample.class_name}" in text
-        assert f"\n{sample.misleading:.1f}\n{sample.helping:.1f}\n{sample.id}\n" in text
-    assert f"{report.wrong} of 6 predictions are wrong" in text
-    assert (tmp_path / "report.png").stat().st_size > 0
-    model.memory_bank.remove([0])
-    with pytest.raises(ValueError, match="memory_report again"):
-        plot_memory_report(model, report)
 
 
 def test_matplotlib_is_imported_for_a_figure_only() -> None:
