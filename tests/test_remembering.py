@@ -161,6 +161,7 @@ def test_images_of_several_classes_are_remembered(labels: Any) -> None:
         (lambda: _remember(model, new_images(1), [["zebra"]]), "'zebra' is neither"),
         (lambda: _remember(model, new_images(1), torch.zeros(1, 9)), r"\[1, 9\]; expected \[1, 4\]"),
         (lambda: model.forget(classes="bee"), "multi-hot"),
+        (lambda: model.forget(classes=0), "multi-hot"),
         (lambda: model.relabel({0: "bee"}), "multi-hot"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -185,6 +186,17 @@ def test_files_are_named_as_a_data_set_names_them(tmp_path: Path) -> None:
         Image.new("RGB", (40, 40), (9, 9, 9)).save(tmp_path / name)
     _remember(model, [tmp_path / "bee" / "1.png", str(tmp_path / "2.png")], "bee")
     assert model.memory_bank.ids[-2:] == ["bee/1.png", "2.png"]
+
+
+def test_a_memory_read_through_an_index_grows(tmp_path: Path) -> None:
+    model = _named()
+    model.use_index("flat", path=tmp_path / "memory.faiss")
+    model(new_images())
+    images = new_images(3, seed=9)
+    _remember(model, images, "zebra")
+    with torch.no_grad():
+        found = model(images)
+        assert torch.allclose(model.use_index(None)(images), found, atol=1e-4)
 
 
 def test_what_was_derived_and_calibrated_is_dropped() -> None:

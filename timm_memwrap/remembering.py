@@ -120,11 +120,11 @@ def forget(
         ValueError: If an id or a class is not in the memory, or nothing would be left. Nothing is then changed.
     """
     check_memory(model, stale="refuse", rehash=True)
-    if classes:
-        check_single_label(model, "forget(classes=...)")
     bank, names = model.memory_bank, class_names(model)
     wanted = [ids] if isinstance(ids, str | int) else list(ids)
     whole = [_class_index(each, names) for each in ([classes] if isinstance(classes, str | int) else classes)]
+    if whole:
+        check_single_label(model, "forget(classes=...)")
     missing = [names[label] for label in whole if label not in bank.class_counts]
     if missing:
         raise ValueError(f"The memory has no sample of {missing[0]!r}, so there is none to forget.")
