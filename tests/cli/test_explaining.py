@@ -219,7 +219,7 @@ def test_report_writes_a_table_and_a_page_of_the_memory_alone(
     assert capsys.readouterr().out.startswith(str(expected))
     assert ticked(files[0]) == ([], {})
     assert files[0].read_text(encoding="utf-8-sig").count("\n") == 1 + len(expected.findings)
-    assert "no picture" not in files[1].read_text(encoding="utf-8")
+    assert 'class="absent"' not in files[1].read_text(encoding="utf-8")
 
 
 def test_report_names_the_images_of_the_memory_in_the_data(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
