@@ -187,7 +187,7 @@ def test_an_exception_midway_leaves_the_old_bank(where: str, monkeypatch: pytest
     if where == "selection":
         monkeypatch.setattr("timm_memwrap.building.find_candidates", broken)
     if where == "bank":
-        monkeypatch.setattr("timm_memwrap.memory_bank.check_state", broken)
+        monkeypatch.setattr("timm_memwrap.bank_state.check_state", broken)
     with pytest.raises(KeyboardInterrupt):
         build_memory_bank(model, stream() if where == "data" else _data(), size=None, progress=False)
     assert model.memory_bank is old
