@@ -57,8 +57,9 @@ def build_memory_bank(
             where it shows.
         size: Most samples to remember; `None` for all.
         selection: `"herding"`, an even share of each class, whose mean is close to that of the class; up to 100 random
-            samples of each are encoded to choose from. `"balanced"`, even shares at random; `"random"`; `"all"`. Where
-            images may have several classes, shares are about even, and herding follows the mean of all samples.
+            samples of each are encoded to choose from, and the last digits of encodings, which batches of another size
+            change, may change the choice. `"balanced"`, even shares at random; `"random"`; `"all"`. Where images may
+            have several classes, shares are about even, and herding follows the mean of all samples.
         store_images: Whether to keep small uint8 images, at most 64 pixels a side, for people to look at. They stay in
             the bank when it is saved.
         seed: Seed of the choice.
