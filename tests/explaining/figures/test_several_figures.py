@@ -36,7 +36,7 @@ def explained(
         bias = model.backbone.get_classifier().bias
         bias -= model(images).amax(dim=1).sort().values[4]
     bank = model.memory_bank
-    bank.set_encoder(model.encoder_fingerprint())
+    bank.set_provenance(encoder=model.encoder_fingerprint())
     explanations = explain(model, images, top_k=3)
     # One of two classes at least, and one of none.
     chosen = [
