@@ -92,7 +92,8 @@ def open_data(recipe: Recipe, progress: bool, source: nn.Module | None = None) -
 
 
 def check_one_class_each(recipe: Recipe, what: str) -> None:
-    """Raises if training images of a recipe may have several classes, which `what` cannot take."""
+    """Raises if a recipe contradicts itself, or its images may have several classes, which `what` cannot take."""
+    check_recipe(recipe)
     data = recipe.data
     images = open_dataset(data.dataset, data.data_dir, data.train_split, download=data.download)
     if images.multi_label:
