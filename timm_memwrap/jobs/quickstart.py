@@ -42,9 +42,7 @@ def run_quickstart(recipe: Recipe, out: str | os.PathLike, progress: bool = True
         raise ValueError(
             f"memory.mode={recipe.memory.mode!r}: the quickstart trains the plain classifier. Pass none, or call train."
         )
-    # Without data, `train` says so, after what else is wrong.
-    if recipe.data.dataset or recipe.data.data_dir:
-        check_one_class_each(recipe, "The quickstart")
+    check_one_class_each(recipe, "The quickstart")
     report = train(recipe, out, overwrite=True, progress=progress)
     with_head = copy.deepcopy(recipe)
     with_head.memory.mode = "batch"
