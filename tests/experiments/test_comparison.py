@@ -27,7 +27,7 @@ from timm_memwrap.training.recipes import find_recipe, load_recipe, recipe_names
 
 Make = Callable[..., Comparison]
 # Heads whose query holds what the classifier says.
-ANSWERING = ("vote", "logits", "probabilities", "joint")
+ANSWERING = ("vote", "logits", "probabilities", "joint", "joint_equal")
 
 
 def _fitted(compared: Compared, run: str, tmp_path: Path, seed: int = 0, **kwargs: bool) -> Fitted:
