@@ -341,7 +341,7 @@ def test_own_logits_of_other_heads_are_a_read_with_the_sample_itself_hidden(
     variant: str, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = fill(new_model(variant))
-    monkeypatch.setattr("timm_memwrap.model._MOST_SCORES", block * len(model.memory_bank))
+    monkeypatch.setattr("timm_memwrap.bank_memory._MOST_SCORES", block * len(model.memory_bank))
     encodings, labels = model.memory_bank.filled()
     expected = []
     with torch.no_grad():

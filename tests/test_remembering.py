@@ -188,6 +188,34 @@ def test_files_are_named_as_a_data_set_names_them(tmp_path: Path) -> None:
     assert model.memory_bank.ids[-2:] == ["bee/1.png", "2.png"]
 
 
+@pytest.mark.parametrize("given", [{"dtype": torch.float16}, {"mode": True}])
+def test_neither_the_precision_of_the_bank_nor_the_mode_changes_a_row(given: dict[str, Any]) -> None:
+    """The classifier of this model has a norm, which would follow the batch in training mode."""
+    rows = []
+    for dtype, mode in ((torch.float32, False), (given.get("dtype", torch.float32), given.get("mode", False))):
+        torch.manual_seed(0)
+        name = "memwrap_evidence_repvit_m1"
+        model = fill(timm.create_model(name, num_classes=CLASSES, distillation=False).eval())
+        model.memory_bank.set_class_names(NAMES)
+        model.memory_bank.store_as(dtype)
+        _remember(model.train(mode), new_images(3, seed=9), "zebra")
+        assert model.training is mode
+        rows.append(model.get_classifier().state_dict())
+    for one, other in zip(*(row.values() for row in rows), strict=True):
+        assert torch.allclose(one, other, atol=2e-2 * float(one.abs().max()))
+
+
+def test_only_added_classes_may_be_left() -> None:
+    model = _named()
+    _remember(model, (image for image in new_images(3, seed=9)), "zebra")
+    model.forget(classes=NAMES)
+    with torch.no_grad():
+        logits = model(new_images(3, seed=9))
+    assert logits.isfinite().all()
+    # Nothing says how much the trained classes can bear, so half of the new samples are enough.
+    assert CLASSES in logits.argmax(dim=1)
+
+
 def test_a_memory_read_through_an_index_grows(tmp_path: Path) -> None:
     model = _named()
     model.use_index("flat", path=tmp_path / "memory.faiss")

@@ -10,18 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from timm_memwrap._utils import evaluating
+from timm_memwrap.attention import wide
 from timm_memwrap.backbone import OwnClassifier, last_layer, replace_rows
-from timm_memwrap.bank_memory import BankMemory
+from timm_memwrap.bank_memory import BankMemory, spread
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.new_classes import new_rows
 
 __all__ = ["check_can_add", "learn_classes"]
 
-# Encodings that a classifier looks at at a time, memory samples that are read, and scores computed at a time.
+# Encodings that a classifier looks at at a time.
 _ROWS = 2**12
-_READS = 500
-_MOST_SCORES = 2**24
 
 
 def check_can_add(model: MemoryWrapModel, name: str) -> None:
@@ -53,8 +51,9 @@ def learn_classes(model: MemoryWrapModel, num_classes: int, added: int, encoding
         labels: Their labels `[M]`. Each added class has a sample.
     """
     if model.keeps_classifier:
-        first = num_classes - added
-        replace_rows(model.backbone, first, *_rows(model, first, added, encodings, labels))
+        # A read computes in no less than float32, whatever the bank stores.
+        rows = _rows(model, num_classes - added, added, wide(encodings), labels)
+        replace_rows(model.backbone, num_classes - added, *rows)
     if num_classes != model.num_classes:
         model.num_classes = model.head.output_dim = num_classes
         # It was fitted to other classes.
@@ -69,15 +68,15 @@ def _rows(model: MemoryWrapModel, first: int, added: int, encodings: Tensor, lab
     bias = weight.new_zeros(first) if layer.bias is None else layer.bias.detach().float()
     if not added:
         return weight[:0], bias[:0]
-    with evaluating(model):
+    with torch.no_grad():
         features = _inputs_of(layer, own, encodings)
         reads = _inputs_of(layer, own, _right_reads(model, trained, first, encodings, labels))
     return new_rows(weight, bias, features, labels, reads, added)
 
 
 def _with_first_classes(model: MemoryWrapModel, count: int) -> Any:
-    """Returns what stands for the backbone with the classes alone that it was trained on."""
-    classifier = copy.deepcopy(model.backbone.get_classifier())
+    """Returns what stands for the backbone, in evaluation, with the classes alone that it was trained on."""
+    classifier = copy.deepcopy(model.backbone.get_classifier()).eval()
     size = model.backbone.head_hidden_size
     trained = SimpleNamespace(get_classifier=lambda: classifier, head_hidden_size=size, num_classes=model.num_classes)
     nothing = next(classifier.parameters()).new_zeros(0)
@@ -91,31 +90,25 @@ def _right_reads(model: MemoryWrapModel, trained: Any, first: int, encodings: Te
     A vote has no such vectors, so there it is the samples themselves.
     """
     old = (labels < first).nonzero().flatten()
-    chosen = old[torch.linspace(0, len(old) - 1, min(_READS, len(old)), device=labels.device).long()]
-    own = OwnClassifier(trained, False)
+    chosen, own = spread(old), OwnClassifier(trained, False)
     if model.memory_args["classifier"] == "vote":
         vectors = encodings[chosen]
     else:
         # The head, with the classifier as it was trained in place of the model's.
-        head = copy.deepcopy(model.head, {id(model.backbone): trained})
-        memory = head.prepare(encodings, labels)
-        known = BankMemory(head, memory, None)
-        parts = [encodings[:0]]
-        for positions in chosen.split(max(1, _MOST_SCORES // len(labels))):
-            hidden = known.alike(positions, encodings)
-            parts.append(head.read(head.query(encodings[positions]), memory, hidden).vector)
-        vectors = torch.cat(parts)
-    return vectors[own(vectors).argmax(dim=1) == labels[chosen]] if len(chosen) else vectors
+        head = copy.deepcopy(model.head, {id(model.backbone): trained}).eval()
+        known = BankMemory(head, head.prepare(encodings, labels), None)
+        blocks = known.left_out(chosen, encodings)
+        vectors = torch.cat([head.read(head.query(part), known.memory, hidden).vector for part, hidden in blocks])
+    return vectors[own(vectors).argmax(dim=1) == labels[chosen]]
 
 
 def _inputs_of(layer: nn.Module, classifier: nn.Module, encodings: Tensor) -> Tensor:
     """Returns what the last layer sees of encodings `[M, E]`, `[M, D]`: a norm may come before it."""
-    seen = [layer.weight.new_zeros(0, layer.weight.flatten(1).shape[1]).float()]  # type: ignore[operator]
+    seen = list[Tensor]()
     hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1).float()))
     try:
         for part in encodings.split(_ROWS):
-            if len(part):
-                classifier(part)
+            classifier(part)
     finally:
         hook.remove()
     return torch.cat(seen)

@@ -4,7 +4,7 @@ Shapes: M memory samples, P of them asked for, C classes.
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,17 @@ from timm_memwrap.memory_bank import MemoryBank
 from timm_memwrap.memory_layer import MemoryLayer, PreparedMemory
 from timm_memwrap.search import ExactIndex, FaissIndex
 
-__all__ = ["BankMemory", "are_same", "bank_memory", "empty_memory", "warn_of_empty_memory"]
+__all__ = ["BankMemory", "are_same", "bank_memory", "empty_memory", "spread", "warn_of_empty_memory"]
 
 _logger = logging.getLogger(__name__)
 
 # Up to so many samples, scoring and weighing all of them is as quick as a search, and never waits for the device.
 DENSE_SIZE = 4096
+
+# Scores computed at a time when memory samples are read themselves: 64 MB of float32.
+_MOST_SCORES = 2**24
+# As many of them at most stand for all.
+_SPREAD = 500
 
 # Encodings compared at a time.
 _ROWS = 2**14
@@ -59,6 +64,29 @@ class BankMemory:
         if int(self.groups.max()) == len(self.groups) - 1:
             return positions.unsqueeze(1)
         return self.groups[positions].unsqueeze(1) == self.groups
+
+    def blocks(self, positions: Tensor) -> tuple[Tensor, ...]:
+        """Splits positions `[P]` into blocks that can be read at a time."""
+        return positions.split(max(1, _MOST_SCORES // len(self.memory.keys.vectors)))
+
+    def left_out(self, positions: Tensor, encodings: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields what to read samples at positions `[P]` with, each without itself and its copies, block by block.
+
+        Args:
+            positions: The samples.
+            encodings: Encodings `[M, E]` of all samples.
+
+        Yields:
+            Encodings `[B, E]` in the precision of the keys, and what is hidden from each, as `alike` returns it.
+        """
+        for part in self.blocks(positions):
+            yield encodings[part].to(self.memory.keys.vectors.dtype), self.alike(part, encodings)
+
+
+def spread(positions: Tensor) -> Tensor:
+    """Returns up to 500 of positions `[P]`, spread evenly over them."""
+    count = min(_SPREAD, len(positions))
+    return positions[torch.linspace(0, len(positions) - 1, count, device=positions.device).long()]
 
 
 def groups_of(encodings: Tensor) -> Tensor:

@@ -17,9 +17,6 @@ from timm_memwrap.rows import Rows
 
 __all__ = ["BankState"]
 
-# Attributes that a copy begins without.
-_NOT_COPIED: dict[str, Any] = {"_derived": [None], "_rows": {}, "_lock": None}
-
 
 class BankState(nn.Module):
     """Buffers and what they mean, as a bank has them; what is done with them is `MemoryBank`'s."""
@@ -107,13 +104,12 @@ class BankState(nn.Module):
             self._take(own, meaning, largest_label(state["labels"]))
 
     def _take(self, buffers: Mapping[str, Tensor | None], meaning: Meaning, largest_label: int) -> None:
-        """Replaces the state in one step, so that no snapshot holds half of it."""
-        with self._lock:
-            self._buffers = {**self._buffers, **buffers}
-            self._meaning = LiveMeaning(meaning)
-            self._derived = [None]
-            # Known beforehand, since asking a device for it makes a read wait.
-            self.largest_label = largest_label
+        """Replaces the state. Whoever holds the lock does, so that no snapshot holds half of it."""
+        self._buffers = {**self._buffers, **buffers}
+        self._meaning = LiveMeaning(meaning)
+        self._derived = [None]
+        # Known beforehand, since asking a device for it makes a read wait.
+        self.largest_label = largest_label
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Moves the buffers, and leaves their dtype: half of an encoding's digits cannot be brought back."""
@@ -131,7 +127,7 @@ class BankState(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, **_NOT_COPIED}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_derived", "_rows", "_lock")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

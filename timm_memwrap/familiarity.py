@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from timm_memwrap._utils import evaluating
-from timm_memwrap.bank_memory import BankMemory
+from timm_memwrap.bank_memory import BankMemory, spread
 from timm_memwrap.meaning import QUANTILES
 from timm_memwrap.memory_bank import Reference
 from timm_memwrap.model import MemoryWrapModel
@@ -18,10 +18,6 @@ __all__ = ["UNFAMILIAR", "familiarity", "fit_reference", "quantiles_of", "refere
 
 # An input below this familiarity is counted as unfamiliar.
 UNFAMILIAR = 0.05
-# Without held-out images, as many memory samples at most stand in for them.
-_LEFT_OUT = 500
-# Scores computed at a time for that: 64 MB of float32.
-_MOST_SCORES = 2**24
 # Keeps the width of an interval of equal quantiles above 0.
 _TINY = 1e-12
 
@@ -73,10 +69,7 @@ def _read_of(model: MemoryWrapModel) -> str:
 def _remainders_of_samples(model: MemoryWrapModel, known: BankMemory) -> Tensor:
     """Returns the remainders `[N]` of up to 500 memory samples, spread over the memory, each hidden from itself."""
     encodings, labels = model.memory_bank.filled()
-    chosen = torch.linspace(0, len(labels) - 1, min(_LEFT_OUT, len(labels)), device=labels.device).long()
-    found = []
+    chosen = spread(torch.arange(len(labels), device=labels.device))
     with evaluating(model):
-        for positions in chosen.split(max(1, _MOST_SCORES // len(labels))):
-            encoding = encodings[positions].to(known.memory.keys.vectors.dtype)
-            found.append(model.read(encoding, known.memory, known.alike(positions, encodings)).remainder)
-    return torch.cat(found)
+        blocks = known.left_out(chosen, encodings)
+        return torch.cat([model.read(encoding, known.memory, hidden).remainder for encoding, hidden in blocks])

@@ -32,8 +32,6 @@ __all__ = ["MemoryWrapModel"]
 _logger = logging.getLogger(__name__)
 
 QUEUE_SIZE = 1024
-# Scores computed at a time when memory samples are classified themselves: 64 MB of float32.
-_MOST_SCORES = 2**24
 
 
 class MemoryWrapModel(TimmInterface):
@@ -203,12 +201,13 @@ class MemoryWrapModel(TimmInterface):
         known, (encodings, _) = self.prepared_bank(), self.memory_bank.filled()
         memory, parts = known.memory, []
         with torch.no_grad():
-            for part in positions.split(max(1, _MOST_SCORES // len(memory.keys.vectors))):
-                encoding = encodings[part].to(memory.keys.vectors.dtype)
-                if self.memory_args["classifier"] == "own":
+            if self.memory_args["classifier"] == "own":
+                for part in known.blocks(positions):
+                    encoding = encodings[part].to(memory.keys.vectors.dtype)
                     parts.append(self.calibration(self.head.classify(encoding, encoding)))
-                else:
-                    parts.append(self._read(encoding, memory, known.alike(part, encodings), ranked=False).logits)
+            else:
+                for encoding, hidden in known.left_out(positions, encodings):
+                    parts.append(self._read(encoding, memory, hidden, ranked=False).logits)
         return torch.cat(parts)
 
     def own_predictions(self, positions: Tensor | None = None) -> Tensor:

@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from numbers import Integral
-from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -14,10 +13,11 @@ from tqdm import tqdm
 
 from timm_memwrap._utils import evaluating, printable
 from timm_memwrap.added_classes import check_can_add, learn_classes
-from timm_memwrap.data import batches_of, class_names, known_class_names, one_by_one, small_images
+from timm_memwrap.data import BATCH_SIZE, class_names, known_class_names, one_by_one, small_images, to_batch
 from timm_memwrap.memory_bank import MemoryBank, SampleId
 from timm_memwrap.memory_checks import check_memory, check_single_label
 from timm_memwrap.model import MemoryWrapModel
+from timm_memwrap.sample_ids import short_name
 
 __all__ = ["forget", "relabel", "remember"]
 
@@ -79,7 +79,8 @@ def remember(
     chosen = list(ids) if ids is not None else _default_ids(bank, several, targets, names)
     parts, pictures = list[Tensor](), list[Tensor]()
     with evaluating(model), tqdm(total=len(several), desc="Remember", unit="img", disable=not progress) as bar:
-        for batch in batches_of(model, images):
+        for start in range(0, len(several), BATCH_SIZE):
+            batch = to_batch(model, several[start : start + BATCH_SIZE])
             parts.append(model.encode(batch).float())
             if bank.images is not None:
                 pictures.append(small_images(batch.cpu(), model, bank.images.shape[-2:]))
@@ -216,9 +217,7 @@ def _default_ids(bank: MemoryBank, images: Sequence[Any], targets: Tensor, names
     number, ids = bank.provenance.appended, list[SampleId]()
     for image, target in zip(images, targets, strict=True):
         if isinstance(image, str | os.PathLike):
-            parts = PurePath(image).parts
-            in_class_folder = target.ndim == 0 and parts[-2:-1] == (names[int(target)],)
-            ids.append("/".join(parts[-2:] if in_class_folder else parts[-1:]))
+            ids.append(short_name(os.fspath(image), "" if target.ndim else names[int(target)]))
             continue
         number += 1
         while f"remembered-{number}" in bank:

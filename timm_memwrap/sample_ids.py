@@ -1,12 +1,13 @@
 """Names of memory samples: unique, in memory order, and cheap to add to."""
 
 import operator
+import re
 import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, overload
 
-__all__ = ["SampleId", "SampleIds", "plain_ids"]
+__all__ = ["SampleId", "SampleIds", "plain_ids", "short_name"]
 
 SampleId = int | str
 
@@ -102,3 +103,15 @@ def plain_ids(ids: Iterable[Any]) -> list[SampleId]:
                 f"Id {sample_id!r} is neither text nor a whole number. Pass file names or positions."
             ) from None
     return plain
+
+
+def short_name(path: str, folder: str = "") -> str:
+    """Returns the last part of a path or link of any system, and with it the last folder if that is `folder`."""
+    if "://" in path:
+        # The query of a link may hold a token.
+        path = re.split(r"[?#]", path, maxsplit=1)[0]
+    if not re.search(r"[/\\]", path):
+        return path
+    parts = re.split(r"[/\\]+", path.rstrip("/\\"))
+    keeps_folder = bool(folder) and parts[-2:-1] == [folder]
+    return "/".join(parts[-2:] if keeps_folder else parts[-1:]) or "unnamed"

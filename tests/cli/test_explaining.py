@@ -4,11 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
+from training_images import write_noise
 
 import timm_memwrap
 from timm_memwrap import explain
@@ -18,23 +18,15 @@ from timm_memwrap.explaining import evaluate_explanations, evaluate_unknown, mem
 from timm_memwrap.jobs.explain import describe, find_images
 
 CLASSES = ["ant", "bee", "cow"]
-
-
-def _write_images(folder: Path, classes: list[str], each: int, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    for name in classes:
-        (folder / name).mkdir(parents=True)
-        for i in range(each):
-            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) // (1 + CLASSES.index(name))
-            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+DIVISORS = {"ant": 1, "bee": 2, "cow": 3}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model in `model`, and images in `data/train`, of which its memory is, and in `data/test`."""
     root = tmp_path_factory.mktemp("place")
-    _write_images(root / "data" / "train", CLASSES, 4, seed=0)
-    _write_images(root / "data" / "test", CLASSES[1:], 3, seed=1)
+    write_noise(root / "data" / "train", DIVISORS, 4, seed=0)
+    write_noise(root / "data" / "test", {name: DIVISORS[name] for name in CLASSES[1:]}, 3, seed=1)
     torch.manual_seed(0)
     backbone = timm.create_model("test_resnet", num_classes=3, pretrained_cfg_overlay={"input_size": (3, 32, 32)})
     torch.nn.init.normal_(backbone.get_classifier().weight)

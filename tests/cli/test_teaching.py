@@ -4,11 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from training_images import write_noise
 
 import timm_memwrap
 from timm_memwrap.cli import main
@@ -18,20 +17,12 @@ from timm_memwrap.data import open_source
 CLASSES = ["ant", "bee", "cow"]
 
 
-def _write_images(folder: Path, classes: list[str], each: int, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    for name in classes:
-        (folder / name).mkdir(parents=True)
-        for i in range(each):
-            Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / name / f"{seed}-{i}.png")
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model in `model`, and images in `data`, of which its memory is, and in `more`."""
     root = tmp_path_factory.mktemp("place")
-    _write_images(root / "data", CLASSES, 4, seed=0)
-    _write_images(root / "more", ["bee", "yak", "zebra"], 2, seed=1)
+    write_noise(root / "data", dict.fromkeys(CLASSES, 1), 4, seed=0, prefix="0-")
+    write_noise(root / "more", dict.fromkeys(["bee", "yak", "zebra"], 1), 2, seed=1, prefix="1-")
     torch.manual_seed(0)
     backbone = timm.create_model("test_resnet", num_classes=3, pretrained_cfg_overlay={"input_size": (3, 32, 32)})
     model = timm_memwrap.wrap(backbone).eval()

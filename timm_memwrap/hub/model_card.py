@@ -12,10 +12,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from timm_memwrap._utils import printable
 from timm_memwrap.constants import CARD_FIGURE_FILE, CARD_FILE, CONFIG_FORMAT_VERSION
-from timm_memwrap.hub.privacy import file_name
 from timm_memwrap.memory_bank import MemoryBank
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.registry import split_name
+from timm_memwrap.sample_ids import short_name
 
 __all__ = ["CardDetails", "describe_memory", "loading_code", "make_card", "named_counts", "update_memory", "write_card"]
 
@@ -125,7 +125,7 @@ def named_counts(bank: MemoryBank) -> list[tuple[str, int]]:
 
 
 def _memory(bank: MemoryBank) -> str:
-    values = {**describe_memory(bank), "dataset": file_name(bank.provenance.dataset), "classes": named_counts(bank)}
+    values = {**describe_memory(bank), "dataset": short_name(bank.provenance.dataset), "classes": named_counts(bank)}
     return _render("memory.md.jinja", begin=_BEGIN, end=_END, **values)
 
 
@@ -175,7 +175,7 @@ def _results(details: dict[str, Any], bank: MemoryBank) -> list[EvalResult]:
         if metric == "accuracy" and not 0 <= value <= 1:
             raise ValueError(f"The accuracy for the model card is {value!r}. Pass a fraction, between 0 and 1.")
         # A path stays here.
-        dataset = file_name(str(item.get("dataset") or item.get("dataset_id") or "unknown"))
+        dataset = short_name(str(item.get("dataset") or item.get("dataset_id") or "unknown"))
         results.append(
             EvalResult(
                 task_type="image-classification",

@@ -1,13 +1,13 @@
 """What of a memory bank may leave the machine."""
 
 import dataclasses
-import re
 from collections.abc import Iterable
 from itertools import chain, count
 
 from timm_memwrap.memory_bank import MemoryBank, SampleId
+from timm_memwrap.sample_ids import short_name
 
-__all__ = ["file_name", "public_bank"]
+__all__ = ["public_bank"]
 
 
 def public_bank(bank: MemoryBank, include_images: bool = False) -> MemoryBank:
@@ -24,27 +24,15 @@ def public_bank(bank: MemoryBank, include_images: bool = False) -> MemoryBank:
         classes = [""] * len(bank) if bank.multi_label else [names.get(label, "") for label in labels.tolist()]
         ids = _public_ids(bank.ids, classes)
         images = bank.images if include_images else None
-        provenance = dataclasses.replace(bank.provenance, dataset=file_name(bank.provenance.dataset))
+        provenance = dataclasses.replace(bank.provenance, dataset=short_name(bank.provenance.dataset))
         public.replace(encodings, labels, ids, images, bank.class_names, provenance, encodings.dtype)
         public.set_reference(bank.reference)
     return public
 
 
-def file_name(path: str, folder: str = "") -> str:
-    """Returns the last part of a path or link of any system, and with it the last folder if that is `folder`."""
-    if "://" in path:
-        # The query of a link may hold a token.
-        path = re.split(r"[?#]", path, maxsplit=1)[0]
-    if not re.search(r"[/\\]", path):
-        return path
-    parts = re.split(r"[/\\]+", path.rstrip("/\\"))
-    keeps_folder = bool(folder) and parts[-2:-1] == [folder]
-    return "/".join(parts[-2:] if keeps_folder else parts[-1:]) or "unnamed"
-
-
 def _public_ids(ids: Iterable[SampleId], classes: Iterable[str]) -> list[SampleId]:
     """Reduces ids that look like paths, and keeps them unique."""
-    reduced = [i if isinstance(i, int) else file_name(i, name) for i, name in zip(ids, classes, strict=True)]
+    reduced = [i if isinstance(i, int) else short_name(i, name) for i, name in zip(ids, classes, strict=True)]
     taken = {new for new, old in zip(reduced, ids, strict=True) if new == old}
     public: list[SampleId] = []
     for new, old in zip(reduced, ids, strict=True):

@@ -13,6 +13,7 @@ from timm_memwrap.jobs.inference import Inference
 from timm_memwrap.memory_bank import SampleId
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.remembering import forget, relabel, remember
+from timm_memwrap.training.processes import find_device
 
 __all__ = ["editing", "forget_samples", "remember_folder"]
 
@@ -26,7 +27,7 @@ def editing(source: str, out: str | os.PathLike | None, device: str | None = Non
     """
     if out is None and not os.path.isdir(source):
         raise ValueError(f"{source!r} is not a directory that the changed model could be saved to. Pass --out FOLDER.")
-    model = from_pretrained(source).to(Inference(device).find_device())
+    model = from_pretrained(source).to(find_device(device))
     yield model
     save_pretrained(model.cpu(), source if out is None else out)
 
