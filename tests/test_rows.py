@@ -32,7 +32,7 @@ def test_rows_added_one_after_the_other_are_those_added_at_once(dtype: torch.dty
     known: dict[str, Rows] = {}
     tensor, seen, storages = parts[0], [], set()
     for part in parts[1:]:
-        tensor = add_rows(known, "name", tensor, part)
+        tensor = add_rows(known, {"name": tensor}, {"name": part})["name"]
         seen.append((tensor, tensor.clone()))
         storages.add(tensor.data_ptr())
     assert torch.equal(tensor, torch.cat(parts))
