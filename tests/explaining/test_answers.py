@@ -63,7 +63,8 @@ def test_the_same_answer_is_the_same_query(kind: str) -> None:
     if "logits" not in kind:
         # The picture is as it was.
         width = model.head_hidden_size
-        assert torch.equal(query_as_if(model, encoding, exchange(logits))[:, :width], query[:, :width])
+        pictures = query_as_if(model, encoding, exchange(logits))[:, :width]
+        torch.testing.assert_close(pictures, query[:, :width], rtol=1e-6, atol=0)
 
 
 def test_the_best_and_the_second_are_exchanged() -> None:
