@@ -117,6 +117,11 @@ class OwnClassifier(nn.Module):
         self._backbone: list[Any] = [backbone]
         self.with_logits = with_logits
 
+    @property
+    def is_meta(self) -> bool:
+        """Whether the classifier's weights have no values yet."""
+        return any(parameter.is_meta for parameter in self._backbone[0].get_classifier().parameters())
+
     def forward(self, encoding: Tensor) -> Tensor:
         """Returns logits `[N, C]`."""
         backbone = self._backbone[0]

@@ -3,8 +3,9 @@
 Shapes: M memory samples, D width of an encoding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,9 @@ __all__ = [
     "addition",
     "check_state",
     "largest_label",
+    "layout_of",
     "parse_state",
+    "reserved",
 ]
 
 # name: (dtype, number of dimensions); labels of several classes are multi-hot, see LABEL_DTYPES
@@ -51,6 +54,33 @@ def parse_state(found: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor
             f"The memory bank in {source} has a meaning of {meaning.dtype} {list(meaning.shape)}, not text."
         )
     return {name: found.get(name) for name in BUFFERS}, Meaning.from_tensor(meaning)
+
+
+def layout_of(tensors: Mapping[str, Tensor | None]) -> dict[str, list[Any]]:
+    """Returns dtype and shape of each tensor by name, as JSON has it: `{"labels": ["int64", [12]]}`."""
+    found = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    return {name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in found.items()}
+
+
+def reserved(layout: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Returns zeros for all that a state dict of a bank holds, as `layout_of` describes it; none for an empty one.
+
+    Raises:
+        ValueError: If it is not the layout of a bank.
+    """
+    found = {name: value for name, value in layout.items() if name != "num_classes"}
+    if not found:
+        return {}
+    try:
+        made = {name: torch.zeros(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in found.items()}
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"memory_layout={str(layout)[:200]} has no dtypes and shapes: {error}.") from error
+    if not set(REQUIRED) <= made.keys() <= set(ENTRIES):
+        raise ValueError(
+            f"memory_layout has {sorted(made)}; expected {', '.join(REQUIRED)} and at most images. Leave it out: "
+            f"save_pretrained writes it for loaders that fill tensors in place."
+        )
+    return made
 
 
 def check_state(state: dict[str, Tensor | None], meaning: Meaning) -> None:

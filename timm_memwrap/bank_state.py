@@ -11,7 +11,16 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from timm_memwrap.bank_format import BUFFERS, ENTRIES, REQUIRED, check_state, largest_label, parse_state
+from timm_memwrap.bank_format import (
+    BUFFERS,
+    ENTRIES,
+    REQUIRED,
+    check_state,
+    largest_label,
+    layout_of,
+    parse_state,
+    reserved,
+)
 from timm_memwrap.meaning import LiveMeaning, Meaning
 from timm_memwrap.rows import Rows
 
@@ -35,7 +44,8 @@ class BankState(nn.Module):
             self.register_buffer(name, None)
         # Of these samples, for all snapshots of them: in a list, so that they share what one of them makes.
         self._derived: list[Any] = [None]
-        self._meaning = LiveMeaning(Meaning())
+        self._live = LiveMeaning(Meaning())
+        self._layout: dict[str, Any] | None = None
         self._rows: dict[str, Rows] = {}
         # Held while the bank is changed: a change begins with what is there, and replaces several attributes.
         self._lock = threading.RLock()
@@ -61,13 +71,40 @@ class BankState(nn.Module):
     def meaning(self) -> Tensor | None:
         """What of the bank is not a number, as bytes of JSON; `None` if the bank is empty."""
         with self._lock:
-            return None if self.labels is None else self._meaning.text(self.labels.device)
+            # A buffer only until what a loader filled is taken.
+            if "meaning" in self._buffers:
+                return self._buffers["meaning"]
+            return None if self.labels is None else self._live.text(self.labels.device)
+
+    def layout(self) -> dict[str, Any]:
+        """Returns dtype and shape of what a state dict of the bank holds, as `reserve` takes it; empty if it is."""
+        with self._lock:
+            tensors = {name: self._buffers[name] for name in BUFFERS}
+            return layout_of({**tensors, "meaning": self.meaning}) if len(self) else {}
+
+    def reserve(self, layout: dict[str, Any]) -> None:
+        """Makes the bank's tensors, zero, for loaders that fill those of a model in place and know no state dict.
+
+        transformers, accelerate and `torch.distributed.checkpoint` do. What they filled is checked when it is first
+        asked for. The layout is kept true from then on, since transformers saves the arguments that a model was made
+        with.
+
+        Args:
+            layout: What `layout` returned of the bank to be loaded.
+
+        Raises:
+            ValueError: If it is not the layout of a bank.
+        """
+        with self._lock:
+            self._buffers = {**self._buffers, **reserved(layout)}
+            self._layout = layout
 
     def snapshot(self) -> Self:
         """Returns a bank of the same samples that stays so when this one changes, in this or another thread."""
         bank = type(self)()
         with self._lock:
-            bank._buffers, bank._derived, bank._meaning = self._buffers, self._derived, self._meaning
+            self._settle()
+            bank._buffers, bank._derived, bank._live = self._buffers, self._derived, self._live
             bank.largest_label = self.largest_label
         return bank
 
@@ -77,6 +114,7 @@ class BankState(nn.Module):
         Raises:
             ValueError: If the bank is empty.
         """
+        self._settle()
         # From one state, whatever another thread does meanwhile.
         buffers = self._buffers
         encodings, labels = buffers["encodings"], buffers["labels"]
@@ -89,7 +127,29 @@ class BankState(nn.Module):
             self.filled()
             self._take({}, dataclasses.replace(self._meaning.read(), **changes), self.largest_label)
 
+    @property
+    def _meaning(self) -> LiveMeaning:
+        self._settle()
+        return self._live
+
+    def _settle(self) -> None:
+        """Takes what a loader filled in place."""
+        if "meaning" not in self._buffers:
+            return
+        with self._lock:
+            found = {name: tensor for name in ENTRIES if (tensor := self._buffers.get(name)) is not None}
+            if "meaning" not in found:
+                return  # another thread was first
+            try:
+                self._set(*parse_state(found, "the loaded weights"))
+            except ValueError as error:
+                raise ValueError(
+                    f"The memory of {len(self)} samples that the model was made for is not there: {error} Load the "
+                    f"model with timm_memwrap.from_pretrained, or call memory_bank.clear() and build another."
+                ) from error
+
     def _state(self) -> dict[str, Tensor | None]:
+        self._settle()
         return {name: self._buffers[name] for name in BUFFERS}
 
     def _set(self, state: dict[str, Tensor | None], meaning: Meaning) -> None:
@@ -105,9 +165,13 @@ class BankState(nn.Module):
 
     def _take(self, buffers: Mapping[str, Tensor | None], meaning: Meaning, largest_label: int) -> None:
         """Replaces the state. Whoever holds the lock does, so that no snapshot holds half of it."""
-        self._buffers = {**self._buffers, **buffers}
-        self._meaning = LiveMeaning(meaning)
+        self._buffers = {name: buffers.get(name, old) for name, old in self._buffers.items() if name != "meaning"}
+        self._live = LiveMeaning(meaning)
         self._derived = [None]
+        if self._layout is not None:
+            for name in ENTRIES:
+                self._layout.pop(name, None)
+            self._layout.update(self.layout())
         # Known beforehand, since asking a device for it makes a read wait.
         self.largest_label = largest_label
 
@@ -123,7 +187,7 @@ class BankState(nn.Module):
         with self._lock:
             self._rows = {}
             self._buffers = {name: move(tensor) for name, tensor in self._buffers.items()}
-            self._meaning, self._derived = LiveMeaning(self._meaning.read()), [None]
+            self._live, self._derived = LiveMeaning(self._live.read()), [None]
         return self
 
     def __getstate__(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from timm_memwrap import checks, registry
 from timm_memwrap.constants import BACKBONE, BASELINE_PREFIX, CONFIG_FILE, EVIDENCE_PREFIX, PREFIX
 from timm_memwrap.heads import CLASSIFIER_NAMES
-from timm_memwrap.memory_args import DEFAULT_OWN_READ_HEAD, MEMORY_ARGS, OWN_READ_HEADS, check_global_pool
+from timm_memwrap.memory_args import DEFAULT_OWN_READ_HEAD, LAYOUT_ARG, MEMORY_ARGS, OWN_READ_HEADS, check_global_pool
 from timm_memwrap.memory_args import resolve_memory_args as resolve
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.tensor_files import FileError
@@ -25,6 +25,9 @@ from timm_memwrap.whole_model import WholeModel, find_weights
 __all__ = ["build_shell", "create", "register_backbones"]
 
 _logger = logging.getLogger(__name__)
+
+# What the backbone is not given.
+_OWN_ARGS = (*MEMORY_ARGS, LAYOUT_ARG)
 
 
 def register_backbones(names: Iterable[str] | None = None) -> list[str]:
@@ -91,6 +94,7 @@ def create(
     if whole is not None:
         return _load(build, whole, kwargs)
     model = build(pretrained=pretrained)
+    _reserve_memory(model, kwargs.get(LAYOUT_ARG))
     if pretrained:
         model.base_model = model.pretrained_cfg.get("hf_hub_id")
     return model
@@ -159,7 +163,7 @@ def _build(
         pretrained=False,
         pretrained_cfg=cfg,
         pretrained_cfg_overlay={**(overlay or {}), "classifier": classifier},
-        **{name: value for name, value in kwargs.items() if name not in MEMORY_ARGS},
+        **{name: value for name, value in kwargs.items() if name not in _OWN_ARGS},
     )
     model._model_args = {**model._model_args, **memory_args}
     return model
@@ -212,6 +216,29 @@ def _construct(
     return model
 
 
+def _reserve_memory(model: MemoryWrapModel, layout: dict[str, Any] | None) -> None:
+    """Makes room for the memory that a loader is to fill in place, unless it is one of other classes."""
+    if layout is None:
+        return
+    classes = layout.get("num_classes", model.num_classes)
+    if classes == model.num_classes:
+        model.memory_bank.reserve(layout)
+    else:
+        _warn_of_other_classes(model.num_classes, classes)
+        layout.clear()
+        model.memory_bank.reserve(layout)
+    layout["num_classes"] = model.num_classes
+
+
+def _warn_of_other_classes(num_classes: int, classes: int) -> None:
+    _logger.warning(
+        "num_classes=%d instead of %d: the memory bank is not loaded, since its labels are of other classes. Call "
+        "build_memory_bank to build a new one.",
+        num_classes,
+        classes,
+    )
+
+
 def _load(build: Callable[[], MemoryWrapModel], whole: WholeModel, kwargs: dict[str, Any]) -> MemoryWrapModel:
     """Builds a model for the weights of a whole one, and has timm load and adapt them."""
     args = kwargs.get("pretrained_model_args") or {}
@@ -243,7 +270,7 @@ def _create_features(
     backbone: str, pretrained: bool, whole: WholeModel | None, backbone_args: dict[str, Any], kwargs: dict[str, Any]
 ) -> nn.Module:
     """Creates timm's own feature extractor around the backbone: features need neither head nor memory."""
-    kwargs = {name: value for name, value in kwargs.items() if name not in (*MEMORY_ARGS, "num_classes")}
+    kwargs = {name: value for name, value in kwargs.items() if name not in (*_OWN_ARGS, "num_classes")}
     if whole is not None:
         prefix = f"{BACKBONE}."
         state_dict = {key.removeprefix(prefix): value for key, value in whole.tensors.items() if key.startswith(prefix)}
@@ -268,11 +295,6 @@ def _prepare_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict
             f"and arguments in their {CONFIG_FILE}."
         )
     if bank and model.num_classes != model.pretrained_cfg["num_classes"]:
-        _logger.warning(
-            "num_classes=%d instead of %d: the memory bank is not loaded, since its labels are of other classes. "
-            "Call build_memory_bank to build a new one.",
-            model.num_classes,
-            model.pretrained_cfg["num_classes"],
-        )
+        _warn_of_other_classes(model.num_classes, model.pretrained_cfg["num_classes"])
         return weights
     return {**weights, **bank}

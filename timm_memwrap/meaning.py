@@ -85,6 +85,8 @@ class Meaning:
     @classmethod
     def from_tensor(cls, tensor: Tensor) -> "Meaning":
         """Parses what `to_tensor` returned, or raises a `ValueError`."""
+        if tensor.is_meta:
+            raise ValueError("The memory bank's meaning has no data: it is on the meta device.")
         try:
             data = json.loads(bytes(tensor.cpu().numpy()).decode(errors="surrogatepass"))
         except (ValueError, RecursionError) as error:

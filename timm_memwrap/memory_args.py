@@ -6,7 +6,15 @@ from timm_memwrap._utils import check_choice
 from timm_memwrap.attention import DISTANCES
 from timm_memwrap.reconstruction import check_read
 
-__all__ = ["CLASSIFIERS", "MEMORY_ARGS", "OWN_READ_HEADS", "READ_HEADS", "check_global_pool", "resolve_memory_args"]
+__all__ = [
+    "CLASSIFIERS",
+    "LAYOUT_ARG",
+    "MEMORY_ARGS",
+    "OWN_READ_HEADS",
+    "READ_HEADS",
+    "check_global_pool",
+    "resolve_memory_args",
+]
 
 # Read heads that are trained with the memory, and those that read with the backbone's own, trained classifier.
 TRAINED_READ_HEADS = ("linear", "identity")
@@ -17,6 +25,8 @@ DEFAULT_OWN_READ_HEAD = "joint"
 MULTI_LABEL_READ_HEAD = "joint_equal"
 CLASSIFIERS = ("mlp", "linear", "own", "vote")
 MEMORY_ARGS = ("distance", "scale", "read_head", "classifier", "read")
+# Beside them in `config.json`: what the memory looks like, for loaders that fill tensors in place.
+LAYOUT_ARG = "memory_layout"
 
 # By read head, chosen on held-out training images (hub_configs/README.md). Others have 1.0, as published.
 _SCALES = {"logits": 10.0, "pre_logits": 10.0, "probabilities": 20.0, "joint": 20.0, "joint_equal": 20.0}

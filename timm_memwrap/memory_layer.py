@@ -328,7 +328,8 @@ def check_width(name: str, module: nn.Module, in_features: int, out_features: in
         raise ValueError(f"{name}={module!r} is not a module. Pass a torch.nn.Module, or None for the default.")
     parameter = next(module.parameters(), torch.empty(0))
     rows = torch.zeros(2, in_features, dtype=parameter.dtype, device=parameter.device)
-    if rows.is_meta:
+    # Nothing can be computed with weights that are yet to come, the module's own or a classifier's that it looks up.
+    if rows.is_meta or any(getattr(part, "is_meta", False) for part in module.modules()):
         return
     try:
         with evaluating(module):

@@ -15,7 +15,7 @@ from timm_memwrap.backbone import classifiers_of
 from timm_memwrap.constants import BACKBONE
 from timm_memwrap.fingerprint import fingerprint
 from timm_memwrap.heads import CLASSIFIER_NAMES
-from timm_memwrap.memory_args import OWN_READ_HEADS, check_global_pool
+from timm_memwrap.memory_args import LAYOUT_ARG, OWN_READ_HEADS, check_global_pool
 
 __all__ = ["TimmInterface", "add_prefix"]
 
@@ -47,12 +47,25 @@ class TimmInterface(nn.Module):
     memory_bank: Any
     memory_args: dict[str, Any]
     _traits: dict[str, Any]
-    _model_args: dict[str, Any]
     pretrained_cfg: dict[str, Any]
     default_cfg: dict[str, Any]
     pretrained_model_args: dict[str, Any]
     # Id on the Hub of the model that the backbone's weights were of before training, if that is known.
     base_model: str | None = None
+
+    @property
+    def _model_args(self) -> dict[str, Any]:
+        """What timm writes to `config.json` as the arguments that the model is made with."""
+        layout = {LAYOUT_ARG: self.memory_layout()} if len(self.memory_bank) else {}
+        return {**self._made_with, **layout}
+
+    @_model_args.setter
+    def _model_args(self, args: dict[str, Any]) -> None:
+        self._made_with = {name: value for name, value in args.items() if name != LAYOUT_ARG}
+
+    def memory_layout(self, bank: Any = None) -> dict[str, Any]:
+        """Returns dtypes and shapes of a bank, the model's if `None`, for the model that a loader fills in place."""
+        return {"num_classes": self.num_classes, **(self.memory_bank if bank is None else bank).layout()}
 
     def __getattr__(self, name: str) -> Any:
         if name in _DELEGATED:
@@ -144,7 +157,7 @@ class TimmInterface(nn.Module):
         elif global_pool is not None:
             self.backbone.reset_classifier(0, global_pool)
         if global_pool is not None:
-            self._model_args["global_pool"] = global_pool
+            self._made_with["global_pool"] = global_pool
         self._reset_head(num_classes)
 
     def _reset_head(self, num_classes: int) -> None:

@@ -416,7 +416,11 @@ CONFIG: dict[str, tuple[Any, str]] = {
     "unknown argument": ({"model_args": {"bogus": 1}}, "cannot be built .*bogus"),
     "unknown value": ({"model_args": {"distance": "manhattan"}}, "cannot be built .*'manhattan'"),
     "other classes": ({"num_classes": 4, "model_args": {"num_classes": 4}}, "size mismatch for backbone.fc"),
-    "two numbers of classes": ({"num_classes": 0}, "has num_classes=3, but the rest of it describes 0"),
+    "two numbers of classes": (
+        {"num_classes": 0, "model_args": {"num_classes": 3}},
+        "has num_classes=3, but the rest of it describes 0",
+    ),
+    "no classes": ({"num_classes": 0}, "does not fit 'memwrap_evidence_test_resnet'"),
     "classes not a number": ({"num_classes": "3"}, "num_classes is '3'"),
     "classes without end": (
         {"num_classes": 10**12, "model_args": {"num_classes": 10**12}},

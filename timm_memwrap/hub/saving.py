@@ -18,6 +18,7 @@ from timm_memwrap.checks import misfits, split_bank
 from timm_memwrap.constants import CARD_FILE, CONFIG_FILE, MEMORY_BANK, MEMORY_CONFIG_KEY, WEIGHTS_FILE
 from timm_memwrap.factory import build_shell
 from timm_memwrap.hub.model_card import CardDetails, describe_memory, update_memory, write_card
+from timm_memwrap.memory_args import LAYOUT_ARG
 from timm_memwrap.memory_bank import MemoryBank
 from timm_memwrap.memory_checks import check_memory, check_model, warn_of_new_classifier
 from timm_memwrap.model import MemoryWrapModel
@@ -116,13 +117,16 @@ def write_model(model: MemoryWrapModel, folder: Path, bank: MemoryBank) -> list[
         extra["base_model"] = model.base_model
     weights, path = folder / WEIGHTS_FILE, folder / CONFIG_FILE
     with naming(path):
-        save_config_for_hf(model, str(path), model_config=extra, model_args=dict(model.memory_args))
+        # The layout is of this bank, and not of the model's, which may have images and paths.
+        args = {**model.memory_args, LAYOUT_ARG: model.memory_layout(bank)}
+        save_config_for_hf(model, str(path), model_config=extra, model_args=args)
     config = json.loads(path.read_text(encoding="utf-8"))
     if "label_names" in config:
         # timm repeats the names that a model was loaded with here, whatever they are now.
         config["pretrained_cfg"].pop("label_names", None)
-    # In one order, however the model was made: what was loaded is saved as the same bytes.
-    config["model_args"] = dict(sorted(config["model_args"].items()))
+    # transformers gives the number of classes beside these arguments. In one order, however the model was made: what
+    # was loaded is saved as the same bytes.
+    config["model_args"] = {key: value for key, value in sorted(config["model_args"].items()) if key != "num_classes"}
     write_text(path, text := json.dumps(config, indent=2))
     _check_loadable(model, WholeModel(tensors, config, "The model to save", verified=True))
     with ThreadPoolExecutor(1) as thread:
