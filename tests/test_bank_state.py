@@ -16,7 +16,7 @@ def make_bank(size: int = 4, **kwargs: Any) -> MemoryBank:
     bank = MemoryBank()
     generator = torch.Generator().manual_seed(size)
     encodings = torch.randn(size, 3, generator=generator)
-    bank.replace(encodings, torch.arange(size) % 2, [f"{size}-{i}" for i in range(size)], **kwargs)
+    bank.replace(encodings, torch.arange(size), [f"{size}-{i}" for i in range(size)], **kwargs)
     return bank
 
 
@@ -155,6 +155,7 @@ def test_a_snapshot_holds_one_state_while_others_change_the_bank() -> None:
             seen = bank.snapshot()
             encodings, labels = seen.filled()
             assert len(encodings) == len(labels) == len(seen.ids)
+            assert seen.largest_label == int(labels.max())
     finally:
         stop.set()
         thread.join()
