@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from timm_memwrap.attention import wide
 from timm_memwrap.backbone import OwnClassifier, last_layer, replace_rows
 from timm_memwrap.bank_memory import BankMemory, spread
 from timm_memwrap.model import MemoryWrapModel
@@ -51,8 +50,7 @@ def learn_classes(model: MemoryWrapModel, num_classes: int, added: int, encoding
         labels: Their labels `[M]`. Each added class has a sample.
     """
     if model.keeps_classifier:
-        # A read computes in no less than float32, whatever the bank stores.
-        rows = _rows(model, num_classes - added, added, wide(encodings), labels)
+        rows = _rows(model, num_classes - added, added, encodings, labels)
         replace_rows(model.backbone, num_classes - added, *rows)
     if num_classes != model.num_classes:
         model.num_classes = model.head.output_dim = num_classes
