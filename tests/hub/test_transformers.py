@@ -137,7 +137,10 @@ def test_the_pipeline_classifies_as_the_model(folder: Path) -> None:
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_trainer_fine_tunes_and_what_it_saves_has_a_new_memory(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rebuilds", [True, False])
+def test_the_trainer_fine_tunes_and_what_it_saves_has_a_new_memory(
+    folder: Path, tmp_path: Path, rebuilds: bool
+) -> None:
     pytest.importorskip("accelerate")
     model = AutoModel.from_pretrained(folder)
     pictures = torch.randn(16, 3, 64, 64)
@@ -150,15 +153,25 @@ def test_the_trainer_fine_tunes_and_what_it_saves_has_a_new_memory(folder: Path,
         use_cpu=True,
         report_to=[],
         save_strategy="no",
+        eval_strategy="epoch",
         disable_tqdm=True,
     )
+
+    class RebuildMemory(transformers.TrainerCallback):
+        def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+            build_memory_bank(model.timm_model, data, size=None, progress=False)
+
+    data = [(row["pixel_values"], row["labels"]) for row in rows]
     before = {name: value.clone() for name, value in model.timm_model.backbone.named_parameters()}
-    trainer = transformers.Trainer(model, args, train_dataset=rows)
+    rebuild = [RebuildMemory()] if rebuilds else []
+    trainer = transformers.Trainer(model, args, train_dataset=rows, eval_dataset=rows, callbacks=rebuild)
     trainer.train()
+    assert "eval_loss" in trainer.state.log_history[-2]
     assert any(not torch.equal(before[name], value) for name, value in model.timm_model.backbone.named_parameters())
     inner = model.timm_model.eval()
-    assert inner.memory_is_stale()
-    build_memory_bank(inner, [(row["pixel_values"], row["labels"]) for row in rows], size=None, progress=False)
+    assert inner.memory_is_stale() is not rebuilds
+    if not rebuilds:
+        build_memory_bank(inner, data, size=None, progress=False)
     trainer.save_model(tmp_path / "tuned")
     loaded = timm_memwrap.from_pretrained(tmp_path / "tuned")
     assert len(loaded.memory_bank) == 16
@@ -176,6 +189,17 @@ def test_other_classes_take_no_memory_along(
     model.save_pretrained(tmp_path / "five")
     loaded = AutoModel.from_pretrained(tmp_path / "five")
     assert same_state(loaded.timm_model, model.timm_model)
+
+
+def test_a_model_that_is_made_in_transformers_learns_to_save_its_memory(images: Tensor, tmp_path: Path) -> None:
+    config = transformers.TimmWrapperConfig(
+        architecture="memwrap_test_vit", num_labels=3, model_args={"memory_layout": {}, "img_size": 64}
+    )
+    model = AutoModel.from_config(config).eval()
+    build_memory_bank(model.timm_model, [(image, i % 3) for i, image in enumerate(images)], size=None, progress=False)
+    model.save_pretrained(tmp_path / "made")
+    loaded = AutoModel.from_pretrained(tmp_path / "made")
+    assert torch.equal(logits_of(loaded, images), logits_of(model, images))
 
 
 def test_features_need_no_memory(folder: Path, images: Tensor) -> None:
