@@ -18,6 +18,7 @@ import threading
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
@@ -26,12 +27,15 @@ from aiohttp import web
 # Bytes after which the answer to the request in hand is cut.
 _CUT_AFTER: ContextVar[int | None] = ContextVar("cut_after", default=None)
 
-LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".png", ".jpg", ".npz")
+LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".png", ".jpg", ".npz", ".parquet")
 LFS_SIZE = 10 * 2**20
 GITATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES).encode()
 REPO_NAME = re.compile(r"^(?!.*(--|\.\.))[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")
 PULL_REF = re.compile(r"^refs/pr/(\d+)$")
 COMMIT = re.compile(r"^[0-9a-f]{40}$")
+# What a data set's and a Space's id starts with in `Hub.repos`, as in their addresses. A model's has no prefix.
+PREFIXES = {"model": "", "dataset": "datasets/", "space": "spaces/"}
+SDKS = ("gradio", "docker", "static")
 LICENSES = {"mit", "apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "openrail", "other", "unknown"}
 
 
@@ -82,13 +86,23 @@ class Repo:
     id: str
     private: bool = False
     gated: bool = False
+    sdk: str | None = None
     refs: dict[str, str] = field(default_factory=dict)
     commits: dict[str, Commit] = field(default_factory=dict)
     granted: set[str] = field(default_factory=set)
 
     @property
     def owner(self) -> str:
-        return self.id.split("/")[0]
+        return self.name.split("/")[0]
+
+    @property
+    def name(self) -> str:
+        """The id without the type's prefix, as the API gives it."""
+        return self.id.removeprefix(PREFIXES[self.type])
+
+    @property
+    def type(self) -> str:
+        return next((kind for kind, prefix in PREFIXES.items() if prefix and self.id.startswith(prefix)), "model")
 
     def add(
         self, ref: str, parent: Commit | None, title: str, author: str, files: dict[str, Blob], text: str
@@ -185,7 +199,10 @@ class Hub:
         return token
 
     def repo(self, repo_id: str, private: bool = False, gated: bool = False, **files: bytes) -> Repo:
-        """Makes a repository as the website would; `files` are added in a second commit."""
+        """Makes a repository as the website would; `files` are added in a second commit.
+
+        A data set's id is `datasets/me/name`, a Space's `spaces/me/name`.
+        """
         repo = self.repos[repo_id] = Repo(repo_id, private, gated)
         first = repo.add("refs/heads/main", None, "initial commit", repo.owner, self._initial(), "")
         if files:
@@ -315,7 +332,9 @@ class Hub:
         """The repository of a request. One that the caller may not see does not exist."""
         user = self._caller(request)
         info = request.match_info
-        repo = self.repos.get(f"{info['owner']}/{info['name']}")
+        kind = info.get("kind", "models")
+        prefix = "" if kind == "models" else f"{kind}/"
+        repo = self.repos.get(f"{prefix}{info['owner']}/{info['name']}")
         if repo is None or (repo.private and (user is None or user.name != repo.owner)):
             if user is None:
                 raise ApiError(401, "Invalid username or password.", "RepoNotFound")
@@ -341,26 +360,28 @@ class Hub:
     # -- the API --------------------------------------------------------------------------------------------------
 
     def _api_routes(self) -> list[web.RouteDef]:
-        repo, models = "/{owner}/{name}", "/api/models/{owner}/{name}"
+        api = "/api/{kind:models|datasets|spaces}/{owner}/{name}"
+        repos = ("/{kind:datasets|spaces}/{owner}/{name}", "/{owner}/{name}")
         return [
             web.get("/api/whoami-v2", self._whoami),
             web.post("/api/repos/create", self._create_repo),
             web.post("/api/validate-yaml", self._validate_yaml),
-            web.get(models, self._model_info),
-            web.get(models + "/revision/{revision}", self._model_info),
-            web.get(models + "/refs", self._list_refs),
-            web.get(models + "/commits/{revision}", self._list_commits),
-            web.get(models + "/tree/{revision}", self._list_tree),
-            web.get(models + "/tree/{revision}/{path:.*}", self._list_tree),
-            web.post(models + "/branch/{revision}", self._create_branch),
-            web.post(models + "/tag/{revision}", self._create_tag),
-            web.post(models + "/preupload/{revision}", self._preupload),
-            web.post(models + "/commit/{revision}", self._commit),
-            web.get(models + "/discussions/{number}", self._discussion),
-            web.post("/{owner}/{name}.git/info/lfs/objects/batch", self._lfs_batch),
-            web.post("/{owner}/{name}.git/info/lfs/verify", self._lfs_verify),
+            web.get(api, self._repo_info),
+            web.get(api + "/revision/{revision}", self._repo_info),
+            web.get(api + "/refs", self._list_refs),
+            web.get(api + "/commits/{revision}", self._list_commits),
+            web.get(api + "/tree/{revision}", self._list_tree),
+            web.get(api + "/tree/{revision}/{path:.*}", self._list_tree),
+            web.post(api + "/branch/{revision}", self._create_branch),
+            web.post(api + "/tag/{revision}", self._create_tag),
+            web.post(api + "/preupload/{revision}", self._preupload),
+            web.post(api + "/commit/{revision}", self._commit),
+            web.post(api + "/paths-info/{revision}", self._paths_info),
+            web.get(api + "/discussions/{number}", self._discussion),
+            *(web.post(repo + ".git/info/lfs/objects/batch", self._lfs_batch) for repo in repos),
+            *(web.post(repo + ".git/info/lfs/verify", self._lfs_verify) for repo in repos),
             web.post("/lfs-complete/{oid}", self._lfs_complete),
-            web.get(repo + "/resolve/{revision}/{path:.*}", self._resolve),
+            *(web.get(repo + "/resolve/{revision}/{path:.*}", self._resolve) for repo in repos),
         ]
 
     async def _whoami(self, request: web.Request) -> web.Response:
@@ -376,18 +397,21 @@ class Hub:
             raise ApiError(401, "Invalid username or password.")
         data = await request.json()
         owner = data.get("organization") or user.name
-        repo_id = f"{owner}/{data['name']}"
+        kind = data.get("type", "model")
+        repo_id = f"{PREFIXES[kind]}{owner}/{data['name']}"
         url = f"{self.endpoint}/{repo_id}"
         if not REPO_NAME.match(data["name"]):
             raise ApiError(400, f"Invalid repository name: {data['name']}")
         if user.role != "write" or owner != user.name:
-            raise ApiError(403, f'You don\'t have the rights to create a model under the namespace "{owner}"')
+            raise ApiError(403, f'You don\'t have the rights to create a {kind} under the namespace "{owner}"')
         if repo_id in self.repos:
-            response = {"error": "You already created this model repo", "url": url}
+            response = {"error": f"You already created this {kind} repo", "url": url}
             return web.json_response(response, status=409)
+        if kind == "space" and data.get("sdk") not in SDKS:
+            raise ApiError(400, f'"sdk" must be one of {SDKS}')
         private = data.get("visibility") == "private" or data.get("private") is True
-        self.repo(repo_id, private=private)
-        return web.json_response({"url": url, "name": repo_id, "id": secrets.token_hex(12)})
+        self.repo(repo_id, private=private).sdk = data.get("sdk")
+        return web.json_response({"url": url, "name": f"{owner}/{data['name']}", "id": secrets.token_hex(12)})
 
     async def _validate_yaml(self, request: web.Request) -> web.Response:
         errors, warnings = check_card((await request.json())["content"])
@@ -397,7 +421,7 @@ class Hub:
         }
         return web.json_response(body, status=400 if errors else 200)
 
-    async def _model_info(self, request: web.Request) -> web.Response:
+    async def _repo_info(self, request: web.Request) -> web.Response:
         repo = self._find(request)
         commit = self._revision(repo, request.match_info.get("revision", "main"))
         blobs = "blobs" in request.query
@@ -406,8 +430,9 @@ class Hub:
         return web.json_response(
             {
                 "_id": repo.id,
-                "id": repo.id,
-                "modelId": repo.id,
+                "id": repo.name,
+                **({"modelId": repo.name, "spaces": []} if repo.type == "model" else {}),
+                **({"sdk": repo.sdk} if repo.type == "space" else {}),
                 "author": repo.owner,
                 "sha": commit.oid,
                 "lastModified": commit.date,
@@ -421,7 +446,6 @@ class Hub:
                 "pipeline_tag": (data or {}).get("pipeline_tag"),
                 "library_name": (data or {}).get("library_name"),
                 "cardData": data,
-                "spaces": [],
                 "siblings": [sibling(path, blob, blobs) for path, blob in sorted(commit.files.items())],
             },
             dumps=lambda value: json.dumps(value, default=str),
@@ -461,16 +485,21 @@ class Hub:
     async def _list_tree(self, request: web.Request) -> web.Response:
         repo = self._find(request)
         commit = self._revision(repo, request.match_info["revision"])
-        folder = request.match_info.get("path", "")
-        entries = []
-        for path, blob in sorted(commit.files.items()):
-            if folder and not path.startswith(f"{folder}/"):
-                continue
-            entry: dict[str, Any] = {"type": "file", "oid": blob.oid, "size": len(blob.content), "path": path}
-            if blob.lfs:
-                entry["lfs"] = {"oid": blob.sha256, "size": len(blob.content), "pointerSize": len(blob.pointer)}
-            entries.append(entry)
-        return web.json_response(entries)
+        folder = request.match_info.get("path", "").strip("/")
+        inside = f"{folder}/" if folder else ""
+        paths = sorted(path for path in {*commit.files, *folders(commit.files)} if path.startswith(inside))
+        if folder and not paths:
+            raise ApiError(404, f"{folder} does not exist on {commit.oid}", "EntryNotFound")
+        if request.query.get("recursive", "false").lower() != "true":
+            paths = [path for path in paths if "/" not in path.removeprefix(inside)]
+        return web.json_response([entry(commit, path) for path in paths])
+
+    async def _paths_info(self, request: web.Request) -> web.Response:
+        repo = self._find(request)
+        commit = self._revision(repo, request.match_info["revision"])
+        known = {*commit.files, *folders(commit.files)}
+        paths = (await request.post()).getall("paths", [])
+        return web.json_response([entry(commit, str(path)) for path in paths if path in known])
 
     async def _create_branch(self, request: web.Request) -> web.Response:
         repo, _ = self._writable(request)
@@ -579,7 +608,7 @@ class Hub:
                 "author": {"name": commit.author},
                 "createdAt": commit.date,
                 "status": "open",
-                "repo": {"name": repo.id, "type": "model"},
+                "repo": {"name": repo.name, "type": repo.type},
                 "isPullRequest": True,
                 "changes": {"base": "refs/heads/main"},
                 "filesWithConflicts": [],
@@ -592,10 +621,10 @@ class Hub:
         revision, path = request.match_info["revision"], request.match_info["path"]
         member = user is not None and (user.name == repo.owner or user.name in repo.granted)
         if repo.gated and not member and path != "README.md":
-            message = f"Access to model {repo.id} is restricted. "
+            message = f"Access to {repo.type} {repo.name} is restricted. "
             message += "You must have access to it and be authenticated to access it. Please log in."
             if user is not None:
-                message = f"Access to model {repo.id} is restricted and you are not in the authorized list."
+                message = f"Access to {repo.type} {repo.name} is restricted and you are not in the authorized list."
             raise ApiError(401 if user is None else 403, message, "GatedRepo")
         commit = self._revision(repo, revision)
         blob = commit.files.get(path)
@@ -617,13 +646,12 @@ class Hub:
 
     async def _lfs_batch(self, request: web.Request) -> web.Response:
         # Whoever may see a repository may open a pull request, so uploads need no right to its branches.
-        self._writable(request, pull_request=True)
+        repo, _ = self._writable(request, pull_request=True)
         if request.content_type != "application/vnd.git-lfs+json":
             raise ApiError(415, f"Expected application/vnd.git-lfs+json, got {request.content_type}")
         data = await request.json()
         if data["operation"] != "upload" or data.get("hash_algo") != "sha256":
             raise ApiError(422, "Only uploads by sha256")
-        owner, name = request.match_info["owner"], request.match_info["name"]
         objects = []
         for item in data["objects"]:
             oid, size = item["oid"], item["size"]
@@ -639,7 +667,7 @@ class Hub:
                             **{str(part): self._signed(f"/part/{oid}/{part}") for part in parts},
                         },
                     }
-                verify = {"href": f"{self.endpoint}/{owner}/{name}.git/info/lfs/verify"}
+                verify = {"href": f"{self.endpoint}/{repo.id}.git/info/lfs/verify"}
                 answer["actions"] = {"upload": upload, "verify": verify}
             objects.append(answer)
         return web.json_response({"transfer": "basic", "objects": objects}, content_type="application/vnd.git-lfs+json")
@@ -711,6 +739,23 @@ def reserve() -> socket.socket:
 
 def is_lfs(path: str, size: int) -> bool:
     return size > 0 and (path.endswith(LFS_SUFFIXES) or size > LFS_SIZE)
+
+
+def folders(files: dict[str, Blob]) -> set[str]:
+    return {str(parent) for path in files for parent in PurePosixPath(path).parents} - {"."}
+
+
+def entry(commit: Commit, path: str) -> dict[str, Any]:
+    """A file or folder as the tree lists it."""
+    blob = commit.files.get(path)
+    last = {"id": commit.oid, "title": commit.title, "date": commit.date}
+    if blob is None:
+        oid = hashlib.sha1(path.encode()).hexdigest()
+        return {"type": "directory", "oid": oid, "size": 0, "path": path, "lastCommit": last}
+    found: dict[str, Any] = {"type": "file", "oid": blob.oid, "size": len(blob.content), "path": path}
+    if blob.lfs:
+        found["lfs"] = {"oid": blob.sha256, "size": len(blob.content), "pointerSize": len(blob.pointer)}
+    return {**found, "lastCommit": last}
 
 
 def sibling(path: str, blob: Blob, blobs: bool) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import GITATTRIBUTES, Hub
-from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, HfFileSystem, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -176,3 +176,46 @@ def test_faults_that_pass_are_survived_by_the_client(hub: Hub, tmp_path: Path) -
     assert [fault.seen for fault in faults] == [1, 1, 1, 1]
     # The second request asked for the rest alone.
     assert [request.status for request in hub.sent("GET", "/objects/")] == [200, 206]
+
+
+@pytest.mark.parametrize("kind", ["dataset", "space"])
+def test_data_sets_and_spaces_are_repositories_of_their_own(hub: Hub, tmp_path: Path, kind: str) -> None:
+    api = HfApi(token=hub.user("me"))
+    hub.repo("me/pets", **{"config.json": b"{}"})
+    url = api.create_repo("me/pets", repo_type=kind, private=True, space_sdk="gradio" if kind == "space" else None)
+    assert (url.repo_id, url.repo_type) == ("me/pets", kind)
+    with pytest.raises(HfHubHTTPError, match="409"):
+        api.create_repo("me/pets", repo_type=kind, space_sdk="gradio" if kind == "space" else None)
+    (tmp_path / "up" / "data").mkdir(parents=True)
+    (tmp_path / "up" / "app.py").write_bytes(b"app")
+    (tmp_path / "up" / "data" / "train.parquet").write_bytes(BIG)
+    commit = api.upload_folder(repo_id="me/pets", repo_type=kind, folder_path=tmp_path / "up")
+
+    repo = hub.repos[f"{kind}s/me/pets"]
+    assert repo.find("main").files["data/train.parquet"].lfs
+    assert list(hub.repos["me/pets"].files()) == [".gitattributes", "config.json"]
+    info = api.repo_info("me/pets", repo_type=kind)
+    assert (info.id, info.sha, info.private) == ("me/pets", commit.oid, True)
+    if kind == "space":
+        assert info.sdk == "gradio"
+    assert api.list_repo_files("me/pets", repo_type=kind) == [".gitattributes", "app.py", "data/train.parquet"]
+    top = api.list_repo_tree("me/pets", repo_type=kind)
+    assert [file.path for file in top] == [".gitattributes", "app.py", "data"]
+    found = api.get_paths_info("me/pets", ["data", "data/train.parquet", "none"], repo_type=kind)
+    assert [file.path for file in found] == ["data", "data/train.parquet"]
+    assert found[1].size == len(BIG)
+    path = hf_hub_download("me/pets", "data/train.parquet", repo_type=kind, token=api.token, cache_dir=tmp_path)
+    assert Path(path).read_bytes() == BIG
+    files = HfFileSystem(token=api.token, skip_instance_cache=True)
+    assert files.read_bytes(f"{kind}s/me/pets/data/train.parquet", start=10, end=20) == BIG[10:20]
+    pull = HfApi(token=hub.user("me")).upload_file(
+        path_or_fileobj=b"2", path_in_repo="app.py", repo_id="me/pets", repo_type=kind, create_pr=True
+    )
+    assert api.get_discussion_details("me/pets", pull.pr_num, repo_type=kind).is_pull_request
+
+
+def test_a_space_needs_an_sdk(hub: Hub) -> None:
+    api = HfApi(token=hub.user("me"))
+    with pytest.raises(ValueError, match="sdk"):
+        api.create_repo("me/demo", repo_type="space")
+    assert not hub.repos
