@@ -125,13 +125,17 @@ def test_a_memory_that_changed_is_saved_and_loaded_by_transformers(
     assert torch.equal(logits_of(loaded, images), logits_of(model, images))
 
 
-def test_the_pipeline_classifies_as_the_model(folder: Path) -> None:
+@pytest.mark.parametrize("from_hub", [False, True], ids=["folder", "hub"])
+def test_the_pipeline_classifies_as_the_model(folder: Path, hub: Hub, token: str, from_hub: bool) -> None:
+    source = str(folder)
+    if from_hub:
+        source = timm_memwrap.push_to_hub(timm_memwrap.from_pretrained(folder), "me/pets").repo_url.repo_id
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     picture = Image.fromarray(pixels)
-    pipe = transformers.pipeline("image-classification", model=str(folder), top_k=3)
+    pipe = transformers.pipeline("image-classification", model=source, top_k=3)
     found = {item["label"]: item["score"] for item in pipe(picture)}
-    model = timm_memwrap.from_pretrained(folder)
-    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    model = timm_memwrap.from_pretrained(source)
+    processor = transformers.AutoImageProcessor.from_pretrained(source)
     logits = logits_of(model, processor(picture, return_tensors="pt")["pixel_values"])
     expected = dict(zip(model.memory_bank.class_names, logits.softmax(-1)[0].tolist(), strict=True))
     assert found == pytest.approx(expected, rel=1e-5)
@@ -212,6 +216,17 @@ def test_features_need_no_memory(folder: Path, images: Tensor) -> None:
             features.timm_model.forward_features(images), pre_logits=True
         ),
     )
+
+
+def test_without_the_package_nothing_is_loaded(folder: Path, run: Callable[..., str]) -> None:
+    code = f"""
+from transformers import AutoModelForImageClassification
+try:
+    AutoModelForImageClassification.from_pretrained({str(folder)!r})
+except ImportError as error:
+    print(error)
+"""
+    assert "'memwrap_evidence_test_resnet' is not supported in your version of timm" in run(code)
 
 
 def test_a_memory_that_did_not_arrive_is_an_error(folder: Path, images: Tensor) -> None:
