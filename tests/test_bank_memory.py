@@ -4,6 +4,7 @@ import copy
 import pickle
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from memory_models import (
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import timm_memwrap
 from timm_memwrap import MemoryWrapModel, bank_memory
 from timm_memwrap.search import ExactIndex
 
@@ -193,6 +195,22 @@ def test_keys_are_never_stale_when_compiled(change: str) -> None:
         expected = copy.deepcopy(model)(new_images())
     assert not torch.allclose(after, before)
     torch.testing.assert_close(after, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_a_model_that_is_created_or_loaded_in_inference_mode_prepares_keys_once(
+    context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(new_model()).save_pretrained(tmp_path)
+    with torch.inference_mode():
+        made = [new_model(), timm_memwrap.from_pretrained(tmp_path)]
+        fill(made[0].eval())
+    for model in made:
+        calls = _count_keys(model, monkeypatch)
+        with context():
+            for seed in range(3):
+                model(new_images(2, seed))
+        assert calls == [20]
 
 
 def test_keys_prepared_without_gradient_do_not_cut_one_later() -> None:

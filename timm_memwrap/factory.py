@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.models import PretrainedCfg, build_model_with_cfg, is_model, load_pretrained, model_entrypoint
 from torch import Tensor, nn
 
@@ -59,6 +60,8 @@ def register_backbones(names: Iterable[str] | None = None) -> list[str]:
     return added
 
 
+# Weights that are made in inference mode cannot be watched, and all keys would be made again at every forward.
+@torch.inference_mode(False)
 def create(
     prefix: str,
     backbone: str,

@@ -149,8 +149,11 @@ class _Loop:
             if self.mixup is None:
                 sums[1] += _right(output, labels)
             seen += len(inputs)
-            # Only as often as the bar is drawn, because metrics wait for the device.
-            if bar.update():
+            # Only as often as the bar is drawn, because metrics and checks wait for the device.
+            drawn = bar.update()
+            if drawn or device.type == "cpu" or i + 1 == len(self.loader):
+                self._check_loss(float(sums[0]), epoch, i)
+            if drawn:
                 shown = self._metrics(sums.tolist(), seen)
                 bar.set_postfix({"epoch": epoch + 1, **{k[6:]: f"{v:.3f}" for k, v in shown.items()}})
         seconds = time.perf_counter() - start
@@ -167,6 +170,14 @@ class _Loop:
         accuracy = {} if self.mixup is not None else {"train_accuracy": correct / count}
         return {"train_loss": loss / count, **accuracy}
 
+    def _check_loss(self, loss: float, epoch: int, i: int) -> None:
+        """Raises a `ValueError` if the sum of losses is not finite, before weights of this epoch are kept."""
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"The loss is {loss} in epoch {epoch + 1}, batch {i + 1} of {len(self.loader)}. Lower "
+                f"training.lr={self.config.lr}, or set training.clip_grad. The last complete epoch is kept."
+            )
+
     def _step(
         self, epoch: int, i: int, inputs: Tensor, labels: Tensor, extra: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
@@ -180,11 +191,6 @@ class _Loop:
             with torch.autocast(inputs.device.type, dtype=getattr(torch, config.amp_dtype), enabled=config.amp):
                 result = task(images, targets, **extra)
             loss = result["loss"]
-            if not torch.isfinite(loss):
-                raise ValueError(
-                    f"The loss is {loss.item()} in epoch {epoch + 1}, batch {i + 1} of {batches}. Lower "
-                    f"training.lr={config.lr}, or set training.clip_grad. The last complete epoch is kept."
-                )
             self.scaler.scale(loss / in_step).backward()
         if is_last:
             if config.clip_grad is not None:
