@@ -5,6 +5,8 @@ BASELINE_PREFIX = "memwrap_baseline_"
 EVIDENCE_PREFIX = "memwrap_evidence_"
 
 WEIGHTS_FILE = "model.safetensors"
+# Of a repository that holds a memory for weights elsewhere. By another name, no loader takes it for a whole model.
+MEMORY_FILE = "memory.safetensors"
 CONFIG_FILE = "config.json"
 
 # Names of the submodules of a Memory Wrap model: they are prefixes in its state dict and so part of the file format.

@@ -14,6 +14,8 @@ from timm.models import PretrainedCfg, build_model_with_cfg, is_model, load_pret
 from torch import Tensor, nn
 
 from timm_memwrap import checks, registry
+from timm_memwrap._utils import plain_state
+from timm_memwrap.bases import Base
 from timm_memwrap.constants import BACKBONE, BASELINE_PREFIX, CONFIG_FILE, EVIDENCE_PREFIX, PREFIX
 from timm_memwrap.heads import CLASSIFIER_NAMES
 from timm_memwrap.memory_args import DEFAULT_OWN_READ_HEAD, LAYOUT_ARG, MEMORY_ARGS, OWN_READ_HEADS, check_global_pool
@@ -23,7 +25,7 @@ from timm_memwrap.tensor_files import FileError
 from timm_memwrap.timm_interface import add_prefix
 from timm_memwrap.whole_model import WholeModel, find_weights
 
-__all__ = ["build_shell", "create", "register_backbones"]
+__all__ = ["base_tensors", "build_shell", "create", "register_backbones"]
 
 _logger = logging.getLogger(__name__)
 
@@ -82,6 +84,9 @@ def create(
     whole = None
     if pretrained and isinstance(pretrained_cfg, dict) and pretrained_cfg.get("source") in ("hf-hub", "local-dir"):
         whole = find_weights(pretrained_cfg, cache_dir)
+        if whole.base is not None:
+            tensors = base_tensors(whole, whole.base, pretrained_cfg, cache_dir)
+            whole = dataclasses.replace(whole, tensors={**tensors, **whole.tensors})
         check_whole(whole, pretrained_cfg)
         # As the weights say: timm may have read a config.json of another save.
         architecture, pretrained_cfg, kwargs = whole.arguments(pretrained_cfg, kwargs)
@@ -131,6 +136,36 @@ def build_shell(whole: WholeModel, source: dict[str, Any]) -> MemoryWrapModel:
             f"The {CONFIG_FILE} of {whole.name} describes a {architecture} that cannot be built "
             f"({type(error).__name__}: {error}). It is damaged, or of another version of timm."
         ) from error
+
+
+def base_tensors(
+    whole: WholeModel, base: Base, source: dict[str, Any], cache_dir: str | Path | None = None
+) -> dict[str, Tensor]:
+    """Returns the state of the model that the config of `whole` describes as its base makes it, without a memory.
+
+    Args:
+        whole: What is beside the base, and its config.
+        base: Where the base is.
+        source: The pretrained cfg that says where `whole` is from.
+        cache_dir: As of `timm.create_model`.
+
+    Raises:
+        FileError: If the base has changed, or does not fit.
+        OSError: As of `Base.load`.
+    """
+    architecture, cfg, args = whole.described(source)
+    prefix, backbone = registry.split_name(architecture)
+    found = base.load(whole.name, backbone, cfg.get("tag"), cache_dir)
+    if found.architecture.startswith(PREFIX):
+        return checks.split_bank(found.tensors)[0]
+    build_shell(dataclasses.replace(whole, tensors={**found.tensors, **whole.tensors}), source)
+    # timm takes weights in hand before any other source.
+    weights = {**found.cfg, "source": "", "state_dict": dict(found.tensors)}
+    try:
+        model = _build(prefix, backbone, args, {"pretrained_cfg": weights}, cfg, pretrained=True)
+    except ValueError as error:
+        raise FileError(f"{whole.name} holds a memory for {str(base)!r}, which does not fit: {error}") from error
+    return checks.split_bank(plain_state(model))[0]
 
 
 def _resolve(prefix: str, memory_args: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Safetensors files with a checksum inside: written whole or not at all, verified when they are read."""
 
+import hashlib
 import json
 import os
 import zlib
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from timm_memwrap._utils import printable, replacing
 
-__all__ = ["FileError", "TensorFile", "checksum", "raw_bytes", "read_tensors", "write_tensors"]
+__all__ = ["FileError", "TensorFile", "checksum", "raw_bytes", "read_tensors", "same_bits", "write_tensors"]
 
 # The key in the file's metadata. It guards against damage, not against an attacker, who could compute it as well:
 # CRC-32 reads at twice the speed of SHA-256.
@@ -80,10 +81,17 @@ def write_tensors(
     return Path(path)
 
 
-def read_tensors(path: str | os.PathLike, name: str, cure: str = "Copy or save it again.") -> TensorFile:
-    """Reads a safetensors file and compares it with its checksum; `name` and `cure` are for its errors."""
+def read_tensors(
+    path: str | os.PathLike, name: str, cure: str = "Copy or save it again.", sha256: str | None = None
+) -> TensorFile:
+    """Reads a safetensors file and compares it with its checksum; `name` and `cure` are for its errors.
+
+    With `sha256`, nothing of the file is parsed unless it has this hash.
+    """
     # Not mapped: a file that is overwritten or cut would change the tensors, or kill the process.
     content = Path(path).read_bytes()
+    if sha256 is not None and (found := hashlib.sha256(content).hexdigest()) != sha256:
+        raise FileError(f"{name} has changed: its SHA-256 is {found}, expected {sha256}. {cure}")
     try:
         tensors = load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
@@ -104,6 +112,14 @@ def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
         crc = zlib.crc32(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode(), crc)
         crc = zlib.crc32(raw_bytes(tensor), crc)
     return f"{crc:08x}"
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Returns whether two tensors have the same type, shape and bits; a NaN is then equal to itself."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    first, second = (tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(first, second)
 
 
 def raw_bytes(tensor: Tensor) -> memoryview | bytes:

@@ -13,11 +13,21 @@ from timm.models import _hub
 from torch import Tensor
 
 from timm_memwrap._utils import write_text
+from timm_memwrap.bases import Base, parse_base
 from timm_memwrap.checks import parse_config
-from timm_memwrap.constants import CONFIG_FILE, WEIGHTS_FILE
+from timm_memwrap.constants import CONFIG_FILE, MEMORY_FILE, WEIGHTS_FILE
 from timm_memwrap.tensor_files import FileError, read_tensors
 
-__all__ = ["CONFIG_KEY", "WholeModel", "find_weights", "no_weights", "read_config", "split_revision"]
+__all__ = [
+    "CONFIG_KEY",
+    "WholeModel",
+    "find_weights",
+    "no_weights",
+    "read_base",
+    "read_config",
+    "split_revision",
+    "weights_file",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -29,12 +39,13 @@ _PICKLES = (".bin", ".pt", ".pth", ".tar", ".ckpt", ".pkl")
 
 @dataclass
 class WholeModel:
-    """The weights of a whole model and its configuration."""
+    """The weights of a whole model and its configuration; or what a memory alone adds to those of its base."""
 
     tensors: dict[str, Tensor]  # the weights and the memory
     config: dict[str, Any]  # what `config.json` says; where the weights hold a copy of it, the copy
     name: str  # what to call the weights in an error: file and source
     verified: bool  # whether the weights have the checksum that they were saved with
+    base: Base | None = None  # where the rest of the weights is
 
     def described(self, source: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
         """Returns architecture, pretrained cfg and model arguments of a model from `source`, a pretrained cfg."""
@@ -58,7 +69,8 @@ class WholeModel:
 def find_weights(cfg: Mapping[str, Any], cache_dir: str | Path | None = None) -> WholeModel:
     """Finds and verifies the weights that a whole model's `pretrained_cfg` points to, downloaded if need be.
 
-    If the `config.json` of a folder is not the one that its weights were saved with, it is replaced by that.
+    Of a memory alone it finds what that holds, and where its base is. If the `config.json` of a folder is not the one
+    that its weights were saved with, it is replaced by that.
     """
     local = cfg["source"] == "local-dir"
     source = str(cfg["file"] if local else cfg["hf_hub_id"])
@@ -67,9 +79,10 @@ def find_weights(cfg: Mapping[str, Any], cache_dir: str | Path | None = None) ->
         return Path(source, file) if local else Path(_hub.download_from_hf(source, file, cache_dir=cache_dir))
 
     where = f"in {source!r}" if local else f"of {source!r}"
-    name, cure = f"{WEIGHTS_FILE} {where}", "Copy or save the model again."
+    file_name = weights_file(find(CONFIG_FILE))
+    name, cure = f"{file_name} {where}", "Copy or save the model again."
     try:
-        path = find(WEIGHTS_FILE)
+        path = find(file_name)
         if not local:
             name, cure = f"{name}, cached as {str(path)!r}", "Delete it and load the model again, to download it again."
         file = read_tensors(path, name, cure)
@@ -89,7 +102,23 @@ def find_weights(cfg: Mapping[str, Any], cache_dir: str | Path | None = None) ->
         config = read_config(text, f"The {CONFIG_FILE} in the metadata of {name}")
         if local:
             _mend(path.with_name(CONFIG_FILE), config)
-    return WholeModel(file.tensors, config, name, file.verified)
+    base = parse_base(config, f"The {CONFIG_FILE} of {name}", cfg)
+    if (base is None) != (file_name == WEIGHTS_FILE):
+        raise FileError(f"{name} is not described by its {CONFIG_FILE}. {cure}")
+    return WholeModel(file.tensors, config, name, file.verified, base)
+
+
+def weights_file(config: Path) -> str:
+    """Returns the name of the weights beside a `config.json`: those of a whole model, or what a memory alone holds."""
+    return WEIGHTS_FILE if read_base(config) is None else MEMORY_FILE
+
+
+def read_base(config: Path) -> Base | None:
+    """Returns the base that a `config.json` names; `None` if it is of a whole model, or not of ours."""
+    if config.is_file():
+        with suppress(FileError):
+            return parse_base(read_config(config, str(config)), str(config), {})
+    return None
 
 
 def _mend(path: Path, config: dict[str, Any]) -> None:

@@ -52,6 +52,26 @@ def test_push_pull_inspect(
     assert lines[9:] == ["by class", "cat 4", "dog 4", "a|b <i>*c*</i> 4"]
 
 
+def test_push_of_the_memory_alone(
+    hub: Hub, token: str, model: MemoryWrapModel, images: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    timm_memwrap.push_to_hub(model, "me/whole")
+    assert main(["pull", "me/whole", str(tmp_path / "pulled")]) == 0
+    assert main(["push", str(tmp_path / "pulled"), "me/memory", "--memory-only", "true"]) == 1
+    assert "No repository is known to have the model's weights" in capsys.readouterr().err
+    loaded = timm_memwrap.from_pretrained("me/whole")
+    loaded.forget(loaded.memory_bank.ids[:2])
+    loaded.save_pretrained(tmp_path / "memory", memory_only=True)
+    assert main(["push", str(tmp_path / "memory"), "me/memory", "--memory-only", "true"]) == 0
+    assert "Pushed" in capsys.readouterr().out
+    assert hub.repos["me/memory"].history()[0].title == "Push a new memory"
+    assert torch.equal(timm_memwrap.from_pretrained("me/memory")(images), loaded(images))
+    assert main(["pull", "me/memory", str(tmp_path / "again")]) == 0
+    assert "memory.safetensors" in capsys.readouterr().out
+    assert main(["push", str(tmp_path / "memory"), "me/whole", "--memory-only", "true"]) == 0
+    assert len(timm_memwrap.from_pretrained("me/whole").memory_bank) == 10
+
+
 def test_inspect_says_stale_and_empty(
     hub: Hub, token: str, model: MemoryWrapModel, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

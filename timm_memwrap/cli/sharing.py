@@ -1,5 +1,7 @@
 """The commands that hand a model on: to the Hugging Face Hub and back, or to another format."""
 
+from typing import Any
+
 from timm_memwrap import hub
 from timm_memwrap.exporting import default_path, export_model
 
@@ -12,10 +14,11 @@ def push(
     private: bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
-    message: str = "Push model with its memory",
+    message: str | None = None,
     include_images: bool = False,
+    memory_only: bool = False,
 ) -> None:
-    """Pushes a model with its memory from a folder to the Hugging Face Hub, in one commit.
+    """Pushes a model with its memory, or the memory alone, from a folder to the Hugging Face Hub, in one commit.
 
     Log in first with `hf auth login`, or set HF_TOKEN.
 
@@ -27,9 +30,17 @@ def push(
         create_pr: Whether to open a pull request instead.
         message: First line of the commit message.
         include_images: Whether to upload the images in the memory.
+        memory_only: Whether to push the memory alone: to the repository that has the model, or to one of its own, which
+            names the repository that its weights are from.
     """
-    options = {"private": private, "revision": revision, "create_pr": create_pr, "include_images": include_images}
-    commit = hub.push_folder(folder, repo_id, commit_message=message, **options)
+    options: dict[str, Any] = {"private": private, "revision": revision, "create_pr": create_pr}
+    options["include_images"] = include_images
+    if message is not None:
+        options["commit_message"] = message
+    if memory_only:
+        commit = hub.push_memory_bank(hub.from_pretrained(f"local-dir:{folder}"), repo_id, **options)
+    else:
+        commit = hub.push_folder(folder, repo_id, **options)
     pushed, branch = commit.repo_url.repo_id, commit.pr_revision or revision
     name = f"{pushed}@{branch}" if branch else pushed
     print(f"Pushed {folder} to {pushed}: {commit.pr_url or commit.commit_url}")

@@ -1,6 +1,7 @@
 """Saves to disk, pushes to the Hugging Face Hub, and loads from either. Saving never touches the network."""
 
-from timm_memwrap.hub.loading import check_repo_id, from_pretrained, pull
+from timm_memwrap.hub.client import check_repo_id
+from timm_memwrap.hub.loading import from_pretrained, pull
 from timm_memwrap.hub.pushing import push_folder, push_memory_bank, push_to_hub
 from timm_memwrap.hub.saving import save_pretrained
 from timm_memwrap.hub.summary import Summary, summarize

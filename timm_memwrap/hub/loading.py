@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id
 
-from timm_memwrap.constants import CARD_FIGURE_FILE, CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+from timm_memwrap.constants import CARD_FIGURE_FILE, CARD_FILE, CONFIG_FILE, MEMORY_FILE, WEIGHTS_FILE
+from timm_memwrap.hub.client import check_repo_id, hub_api
 from timm_memwrap.hub.saving import staging
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.tensor_files import FileError
-from timm_memwrap.whole_model import find_weights, no_weights, read_config, split_revision
+from timm_memwrap.whole_model import find_weights, no_weights, read_config, split_revision, weights_file
 
-__all__ = ["check_repo_id", "from_pretrained", "pull"]
+__all__ = ["from_pretrained", "pull"]
 
 
 def from_pretrained(
@@ -71,7 +70,7 @@ def from_pretrained(
         # The cache keeps a folder per commit, and timm takes the files of a commit from it without asking.
         commit = config.parent.name
         try:
-            download(WEIGHTS_FILE, revision=commit)
+            download(weights_file(config), revision=commit)
         except RemoteEntryNotFoundError as error:
             raise no_weights(name, hub_api(token).list_repo_files(repo_id, revision=commit)) from error
         name = f"{repo_id}@{commit}"
@@ -101,8 +100,8 @@ def pull(repo_id: str, folder: str | os.PathLike, *, token: str | bool | None = 
         OSError: `huggingface_hub`'s own, if the Hub does not give the files.
     """
     directory = Path(folder).expanduser()
-    wanted = (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, CARD_FIGURE_FILE)
-    there = [name for name in wanted[:3] if (directory / name).exists()]
+    wanted = (WEIGHTS_FILE, MEMORY_FILE, CONFIG_FILE, CARD_FILE, CARD_FIGURE_FILE)
+    there = [name for name in wanted[:4] if (directory / name).exists()]
     if there and not overwrite:
         raise ValueError(f"{str(directory)!r} has {', '.join(there)} already. Pass another folder, or overwrite=True.")
     name, revision = split_revision(repo_id)
@@ -118,21 +117,6 @@ def pull(repo_id: str, folder: str | os.PathLike, *, token: str | bool | None = 
         for file in files:
             os.replace(temporary / file, directory / file)
     return directory
-
-
-def check_repo_id(repo_id: str) -> None:
-    """Raises a `ValueError` if `repo_id` is not a valid repo id."""
-    try:
-        validate_repo_id(repo_id)
-    except ValueError as error:
-        raise ValueError(f"{repo_id!r} is not a valid repo id. Pass 'owner/name'. {error}") from error
-
-
-def hub_api(token: str | bool | None) -> HfApi:
-    """Returns the client of the Hub, which tells it who asks."""
-    from timm_memwrap import __version__
-
-    return HfApi(token=token, library_name="timm_memwrap", library_version=__version__)
 
 
 def _source(model_id: str | os.PathLike) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from timm_memwrap._utils import printable
+from timm_memwrap.bases import Base
 from timm_memwrap.constants import CARD_FIGURE_FILE, CARD_FILE, CONFIG_FORMAT_VERSION
 from timm_memwrap.memory_bank import MemoryBank
 from timm_memwrap.model import MemoryWrapModel
@@ -39,8 +40,17 @@ def loading_code(source: str) -> str:
     return f"import timm\nimport timm_memwrap\nmodel = timm.create_model({json.dumps(source)}, pretrained=True).eval()"
 
 
-def make_card(model: MemoryWrapModel, source: str, details: Mapping[str, Any] | None, bank: MemoryBank) -> str:
-    """Returns a model card for a model that is loaded from `source` with this bank: metadata and text."""
+def make_card(
+    model: MemoryWrapModel,
+    source: str,
+    details: Mapping[str, Any] | None,
+    bank: MemoryBank,
+    base: Base | None = None,
+) -> str:
+    """Returns a model card for a model that is loaded from `source` with this bank: metadata and text.
+
+    With a base, it is the card of a memory alone.
+    """
     details = dict(details or {})
     unknown = sorted(set(details) - set(CARD_FIELDS))
     if unknown:
@@ -50,15 +60,17 @@ def make_card(model: MemoryWrapModel, source: str, details: Mapping[str, Any] | 
             raise ValueError(f"model_card[{key!r}] is {details[key]!r}. Pass text.")
     name = details.get("name") or source.split(":", 1)[1].split("@")[0].rstrip("/").split("/")[-1]
     results = _results(details, bank)
+    relation: dict[str, Any] = {} if base is None else {"base_model_relation": "adapter"}
     data = ModelCardData(
         library_name="timm_memwrap",
         pipeline_tag="image-classification",
         tags=[*TAGS, *_texts(details, "tags")],
         license=details.get("license"),
-        base_model=details.get("base_model") or model.base_model,
+        base_model=details.get("base_model") or (model.base_model if base is None else base.name),
         datasets=_texts(details, "datasets") or None,
         eval_results=results or None,
         model_name=name if results else None,
+        **relation,
     )
     body = _render(
         "model_card.md.jinja",
@@ -71,6 +83,7 @@ def make_card(model: MemoryWrapModel, source: str, details: Mapping[str, Any] | 
         figure=CARD_FIGURE_FILE if details.get("figure") else None,
         memory=_memory(bank),
         multi_label=bank.multi_label,
+        base=base,
         results=results,
     )
     text = f"---\n{data.to_yaml()}\n---\n\n{body}\n"
@@ -82,10 +95,17 @@ def make_card(model: MemoryWrapModel, source: str, details: Mapping[str, Any] | 
     return text
 
 
-def write_card(model: MemoryWrapModel, folder: Path, bank: MemoryBank, source: str, details: CardDetails) -> list[Path]:
+def write_card(
+    model: MemoryWrapModel,
+    folder: Path,
+    bank: MemoryBank,
+    source: str,
+    details: CardDetails,
+    base: Base | None = None,
+) -> list[Path]:
     """Writes the model card, and its figure if it has one, and returns the files."""
     files = [folder / CARD_FILE]
-    text = update_memory(details, bank) if isinstance(details, str) else make_card(model, source, details, bank)
+    text = update_memory(details, bank) if isinstance(details, str) else make_card(model, source, details, bank, base)
     files[0].write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
     figure = details.get("figure") if isinstance(details, Mapping) else None
     if figure is not None:

@@ -7,18 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import ModelInfo
 
+from timm_memwrap._utils import plain_state
+from timm_memwrap.bases import Base
 from timm_memwrap.checks import split_bank
-from timm_memwrap.constants import CARD_FILE, WEIGHTS_FILE
-from timm_memwrap.hub.loading import check_repo_id, from_pretrained, hub_api
+from timm_memwrap.constants import CARD_FILE, CONFIG_FILE, MEMORY_FILE, WEIGHTS_FILE
+from timm_memwrap.hub.adapters import find_base
+from timm_memwrap.hub.client import check_repo_id, hub_api
+from timm_memwrap.hub.loading import from_pretrained
 from timm_memwrap.hub.model_card import CardDetails, loading_code, update_memory, write_card
 from timm_memwrap.hub.privacy import public_bank
 from timm_memwrap.hub.saving import check_saveable, local_source, write_model
 from timm_memwrap.memory_bank import MemoryBank
-from timm_memwrap.memory_checks import check_memory
 from timm_memwrap.model import MemoryWrapModel
-from timm_memwrap.tensor_files import FileError, raw_bytes, read_tensors
+from timm_memwrap.tensor_files import FileError, read_tensors, same_bits
 
 __all__ = ["push_folder", "push_memory_bank", "push_to_hub"]
 
@@ -75,18 +79,8 @@ def push_to_hub(
         folder = Path(name)
         # The disk may be full, or the card wrong: known before the Hub is asked for anything.
         files = write_model(model, folder, bank)
-        card = write_card(model, folder, bank, f"hf-hub:{repo_id}", model_card)
-        if len(card) > 1 and not include_images:
-            raise ValueError("model_card has a figure, which shows images. Pass include_images=True, or leave it out.")
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision is not None and not create_pr and not revision.startswith("refs/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        info = api.model_info(repo_id, revision=revision)
-        if private and info.private is False:
-            raise ValueError(
-                f"private=True, but {repo_id!r} exists and is public. Make it private in its settings on the Hub "
-                f"first, or push to another repository."
-            )
+        card = _write_card(model, folder, bank, repo_id, model_card, include_images)
+        info = _make_repo(api, repo_id, private, revision, create_pr)
         options = {"revision": revision, "create_pr": create_pr, "commit_message": commit_message}
         return _commit(api, info, bank, files, card, **options)
 
@@ -95,38 +89,65 @@ def push_memory_bank(
     model: MemoryWrapModel,
     repo_id: str,
     *,
+    base_model: str | None = None,
     token: str | bool | None = None,
+    private: bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str = "Push a new memory",
+    model_card: CardDetails = None,
     include_images: bool = False,
 ) -> CommitInfo:
-    """Pushes a new memory bank for a model that is on the Hub, in one commit that leaves its weights as they are.
+    """Pushes the memory bank alone, in one commit: to the model's repository, or to one of its own.
+
+    Where the repository holds the model, its weights stay as they are. Any other is made, if need be, and then holds a
+    memory alone, megabytes in all: the bank, what of the model is not as its base has it, such as a head, and a pointer
+    to the base, at its commit and with the hash of its file. `from_pretrained` and `timm.create_model` fetch the base
+    from where it lives and join them.
 
     Args:
-        model: The model with the new bank. Its weights must be those in the repository.
+        model: The model with the new bank. Its weights, or those of its encoder, must be those in the repository or in
+            the base.
         repo_id: The repository.
+        base_model: The base of a memory alone: `"owner/name"` or `"owner/name@revision"`; `None` for the repository
+            that the model was loaded from.
         token: As in `push_to_hub`, and so are all that follow.
-        revision: Branch to push to; it must exist.
+        private: See `token`.
+        revision: See `token`; where the repository holds the model, it must exist.
         create_pr: See `token`.
         commit_message: See `token`.
+        model_card: See `token`.
         include_images: See `token`.
 
     Raises:
-        ValueError: If the bank is empty or stale, or the weights in the repository are not the model's.
+        ValueError: If the bank is empty or stale, the weights in the repository or the base are not the model's, or the
+            repository holds another model.
         OSError: `huggingface_hub`'s own, if the Hub refuses, cannot be reached, or has changed in the meantime.
     """
-    check_memory(model, stale="refuse", rehash=True)
+    check_saveable(model)
     api = hub_api(token)
     repo_id = _with_owner(repo_id, api)
-    info = api.model_info(repo_id, revision=revision)
-    path = api.hf_hub_download(repo_id, WEIGHTS_FILE, revision=info.sha)
-    _check_same_weights(model, path, f"{repo_id}@{info.sha}")
     bank = public_bank(model.memory_bank, include_images)
-    with tempfile.TemporaryDirectory(prefix="timm-memwrap-") as folder:
-        files = write_model(model, Path(folder), bank)
+    files = _files(api, repo_id, revision)
+    base = None
+    if WEIGHTS_FILE in files:
+        info = api.model_info(repo_id, revision=revision)
+        path = api.hf_hub_download(repo_id, WEIGHTS_FILE, revision=info.sha)
+        _check_same_weights(model, path, f"{repo_id}@{info.sha}")
+    else:
+        if CONFIG_FILE in files and MEMORY_FILE not in files:
+            raise FileError(f"{repo_id!r} holds another model. Push the memory to a repository of its own.")
+        base = find_base(model, base_model, token)
+    with tempfile.TemporaryDirectory(prefix="timm-memwrap-") as name:
+        folder = Path(name)
+        written = write_model(model, folder, bank, base)
+        card = []
+        if base is not None:
+            card = _write_card(model, folder, bank, repo_id, model_card, include_images, base)
         options = {"revision": revision, "create_pr": create_pr, "commit_message": commit_message}
-        return _commit(api, info, bank, files, [], **options)
+        if base is not None:
+            info = _make_repo(api, repo_id, private, revision, create_pr)
+        return _commit(api, info, bank, written, card, **options)
 
 
 def push_folder(folder: str | os.PathLike, repo_id: str, **kwargs: Any) -> CommitInfo:
@@ -161,6 +182,46 @@ def _with_owner(repo_id: str, api: HfApi) -> str:
     """Returns a repo id that loads: the Hub takes a name without an owner for one of the user's when it is pushed."""
     check_repo_id(repo_id)
     return repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
+
+
+def _files(api: HfApi, repo_id: str, revision: str | None) -> set[str]:
+    """Returns the names of the files of a repository; none if it, or the branch, does not exist."""
+    try:
+        info = api.model_info(repo_id, revision=revision)
+    except GatedRepoError:
+        raise
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        return set()
+    return {sibling.rfilename for sibling in info.siblings or []}
+
+
+def _write_card(
+    model: MemoryWrapModel,
+    folder: Path,
+    bank: MemoryBank,
+    repo_id: str,
+    details: CardDetails,
+    include_images: bool,
+    base: Base | None = None,
+) -> list[Path]:
+    card = write_card(model, folder, bank, f"hf-hub:{repo_id}", details, base)
+    if len(card) > 1 and not include_images:
+        raise ValueError("model_card has a figure, which shows images. Pass include_images=True, or leave it out.")
+    return card
+
+
+def _make_repo(api: HfApi, repo_id: str, private: bool | None, revision: str | None, create_pr: bool) -> ModelInfo:
+    """Makes a repository and a branch unless they exist, and returns what the Hub says of it."""
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    if revision is not None and not create_pr and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    info = api.model_info(repo_id, revision=revision)
+    if private and info.private is False:
+        raise ValueError(
+            f"private=True, but {repo_id!r} exists and is public. Make it private in its settings on the Hub first, "
+            f"or push to another repository."
+        )
+    return info
 
 
 def _commit(
@@ -203,12 +264,10 @@ def _update_card(card: bytes, folder: Path, bank: MemoryBank) -> list[Path]:
 
 def _check_same_weights(model: MemoryWrapModel, path: str, source: str) -> None:
     """Compares a model's weights with those in a repository, bit by bit."""
-    state, file = model.state_dict(), read_tensors(path, f"{WEIGHTS_FILE} of {source!r}")
-    own, theirs = (
-        {name: (tensor.dtype, tensor.shape, raw_bytes(tensor)) for name, tensor in split_bank(tensors)[0].items()}
-        for tensors in (state, file.tensors)
-    )
-    different = sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name))
+    file = read_tensors(path, f"{WEIGHTS_FILE} of {source!r}")
+    own, theirs = (split_bank(tensors)[0] for tensors in (plain_state(model), file.tensors))
+    different = sorted(own.keys() ^ theirs.keys())
+    different += [name for name in sorted(own.keys() & theirs.keys()) if not same_bits(own[name], theirs[name])]
     if different:
         raise ValueError(
             f"The weights in {source!r} are not those that encoded the memory: {len(different)} tensors differ, e.g. "

@@ -14,15 +14,26 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor
 
 from timm_memwrap._utils import locked, naming, plain_state, write_text
+from timm_memwrap.backbone import classifiers_of
+from timm_memwrap.bases import Base
 from timm_memwrap.checks import misfits, split_bank
-from timm_memwrap.constants import CARD_FILE, CONFIG_FILE, MEMORY_BANK, MEMORY_CONFIG_KEY, WEIGHTS_FILE
-from timm_memwrap.factory import build_shell
+from timm_memwrap.constants import (
+    BACKBONE,
+    CARD_FILE,
+    CONFIG_FILE,
+    MEMORY_BANK,
+    MEMORY_CONFIG_KEY,
+    MEMORY_FILE,
+    WEIGHTS_FILE,
+)
+from timm_memwrap.factory import base_tensors, build_shell
+from timm_memwrap.hub.adapters import find_base
 from timm_memwrap.hub.model_card import CardDetails, describe_memory, update_memory, write_card
 from timm_memwrap.memory_args import LAYOUT_ARG
 from timm_memwrap.memory_bank import MemoryBank
 from timm_memwrap.memory_checks import check_memory, check_model, warn_of_new_classifier
 from timm_memwrap.model import MemoryWrapModel
-from timm_memwrap.tensor_files import write_tensors
+from timm_memwrap.tensor_files import same_bits, write_tensors
 from timm_memwrap.whole_model import CONFIG_KEY, WholeModel
 
 __all__ = ["save_pretrained"]
@@ -37,6 +48,7 @@ def save_pretrained(
     allow_empty_memory: bool = False,
     model_card: CardDetails = None,
     overwrite_card: bool = False,
+    memory_only: bool = False,
 ) -> Path:
     """Writes a model with its memory bank to a folder that stock timm loads, and returns the folder.
 
@@ -51,20 +63,24 @@ def save_pretrained(
         allow_empty_memory: Whether to save a model whose bank is empty.
         model_card: What the card is to say beside what the model knows, as in `push_to_hub`.
         overwrite_card: Whether to replace a `README.md` that is there.
+        memory_only: Whether to write `memory.safetensors` in place of the weights: the memory, and what of the model is
+            not in the repository or folder that its weights are from, which a load then takes the rest from.
 
     Raises:
-        ValueError: If the bank is empty or stale, or the model is not one that could be loaded again.
-        OSError: If the disk is full, or the folder cannot be written.
+        ValueError: If the bank is empty or stale, or the model is not one that could be loaded again; with
+            `memory_only`, if its encoder is not the one that it was loaded with.
+        OSError: If the disk is full, or the folder cannot be written; with `memory_only`, `huggingface_hub`'s own.
     """
     check_saveable(model, allow_empty_memory)
+    base = find_base(model, public=False) if memory_only else None
     directory = Path(save_directory).expanduser()
     with staging(directory) as folder:
-        files = write_model(model, folder, model.memory_bank)
+        files = write_model(model, folder, model.memory_bank, base)
         card = directory / CARD_FILE
         # Its bytes: line ends and what is not Unicode stay as they are.
         known = None if overwrite_card or not card.exists() else card.read_bytes().decode(errors="surrogateescape")
         if known is None:
-            files += write_card(model, folder, model.memory_bank, local_source(directory), model_card)
+            files += write_card(model, folder, model.memory_bank, local_source(directory), model_card, base)
         elif (updated := update_memory(known, model.memory_bank)) != known:
             files += write_card(model, folder, model.memory_bank, local_source(directory), updated)
         for file in files:
@@ -106,8 +122,11 @@ def staging(directory: Path) -> Iterator[Path]:
                 directory.rmdir()
 
 
-def write_model(model: MemoryWrapModel, folder: Path, bank: MemoryBank) -> list[Path]:
-    """Writes a model with this bank into an empty folder, if it could be loaded, and returns weights and config."""
+def write_model(model: MemoryWrapModel, folder: Path, bank: MemoryBank, base: Base | None = None) -> list[Path]:
+    """Writes a model with this bank into an empty folder, if it could be loaded, and returns weights and config.
+
+    With a base, only the memory is written, and what of the model is not as its base makes it.
+    """
     _check_writable(model)
     # Without copies: a bank may be large.
     tensors, _ = split_bank(plain_state(model))
@@ -115,7 +134,9 @@ def write_model(model: MemoryWrapModel, folder: Path, bank: MemoryBank) -> list[
     extra: dict[str, Any] = {MEMORY_CONFIG_KEY: describe_memory(bank), "label_names": bank.class_names}
     if model.base_model:
         extra["base_model"] = model.base_model
-    weights, path = folder / WEIGHTS_FILE, folder / CONFIG_FILE
+    if base is not None:
+        extra["base"] = base.to_dict()
+    weights, path = folder / (WEIGHTS_FILE if base is None else MEMORY_FILE), folder / CONFIG_FILE
     with naming(path):
         # The layout is of this bank, and not of the model's, which may have images and paths.
         args = {**model.memory_args, LAYOUT_ARG: model.memory_layout(bank)}
@@ -128,7 +149,10 @@ def write_model(model: MemoryWrapModel, folder: Path, bank: MemoryBank) -> list[
     # was loaded is saved as the same bytes.
     config["model_args"] = {key: value for key, value in sorted(config["model_args"].items()) if key != "num_classes"}
     write_text(path, text := json.dumps(config, indent=2))
-    _check_loadable(model, WholeModel(tensors, config, "The model to save", verified=True))
+    whole = WholeModel(tensors, config, "The model to save", verified=True)
+    _check_loadable(model, whole)
+    if base is not None:
+        tensors = _beside_base(model, whole, base)
     with ThreadPoolExecutor(1) as thread:
         # For what was not watched, in the time that the disk takes.
         thread.submit(model.encoder_fingerprint, rehash=True)
@@ -137,6 +161,23 @@ def write_model(model: MemoryWrapModel, folder: Path, bank: MemoryBank) -> list[
     if len(bank):
         check_memory(model, stale="refuse")
     return [weights, path]
+
+
+def _beside_base(model: MemoryWrapModel, whole: WholeModel, base: Base) -> dict[str, Tensor]:
+    """Returns the tensors that differ from those of the base, or raises a `ValueError` if the encoder's do."""
+    known = base_tensors(whole, base, {})
+    different = {
+        name: value for name, value in whole.tensors.items() if name not in known or not same_bits(value, known[name])
+    }
+    own = {id(tensor) for tensor in classifiers_of(model.backbone).state_dict(keep_vars=True).values()}
+    encoder = [f"{BACKBONE}.{name}" for name, tensor in plain_state(model.backbone).items() if id(tensor) not in own]
+    changed = [name for name in encoder if name in different]
+    if changed:
+        raise ValueError(
+            f"The memory was not encoded with the weights of {str(base)!r}: {len(changed)} tensors differ, e.g. "
+            f"{changed[0]!r}. Push the whole model with timm_memwrap.push_to_hub, or pass another base_model."
+        )
+    return different
 
 
 def _check_writable(model: MemoryWrapModel) -> None:
