@@ -33,7 +33,7 @@ ROOMS = (
     ("building", "remembering"),
     ("explaining",),
     ("hub",),
-    ("exporting", "training"),
+    ("exporting", "training", "demo"),
     ("jobs",),
     ("experiments",),
     ("cli",),
@@ -157,7 +157,18 @@ def test_the_files_of_the_core_are_short() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=_module)
 def test_heavy_and_optional_packages_are_imported_where_they_are_used(path: Path) -> None:
-    heavy = {"matplotlib", "captum", "sklearn", "faiss", "onnx", "onnxruntime", "onnxscript", "torchvision", "scipy"}
+    heavy = {
+        "matplotlib",
+        "captum",
+        "sklearn",
+        "faiss",
+        "onnx",
+        "onnxruntime",
+        "onnxscript",
+        "torchvision",
+        "scipy",
+        "gradio",
+    }
     if _room(_module(path)) == "cli":
         heavy |= {"torch", "timm"}
     top = ast.parse(path.read_text()).body

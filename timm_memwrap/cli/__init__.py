@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 from timm_memwrap import __version__
 from timm_memwrap._utils import printable
-from timm_memwrap.cli import measuring, sharing, teaching, training
+from timm_memwrap.cli import measuring, sharing, showing, teaching, training
 from timm_memwrap.cli.arguments import expand, make_parser
 
 __all__ = ["COMMANDS", "main"]
@@ -26,6 +26,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "remember": teaching.remember,
     "forget": teaching.forget,
     "export": sharing.export,
+    "demo": showing.demo,
     "compare": measuring.compare,
     "benchmark": measuring.benchmark,
     "run": training.run,

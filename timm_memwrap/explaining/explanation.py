@@ -257,9 +257,13 @@ def explain_batch(
     contenders: int = 3,
     matcher: Matcher | None = None,
     abstain: float = 0.0,
+    encoding: Tensor | None = None,
 ) -> list[Explanation]:
-    """Explains predictions for model inputs `[B, C, H, W]`, with a model in evaluation mode and no gradients."""
-    readout, names = model.read(model.encode(images)), class_names(model)
+    """Explains predictions for model inputs `[B, C, H, W]`, with a model in evaluation mode and no gradients.
+
+    Encodings `[B, E]` of the inputs, if there are any, spare to encode them.
+    """
+    readout, names = model.read(model.encode(images) if encoding is None else encoding), class_names(model)
     logits = readout.logits.float()
     found, order = probabilities(logits, model.multi_label).sort(dim=-1, descending=True, stable=True)
     nothing = read_nothing(model, readout.encoding)

@@ -4,6 +4,7 @@ from timm_memwrap.hub.client import check_repo_id
 from timm_memwrap.hub.loading import from_pretrained, pull
 from timm_memwrap.hub.pushing import push_folder, push_memory_bank, push_to_hub
 from timm_memwrap.hub.saving import save_pretrained
+from timm_memwrap.hub.spaces import push_space
 from timm_memwrap.hub.summary import Summary, summarize
 from timm_memwrap.tensor_files import FileError
 
@@ -15,6 +16,7 @@ __all__ = [
     "pull",
     "push_folder",
     "push_memory_bank",
+    "push_space",
     "push_to_hub",
     "save_pretrained",
     "summarize",

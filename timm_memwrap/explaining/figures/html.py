@@ -17,7 +17,7 @@ from timm_memwrap.explaining.figures.pictures import MATCHES, aligned, overlays
 from timm_memwrap.explaining.heatmaps import Attribution
 from timm_memwrap.model import MemoryWrapModel
 
-__all__ = ["write_html"]
+__all__ = ["match_rows", "write_html"]
 
 # In pixels: twice the size on the page, for screens of double density.
 _INPUT_SIZE, _SAMPLE_SIZE = 448, 256
@@ -133,7 +133,7 @@ def _input(
         parts.append(part(other, [None] * len(other.samples), [0.0] * len(other.samples)))
     return {
         "name": name,
-        "matches": _matches(model, stored, image, explanation),
+        "matches": match_rows(model, stored, image, explanation),
         "picture": data_url(to_picture(model, image), _INPUT_SIZE),
         "overlay": heat[0],
         "share": shares[0],
@@ -144,7 +144,7 @@ def _input(
     }
 
 
-def _matches(
+def match_rows(
     model: MemoryWrapModel, stored: SampleImages | None, image: Any, explanation: Explanation
 ) -> list[dict[str, Any]]:
     """Returns the samples with correspondences, each beside the input, both as the model gets them."""

@@ -17,12 +17,12 @@ __all__ = ["data_url", "template"]
 _BIDI_CONTROLS = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
 
 
-def template(name: str) -> Any:
-    """Returns a Jinja template of this package, which escapes all that is put into it."""
+def template(name: str, folder: Path = Path(__file__).parent) -> Any:
+    """Returns a Jinja template in `templates` beside a module, which escapes all that is put into it."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=FileSystemLoader(folder / "templates"),
         undefined=StrictUndefined,
         autoescape=True,
         trim_blocks=True,
