@@ -71,6 +71,7 @@ def _hub_server() -> Iterator["Hub"]:
 def hub(_hub_server: "Hub", tmp_path_factory: pytest.TempPathFactory) -> Iterator["Hub"]:
     """An empty Hugging Face Hub on loopback, which `HF_ENDPOINT` points at."""
     _hub_server.reset()
-    shutil.rmtree(os.path.join(_HF_HOME, "hub"), ignore_errors=True)
+    for cache in ("hub", "assets"):
+        shutil.rmtree(os.path.join(_HF_HOME, cache), ignore_errors=True)
     yield _hub_server
     assert not _hub_server.errors, f"The Hub itself failed: {_hub_server.errors}"

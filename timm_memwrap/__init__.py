@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from timm_memwrap.explaining import explain as explain
     from timm_memwrap.hub import from_pretrained as from_pretrained
     from timm_memwrap.hub import push_memory_bank as push_memory_bank
+    from timm_memwrap.hub import push_memory_images as push_memory_images
     from timm_memwrap.hub import push_to_hub as push_to_hub
     from timm_memwrap.hub import save_pretrained as save_pretrained
     from timm_memwrap.remembering import forget as forget
@@ -41,6 +42,7 @@ __all__ = [
     "forget",
     "from_pretrained",
     "push_memory_bank",
+    "push_memory_images",
     "push_to_hub",
     "register_backbones",
     "relabel",
@@ -57,6 +59,7 @@ _LAZY = {
     "forget": "remembering",
     "from_pretrained": "hub",
     "push_memory_bank": "hub",
+    "push_memory_images": "hub",
     "push_to_hub": "hub",
     "relabel": "remembering",
     "remember": "remembering",

@@ -34,6 +34,7 @@ class Provenance:
         removed: Number of samples that were forgotten since.
         added_classes: Number of classes that were added since. They are the last ones, and what the model's classifier
             knows of them is computed from their samples.
+        image_dataset: Data set on the Hub that holds pictures of the samples, `"owner/name@commit"`; empty without one.
     """
 
     dataset: str = ""
@@ -44,6 +45,7 @@ class Provenance:
     appended: int = 0
     removed: int = 0
     added_classes: int = 0
+    image_dataset: str = ""
 
 
 @dataclass(frozen=True)

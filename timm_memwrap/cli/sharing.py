@@ -3,6 +3,7 @@
 from typing import Any
 
 from timm_memwrap import hub
+from timm_memwrap.data import open_remembered
 from timm_memwrap.exporting import default_path, export_model
 
 __all__ = ["export", "inspect", "pull", "push"]
@@ -17,6 +18,8 @@ def push(
     message: str | None = None,
     include_images: bool = False,
     memory_only: bool = False,
+    images_to: str | None = None,
+    memory_data: str | None = None,
 ) -> None:
     """Pushes a model with its memory, or the memory alone, from a folder to the Hugging Face Hub, in one commit.
 
@@ -32,7 +35,17 @@ def push(
         include_images: Whether to upload the images in the memory.
         memory_only: Whether to push the memory alone: to the repository that has the model, or to one of its own, which
             names the repository that its weights are from.
+        images_to: Data set on the Hub to push pictures of the remembered images to first, owner/name; needs
+            memory_data.
+        memory_data: As in explain: what the memory was built from.
     """
+    if (images_to is None) != (memory_data is None):
+        raise ValueError("Pictures need both --images_to, where to push them, and --memory_data, where they are.")
+    if images_to is not None and memory_data is not None:
+        model = hub.from_pretrained(folder)
+        commit = hub.push_memory_images(model, images_to, open_remembered(memory_data), private=private)
+        hub.save_pretrained(model, folder)
+        print(f"Pushed pictures of {len(model.memory_bank):,} remembered images: {commit.commit_url}")
     options: dict[str, Any] = {"private": private, "revision": revision, "create_pr": create_pr}
     options["include_images"] = include_images
     if message is not None:

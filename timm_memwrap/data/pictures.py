@@ -78,10 +78,11 @@ class SampleImages:
         model: The model: its transform makes inputs of pictures, and its normalisation is undone for people.
         dataset: A data set of `(image, label)`, or a mapping from id to image. An id is a position in the data set, or
             the end of a file's path, which must be the only one of its kind; a bank from the Hub has bare file names.
+        complete: Whether all samples are expected to be in it.
     """
 
-    def __init__(self, model: nn.Module, dataset: Any) -> None:
-        self._model, self._dataset = model, dataset
+    def __init__(self, model: nn.Module, dataset: Any, complete: bool = True) -> None:
+        self._model, self._dataset, self.complete = model, dataset, complete
 
     def picture(self, sample_id: SampleId) -> np.ndarray | None:
         """Returns the sample as an array `[H, W, 3]` of uint8, or `None` if it is not there."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from timm_memwrap._utils import check_count
 from timm_memwrap.data import SampleImages, enlarged
 from timm_memwrap.explaining.results import Result
+from timm_memwrap.explaining.stored_images import stored_images
 from timm_memwrap.model import MemoryWrapModel
 
 __all__ = ["Box", "Correspondence", "Matcher", "sample_input"]
@@ -28,7 +29,8 @@ _FEWEST_PLACES = 10
 _BOXES_A_SIDE = 7
 _NO_PICTURES = (
     "Correspondences need the pictures of the memory samples, and the bank holds none. Pass the dataset that it was "
-    "built from (dataset=, on the command line --memory_data), or build it with store_images=True."
+    "built from (dataset=, on the command line --memory_data), push its pictures with push_memory_images, or build it "
+    "with store_images=True."
 )
 
 
@@ -57,7 +59,7 @@ class Matcher:
         model: A model in evaluation mode, with a memory bank.
         count: The largest number of correspondences for an input and a sample.
         dataset: Where to find the samples' pictures by id: the dataset that the bank was built from, or a mapping from
-            id to image. `None` for the small pictures in the bank.
+            id to image. `None` for the small pictures in the bank, else those that `push_memory_images` pushed.
 
     Raises:
         ValueError: If `count` is below 1, there are no pictures, or the backbone cannot tell features by place.
@@ -65,7 +67,8 @@ class Matcher:
 
     def __init__(self, model: MemoryWrapModel, count: int, dataset: Any = None) -> None:
         check_count("correspondences", count)
-        if dataset is None and model.memory_bank.images is None:
+        self._stored = stored_images(model, dataset)
+        if self._stored is None and model.memory_bank.images is None:
             raise ValueError(_NO_PICTURES)
         if not hasattr(model.backbone, "forward_intermediates"):
             raise ValueError(
@@ -73,7 +76,6 @@ class Matcher:
                 f"correspondences=0, or use a backbone of timm's that has it."
             )
         self._model, self._count = model, count
-        self._stored = None if dataset is None else SampleImages(model, dataset)
 
     def match(
         self, images: Tensor, inputs: Sequence[int], positions: Sequence[int]
@@ -89,20 +91,28 @@ class Matcher:
         """
         places = {i: _features(self._model, images[i]) for i in sorted(set(inputs))}
         size = (images.shape[-2], images.shape[-1])
-        # A sample that several inputs read is encoded for each of them: features of all would fill the memory.
-        return [
-            _correspondences(
-                places[i], _features(self._model, sample_input(self._model, self._stored, position, size)), self._count
-            )
-            for i, position in zip(inputs, positions, strict=True)
-        ]
+        found = []
+        for i, position in zip(inputs, positions, strict=True):
+            # One that several inputs read is encoded for each of them: features of all would fill the memory.
+            sample = sample_input(self._model, self._stored, position, size)
+            pair = None if sample is None else (places[i], _features(self._model, sample))
+            found.append(() if pair is None else _correspondences(*pair, self._count))
+        return found
 
 
-def sample_input(model: MemoryWrapModel, stored: SampleImages | None, position: int, size: tuple[int, int]) -> Tensor:
-    """Returns the memory sample at a position as a model input `[C, *size]`: the stored one, else the bank's own."""
+def sample_input(
+    model: MemoryWrapModel, stored: SampleImages | None, position: int, size: tuple[int, int]
+) -> Tensor | None:
+    """Returns the memory sample at a position as a model input `[C, *size]`: the stored one, else the bank's own.
+
+    `None` if it has no picture in the data set on the Hub, or that cannot be reached.
+    """
     bank = model.memory_bank
     if stored is not None:
-        image = stored.input(bank.ids[position])
+        sample_id = bank.ids[position]
+        if not stored.complete and stored.picture(sample_id) is None:
+            return None
+        image = stored.input(sample_id)
         return image if image.shape[-2:] == size else F.interpolate(image.unsqueeze(0), size, mode="bilinear")[0]
     if bank.images is None:
         raise ValueError(_NO_PICTURES)

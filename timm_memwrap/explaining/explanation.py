@@ -216,7 +216,7 @@ def explain(
         correspondences: How many places to look for at most that an input and a sample have in common. Both are encoded
             for it once more.
         dataset: Where to find the samples' pictures for that, by id: the dataset that the bank was built from, or a
-            mapping from id to image. `None` for the small ones in the bank.
+            mapping from id to image. `None` for the small ones in the bank, else what `push_memory_images` pushed.
         abstain: Familiarity, between 0 and 1, below which a prediction is called unfamiliar: 0.05 does so for one in
             twenty images like those given to `calibrate`.
 

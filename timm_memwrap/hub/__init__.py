@@ -2,6 +2,7 @@
 
 from timm_memwrap.hub.client import check_repo_id
 from timm_memwrap.hub.loading import from_pretrained, pull
+from timm_memwrap.hub.memory_images import push_memory_images
 from timm_memwrap.hub.pushing import push_folder, push_memory_bank, push_to_hub
 from timm_memwrap.hub.saving import save_pretrained
 from timm_memwrap.hub.spaces import push_space
@@ -16,6 +17,7 @@ __all__ = [
     "pull",
     "push_folder",
     "push_memory_bank",
+    "push_memory_images",
     "push_space",
     "push_to_hub",
     "save_pretrained",

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm_memwrap._utils import printable
 from timm_memwrap.bases import Base
 from timm_memwrap.constants import CARD_FIGURE_FILE, CARD_FILE, CONFIG_FORMAT_VERSION
+from timm_memwrap.hub.pins import image_dataset
 from timm_memwrap.memory_bank import MemoryBank
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.registry import split_name
@@ -146,6 +147,7 @@ def named_counts(bank: MemoryBank) -> list[tuple[str, int]]:
 
 def _memory(bank: MemoryBank) -> str:
     values = {**describe_memory(bank), "dataset": short_name(bank.provenance.dataset), "classes": named_counts(bank)}
+    values["image_dataset"] = image_dataset(bank)
     return _render("memory.md.jinja", begin=_BEGIN, end=_END, **values)
 
 

@@ -3,12 +3,13 @@
 import logging
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.hf_api import ModelInfo
+from huggingface_hub.hf_api import DatasetInfo, ModelInfo
 
 from timm_memwrap._utils import plain_state
 from timm_memwrap.bases import Base
@@ -24,7 +25,7 @@ from timm_memwrap.memory_bank import MemoryBank
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.tensor_files import FileError, read_tensors, same_bits
 
-__all__ = ["push_folder", "push_memory_bank", "push_to_hub"]
+__all__ = ["prepare_repo", "push_folder", "push_memory_bank", "push_to_hub", "send_commit", "with_owner"]
 
 _logger = logging.getLogger(__name__)
 
@@ -73,14 +74,14 @@ def push_to_hub(
     """
     check_saveable(model, allow_empty_memory)
     api = hub_api(token)
-    repo_id = _with_owner(repo_id, api)
+    repo_id = with_owner(repo_id, api)
     bank = public_bank(model.memory_bank, include_images)
     with tempfile.TemporaryDirectory(prefix="timm-memwrap-") as name:
         folder = Path(name)
         # The disk may be full, or the card wrong: known before the Hub is asked for anything.
         files = write_model(model, folder, bank)
         card = _write_card(model, folder, bank, repo_id, model_card, include_images)
-        info = _make_repo(api, repo_id, private, revision, create_pr)
+        info = prepare_repo(api, repo_id, "model", private, revision, create_pr)
         options = {"revision": revision, "create_pr": create_pr, "commit_message": commit_message}
         return _commit(api, info, bank, files, card, **options)
 
@@ -126,7 +127,7 @@ def push_memory_bank(
     """
     check_saveable(model)
     api = hub_api(token)
-    repo_id = _with_owner(repo_id, api)
+    repo_id = with_owner(repo_id, api)
     bank = public_bank(model.memory_bank, include_images)
     files = _files(api, repo_id, revision)
     base = None
@@ -146,7 +147,7 @@ def push_memory_bank(
             card = _write_card(model, folder, bank, repo_id, model_card, include_images, base)
         options = {"revision": revision, "create_pr": create_pr, "commit_message": commit_message}
         if base is not None:
-            info = _make_repo(api, repo_id, private, revision, create_pr)
+            info = prepare_repo(api, repo_id, "model", private, revision, create_pr)
         return _commit(api, info, bank, written, card, **options)
 
 
@@ -165,7 +166,7 @@ def push_folder(folder: str | os.PathLike, repo_id: str, **kwargs: Any) -> Commi
         ValueError, OSError: As in `push_to_hub`, or if the folder does not hold a model.
     """
     directory = Path(folder).expanduser()
-    repo_id = _with_owner(repo_id, hub_api(kwargs.get("token")))
+    repo_id = with_owner(repo_id, hub_api(kwargs.get("token")))
     model = from_pretrained(f"local-dir:{directory}")
     card = directory / CARD_FILE
     if card.is_file():
@@ -178,7 +179,39 @@ def push_folder(folder: str | os.PathLike, repo_id: str, **kwargs: Any) -> Commi
     return push_to_hub(model, repo_id, **kwargs)
 
 
-def _with_owner(repo_id: str, api: HfApi) -> str:
+def prepare_repo(
+    api: HfApi, repo_id: str, repo_type: str, private: bool | None, revision: str | None, create_pr: bool
+) -> Any:
+    """Makes the repository and the branch to push to if they do not exist, and returns the client's info about it."""
+    api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
+    if revision is not None and not create_pr and not revision.startswith("refs/"):
+        api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
+    info = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
+    if private and info.private is False:
+        raise ValueError(
+            f"private=True, but {repo_id!r} exists and is public. Make it private in its settings on the Hub first, or "
+            f"push to another repository."
+        )
+    return info
+
+
+def send_commit(
+    api: HfApi,
+    info: ModelInfo | DatasetInfo,
+    repo_type: str,
+    operations: Sequence[CommitOperationAdd | CommitOperationDelete],
+    **options: Any,
+) -> CommitInfo:
+    """Sends operations in one commit, on top of the commit that was looked at, so that no other push is lost."""
+    try:
+        return api.create_commit(info.id, operations, repo_type=repo_type, parent_commit=info.sha, **options)
+    except (ConnectionError, RuntimeError) as error:
+        # The client's errors of a transfer, which do not tell what to do or even what was wrong.
+        cure = " If the server has no Xet storage, set HF_HUB_DISABLE_XET=1." if "/xet-" in str(error) else ""
+        raise OSError(f"{error} {error.__cause__ or ''}{cure}") from error
+
+
+def with_owner(repo_id: str, api: HfApi) -> str:
     """Returns a repo id that loads: the Hub takes a name without an owner for one of the user's when it is pushed."""
     check_repo_id(repo_id)
     return repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
@@ -210,20 +243,6 @@ def _write_card(
     return card
 
 
-def _make_repo(api: HfApi, repo_id: str, private: bool | None, revision: str | None, create_pr: bool) -> ModelInfo:
-    """Makes a repository and a branch unless they exist, and returns what the Hub says of it."""
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    if revision is not None and not create_pr and not revision.startswith("refs/"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    info = api.model_info(repo_id, revision=revision)
-    if private and info.private is False:
-        raise ValueError(
-            f"private=True, but {repo_id!r} exists and is public. Make it private in its settings on the Hub first, "
-            f"or push to another repository."
-        )
-    return info
-
-
 def _commit(
     api: HfApi, info: ModelInfo, bank: MemoryBank, files: list[Path], card: list[Path], **options: Any
 ) -> CommitInfo:
@@ -239,15 +258,8 @@ def _commit(
         _logger.info("%s has a %s, of which only the part about the memory is updated.", info.id, CARD_FILE)
         there = Path(api.hf_hub_download(info.id, CARD_FILE, revision=info.sha))
         card = _update_card(there.read_bytes(), files[0].parent, bank)
-    # `upload_folder` promises one commit for small folders only. On top of the commit that was looked at, nothing that
-    # was pushed meanwhile is lost.
-    operations = [CommitOperationAdd(file.name, file) for file in files + card]
-    try:
-        return api.create_commit(info.id, operations, parent_commit=info.sha, **options)
-    except (ConnectionError, RuntimeError) as error:
-        # The client's errors of a transfer, which do not tell what to do or even what was wrong.
-        cure = " If the server has no Xet storage, set HF_HUB_DISABLE_XET=1." if "/xet-" in str(error) else ""
-        raise OSError(f"{error} {error.__cause__ or ''}{cure}") from error
+    # `upload_folder` promises one commit for small folders only.
+    return send_commit(api, info, "model", [CommitOperationAdd(file.name, file) for file in files + card], **options)
 
 
 def _update_card(card: bytes, folder: Path, bank: MemoryBank) -> list[Path]:

@@ -47,11 +47,12 @@ class Summary:
         since = [(what, memory[what]) for what in ("appended", "removed")]
         changes = "".join(f", {count:,} {what} since" for what, count in since if count)
         calibrated = f"on {memory['calibrated_on']:,} images" if memory["calibrated_on"] else "no"
+        elsewhere = f"; in {printable(memory['image_dataset'])}" if memory["image_dataset"] else ""
         lines += [
             f"  memory        {memory['size']:,} samples, {self.memory_bytes / 1e6:,.2f} MB",
             *(["  labels        several classes per sample, or none"] if memory["multi_label"] else []),
             f"  from          {printable(source)}{population}{seed}{changes}",
-            f"  images        {f'{self.image_bytes / 1e6:,.2f} MB' if memory['images'] else 'not inside'}",
+            f"  images        {f'{self.image_bytes / 1e6:,.2f} MB' if memory['images'] else 'not inside'}{elsewhere}",
             f"  fingerprint   {fits[self.stale]}",
             f"  calibrated    {calibrated}",
             "  by class",

@@ -7,6 +7,7 @@ import numpy as np
 from timm_memwrap.data import SampleImages, class_names, picture_of
 from timm_memwrap.explaining.findings import KINDS, Finding
 from timm_memwrap.explaining.report import MemoryReport
+from timm_memwrap.explaining.stored_images import stored_images
 from timm_memwrap.memory_bank import SampleId
 from timm_memwrap.model import MemoryWrapModel
 
@@ -60,7 +61,7 @@ def shown_findings(
         raise ValueError(
             f"The report is on {report.size} samples that are not those of {bank!r}. Call memory_report again."
         )
-    stored, given = (None if part is None else SampleImages(model, part) for part in (dataset, data))
+    stored, given = stored_images(model, dataset), None if data is None else SampleImages(model, data)
     positions = {sample_id: i for i, sample_id in enumerate(ids)}
 
     def remembered(position: int) -> np.ndarray | None:

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from timm_memwrap.data import SampleImages, class_names, picture_of, to_picture
+from timm_memwrap.data import class_names, picture_of, to_picture
 from timm_memwrap.explaining.contenders import Contender
 from timm_memwrap.explaining.explanation import Explanation
 from timm_memwrap.explaining.figures.page import BLUE, GREY, LINE, ORANGE, PALE, Card, Line, Page, percent, short
 from timm_memwrap.explaining.figures.pictures import aligned
 from timm_memwrap.explaining.figures.plots import input_card
+from timm_memwrap.explaining.stored_images import stored_images
 from timm_memwrap.model import MemoryWrapModel
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def plot_contenders(
     several, explanations, true = aligned(model, images, explanations, labels)
     if not all(explanation.contenders for explanation in explanations):
         raise ValueError("The explanations have no contenders. Call explain(..., contenders=3).")
-    stored, names = None if dataset is None else SampleImages(model, dataset), class_names(model)
+    stored, names = stored_images(model, dataset), class_names(model)
     panels = min(_PANELS, max(len(explanation.contenders) for explanation in explanations))
     left, first = _MARGIN + _INPUT + 0.35, 0.64
     lines = [-(-len(explanation.contenders) // panels) for explanation in explanations]

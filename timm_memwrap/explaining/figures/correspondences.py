@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from timm_memwrap.data import SampleImages, batches_of, class_names, to_picture
+from timm_memwrap.data import batches_of, class_names, to_picture
 from timm_memwrap.explaining.correspondences import Box, sample_input
 from timm_memwrap.explaining.explanation import Explanation, explain
 from timm_memwrap.explaining.figures.page import GREY, LINE, Card, Page
 from timm_memwrap.explaining.figures.pictures import MATCHES, aligned
 from timm_memwrap.explaining.figures.plots import draw_legend, draw_titles, input_card, sample_card
+from timm_memwrap.explaining.stored_images import stored_images
 from timm_memwrap.model import MemoryWrapModel
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def plot_correspondences(
     if not any(sample.correspondences for explanation in explanations for sample in explanation.samples):
         raise ValueError("The explanations have no correspondences. Call explain(..., correspondences=5).")
     inputs = torch.cat(batches_of(model, images))
-    stored, names = None if dataset is None else SampleImages(model, dataset), class_names(model)
+    stored, names = stored_images(model, dataset), class_names(model)
     columns = max(1, min(top_k, max(len(explanation.samples) for explanation in explanations)))
     # Each input stands above each of its samples, so that both can be compared at one look.
     left, row_height = _MARGIN + _INPUT + 1.6 * _GAP, 2 * _PICTURE + 4 * LINE + 0.3
@@ -68,7 +69,8 @@ def plot_correspondences(
             x, below = left + column * (_PICTURE + _GAP), top + _PICTURE + 0.08
             stored_image = sample_input(model, stored, sample.position, (image.shape[-2], image.shape[-1]))
             page.card(x, top, _PICTURE, to_picture(model, image), Card([]))
-            page.card(x, below, _PICTURE, to_picture(model, stored_image), sample_card(sample))
+            picture = None if stored_image is None else to_picture(model, stored_image)
+            page.card(x, below, _PICTURE, picture, sample_card(sample))
             for number, match in enumerate(sample.correspondences, start=1):
                 _mark(page, x, top, match.box, number)
                 _mark(page, x, below, match.sample_box, number)

@@ -15,6 +15,7 @@ from timm_memwrap.explaining.explanation import Explanation, MemorySample
 from timm_memwrap.explaining.figures.markup import data_url, template
 from timm_memwrap.explaining.figures.pictures import MATCHES, aligned, overlays
 from timm_memwrap.explaining.heatmaps import Attribution
+from timm_memwrap.explaining.stored_images import stored_images
 from timm_memwrap.model import MemoryWrapModel
 
 __all__ = ["match_rows", "write_html"]
@@ -62,7 +63,7 @@ def write_html(
     if names is None:
         names = [PurePath(image).name if isinstance(image, str | os.PathLike) else f"Image {i}"
                  for i, image in enumerate(several, start=1)]  # fmt: skip
-    stored = None if dataset is None else SampleImages(model, dataset)
+    stored = stored_images(model, dataset)
     heat: Sequence[Attribution | None] = [None] * len(several) if attributions is None else attributions
     html = template("explanations.html.jinja").render(
         title=title,
@@ -153,11 +154,13 @@ def match_rows(
         return []
     (model_input,) = batches_of(model, [image])[0]
     size, picture = (model_input.shape[-2], model_input.shape[-1]), to_picture(model, model_input)
+    inputs = [(sample, sample_input(model, stored, sample.position, size)) for sample in matched]
     return [
         {
             "sample": sample,
             "input": data_url(picture, _SAMPLE_SIZE),
-            "picture": data_url(to_picture(model, sample_input(model, stored, sample.position, size)), _SAMPLE_SIZE),
+            "picture": data_url(to_picture(model, remembered), _SAMPLE_SIZE),
         }
-        for sample in matched
+        for sample, remembered in inputs
+        if remembered is not None
     ]

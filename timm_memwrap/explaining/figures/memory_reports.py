@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from timm_memwrap._utils import write_text
-from timm_memwrap.data import SampleImages, picture_of
+from timm_memwrap.data import picture_of
 from timm_memwrap.explaining.figures.beside import MEANINGS, Shown, shown_findings
 from timm_memwrap.explaining.figures.markup import data_url, template
 from timm_memwrap.explaining.figures.page import BLUE, GREY, LINE, ORANGE, Card, Line, Page, short
 from timm_memwrap.explaining.findings import KINDS
 from timm_memwrap.explaining.report import MemoryReport, SampleUse
+from timm_memwrap.explaining.stored_images import stored_images
 from timm_memwrap.model import MemoryWrapModel
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def plot_memory_report(
     if misleading:
         meaning = "Used more by wrong predictions of the class they support than by right ones: look why."
         top = _draw_heading(page, top, f"Misleading: {len(report.misleading):,}", meaning)
-        bank, stored = model.memory_bank, None if dataset is None else SampleImages(model, dataset)
+        bank, stored = model.memory_bank, stored_images(model, dataset)
         for i, use in enumerate(misleading):
             thumbnail = None if bank.images is None else bank.images[use.position]
             x = _MARGIN + i * (_SIZE + _GAP)

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from timm_memwrap.data import SampleImages, class_names, picture_of, to_picture
+from timm_memwrap.data import class_names, picture_of, to_picture
 from timm_memwrap.explaining.explanation import Explanation, MemorySample
 from timm_memwrap.explaining.figures.page import BLUE, GREY, LINE, ORANGE, PALE, Card, Line, Page, percent, short
 from timm_memwrap.explaining.figures.pictures import HEAT, aligned, each_class, overlays
 from timm_memwrap.explaining.heatmaps import Attribution
+from timm_memwrap.explaining.stored_images import stored_images
 from timm_memwrap.familiarity import UNFAMILIAR
 from timm_memwrap.model import MemoryWrapModel
 
@@ -54,7 +55,8 @@ def plot_explanations(
         labels: True classes of the inputs, if known; not where images may have several.
         path: File to write the figure to, by its suffix a PNG, PDF or SVG; `None` to write none.
         dataset: Where to find the memory samples' pictures by id, if the bank has none: the dataset that it was built
-            from, or a mapping from id to image. Without it, a tile shows the sample's id.
+            from, or a mapping from id to image. Without it, they are fetched from the data set on the Hub that
+            `push_memory_images` made; a tile without a picture shows the sample's id.
         top_k: How many samples to draw for an input.
         dpi: Resolution of the file.
 
@@ -66,7 +68,7 @@ def plot_explanations(
         ValueError: If images, explanations and labels differ in number.
     """
     several, explanations, true = aligned(model, images, explanations, labels, top_k)
-    stored, names = None if dataset is None else SampleImages(model, dataset), class_names(model)
+    stored, names = stored_images(model, dataset), class_names(model)
     rows = each_class(several, explanations, true)
     columns = max(1, min(top_k, max(len(explanation.samples) for explanation in explanations)))
     left, row_height = _MARGIN + _INPUT + 2.2 * _GAP, _INPUT + 3.4 * LINE + 0.16
@@ -111,7 +113,7 @@ def plot_explanation(
     several, (explanation, *more), (true, *_) = aligned(model, one, given, None if label is None else [label], top_k)
     if more:
         raise ValueError(f"{1 + len(more)} images for one explanation. Call plot_explanations for several.")
-    stored, names = None if dataset is None else SampleImages(model, dataset), class_names(model)
+    stored, names = stored_images(model, dataset), class_names(model)
     groups = (
         (f"Examples: the model sees “{short(explanation.class_name, 24)}” in them too", explanation.examples, BLUE),
         ("Counterfactuals: it sees another class in them", explanation.counterfactuals, ORANGE),
