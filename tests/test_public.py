@@ -30,6 +30,7 @@ PUBLIC = {
     # disk and Hub
     "from_pretrained",
     "push_memory_bank",
+    "push_memory_images",
     "push_to_hub",
     "save_pretrained",
 }

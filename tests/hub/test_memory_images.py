@@ -218,6 +218,25 @@ def test_without_a_connection_the_cache_is_shown_or_nothing(
         assert REPO in record.message
 
 
+@pytest.mark.parametrize("environment", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
+def test_another_process_without_a_connection_shows_what_is_in_the_cache(
+    hub: Hub, pushed: MemoryWrapModel, run: Callable[..., str], environment: dict[str, str], tmp_path: Path
+) -> None:
+    timm_memwrap.save_pretrained(pushed, tmp_path / "model")
+    seen, unseen = pushed.memory_bank.ids[:2]
+    assert shown(pushed, seen) is not None
+    code = f"""
+import logging, sys, timm_memwrap
+from timm_memwrap.explaining.stored_images import stored_images
+logging.basicConfig(stream=sys.stdout)
+stored = stored_images(timm_memwrap.from_pretrained({str(tmp_path / "model")!r}))
+print(stored.picture({seen!r}).shape, stored.picture({unseen!r}), stored.picture({seen!r}).shape)
+"""
+    warning, pictures = run(code, **environment).splitlines()
+    assert pictures == "(512, 341, 3) None (512, 341, 3)"
+    assert warning.startswith("WARNING:timm_memwrap.hub.pinned_images:Samples are shown without their pictures")
+
+
 def test_a_connection_that_breaks_for_one_picture_leaves_the_others(
     hub: Hub, pushed: MemoryWrapModel, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -243,8 +262,10 @@ def test_figures_reports_and_correspondences_show_the_pictures(
     assert any(sample.correspondences for sample in explanation.samples)
     html = write_html(pushed, [image], [explanation], tmp_path / "a.html").read_text()
     assert "no picture" not in html
+    pushed.relabel({pushed.memory_bank.ids[0]: "eel"})
     found = memory_report(pushed, progress=False)
-    write_memory_report(pushed, found, tmp_path / "b.html")
+    assert found.findings
+    assert "data:image" in write_memory_report(pushed, found, tmp_path / "b.html").read_text()
 
 
 def test_correspondences_leave_out_samples_without_a_picture(hub: Hub, pushed: MemoryWrapModel) -> None:
