@@ -406,7 +406,8 @@ def refusals() -> Iterator[Any]:
     yield pytest.param(late, {}, OSError, "busy", id="refused at the end")
     yield pytest.param(no_pyarrow, {}, ImportError, r"timm-memwrap\[images\]", id="without pyarrow")
     yield pytest.param(nothing, {"repo_id": "me/a b"}, ValueError, "not a valid repo id", id="name")
-    yield pytest.param(nothing, {"max_size": 0}, ValueError, "max_size=0", id="size")
+    yield pytest.param(nothing, {"max_size": 0}, ValueError, "max_size=0", id="too small")
+    yield pytest.param(nothing, {"max_size": 10_000}, ValueError, "at most 8192", id="too large")
     yield pytest.param(nothing, {"dataset": {}}, ValueError, "12 of the 12 samples.*the first 'cat/", id="all missing")
 
 

@@ -23,11 +23,20 @@ from timm_memwrap._utils import optional_import
 from timm_memwrap.sample_ids import SampleId
 from timm_memwrap.tensor_files import FileError, read_tensors, write_tensors
 
-__all__ = ["INDEX_FILE", "MOST_BYTES", "ImageIndex", "encoded_image", "features_of", "key_of", "write_tables"]
+__all__ = [
+    "INDEX_FILE",
+    "MOST_BYTES",
+    "MOST_PIXELS",
+    "ImageIndex",
+    "encoded_image",
+    "features_of",
+    "key_of",
+    "write_tables",
+]
 
 INDEX_FILE = "memory_images.safetensors"
-# Of one picture.
-MOST_BYTES = 2**25
+# Of a picture: what is written fits, and what is larger is not read.
+MOST_BYTES, MOST_PIXELS = 2**26, 2**26
 # How many numbers tell an encoding from others.
 _KEY = 16
 # Bytes of pictures in a file, and pictures in a row group: the viewer of the Hub loads one of these at a time.

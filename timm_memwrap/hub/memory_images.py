@@ -3,6 +3,7 @@
 import logging
 import tempfile
 from collections.abc import Iterator
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from timm_memwrap._utils import check_count, optional_import
 from timm_memwrap.constants import CARD_FILE
 from timm_memwrap.data import SampleImages, class_names
 from timm_memwrap.hub.client import hub_api
-from timm_memwrap.hub.image_tables import INDEX_FILE, encoded_image, features_of, key_of, write_tables
+from timm_memwrap.hub.image_tables import INDEX_FILE, MOST_PIXELS, encoded_image, features_of, key_of, write_tables
 from timm_memwrap.hub.privacy import public_bank
 from timm_memwrap.hub.pushing import prepare_repo, send_commit, with_owner
 from timm_memwrap.memory_checks import check_memory
@@ -72,7 +73,7 @@ def push_memory_images(
         revision: See `token`.
         create_pr: See `token`.
         commit_message: First line of the commit.
-        max_size: Most pixels of the longer side; larger pictures are made smaller.
+        max_size: Most pixels of the longer side, up to 8192; larger pictures are made smaller.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -87,6 +88,8 @@ def push_memory_images(
     """
     check_memory(model)
     check_count("max_size", max_size)
+    if max_size**2 > MOST_PIXELS:
+        raise ValueError(f"max_size={max_size} is not valid. Pass at most {isqrt(MOST_PIXELS)}.")
     optional_import("pyarrow.parquet", extra="images", what="push_memory_images")
     api, bank = hub_api(token), model.memory_bank
     repo_id = with_owner(repo_id, api)

@@ -13,7 +13,7 @@ from PIL import Image
 from timm_memwrap._utils import printable, replacing
 from timm_memwrap.data import ImageError, read_picture
 from timm_memwrap.hub.client import hub_api
-from timm_memwrap.hub.image_tables import INDEX_FILE, ImageIndex, key_of
+from timm_memwrap.hub.image_tables import INDEX_FILE, MOST_PIXELS, ImageIndex, key_of
 from timm_memwrap.hub.pins import image_dataset
 from timm_memwrap.memory_bank import MemoryBank, SampleId
 from timm_memwrap.tensor_files import FileError
@@ -22,7 +22,7 @@ __all__ = ["PinnedImages"]
 
 _logger = logging.getLogger(__name__)
 
-_MOST_INDEX_BYTES, _MOST_PIXELS = 2**30, 2**26
+_MOST_INDEX_BYTES = 2**30
 _FOLDER = 1000  # pictures in a folder of the cache
 
 
@@ -119,8 +119,8 @@ def _decoded(content: bytes, name: str) -> Image.Image:
 
     def opened() -> Image.Image:
         image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))
-        if image.width * image.height > _MOST_PIXELS:
-            raise ImageError(f"it has {image.width} by {image.height} pixels, of at most {_MOST_PIXELS:,}")
+        if image.width * image.height > MOST_PIXELS:
+            raise ImageError(f"it has {image.width} by {image.height} pixels, of at most {MOST_PIXELS:,}")
         return image
 
     return read_picture(opened, "RGB", name)
