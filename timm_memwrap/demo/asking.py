@@ -1,19 +1,17 @@
 """The part of the page where a visitor asks about a picture."""
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from timm_memwrap.data.transforms import to_batch
 from timm_memwrap.demo import showing
+from timm_memwrap.demo.options import Page
 from timm_memwrap.demo.visitor import Visitor
 from timm_memwrap.explaining import explain
 from timm_memwrap.model import MemoryWrapModel
-
-if TYPE_CHECKING:
-    from timm_memwrap.demo.page import Page
 
 __all__ = ["add_ask", "model_input", "picture_input", "tell"]
 
@@ -25,7 +23,7 @@ _MATCHES = 5
 _HINT = "Add a picture, and the model says what it is, and which remembered images it says so from."
 
 
-def add_ask(page: "Page", visitor: Any) -> None:
+def add_ask(page: Page, visitor: Any) -> None:
     """Adds the part to the page that is being built."""
     import gradio as gr
 
@@ -105,12 +103,13 @@ def add_ask(page: "Page", visitor: Any) -> None:
 
 
 def picture_input(label: str) -> Any:
-    """Adds a place to drop a picture on, which is not decoded before its size is known."""
+    """Adds a place to drop a picture on. Its file is opened here, after a look at its size, and not by gradio."""
     import gradio as gr
 
-    return gr.Image(
-        label=label, sources=["upload", "clipboard"], type="filepath", image_mode=None, height=300, buttons=[]
-    )
+    image = gr.Image(label=label, sources=["upload", "clipboard"], type="filepath", height=300, buttons=[])
+    # Not by a subclass, for which gradio would write a stub beside this file.
+    vars(image)["preprocess"] = lambda payload: None if payload is None else payload.path
+    return image
 
 
 def picture(path: str) -> Image.Image:

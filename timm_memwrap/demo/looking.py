@@ -1,34 +1,35 @@
 """The part of the page where a visitor looks through the memory."""
 
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import torch
 
 from timm_memwrap.data import class_names
 from timm_memwrap.demo import showing
 from timm_memwrap.demo.asking import model_input, picture_input, tell
+from timm_memwrap.demo.options import Page
 from timm_memwrap.demo.visitor import Visitor
 from timm_memwrap.explaining import memory_report
-
-if TYPE_CHECKING:
-    from timm_memwrap.demo.page import Page
+from timm_memwrap.model import MemoryWrapModel
 
 __all__ = ["add_look"]
 
 _SHOWN = 48
 
 
-def add_look(page: "Page", visitor: Any, tab: Any) -> None:
+def add_look(page: Page, visitor: Any, tab: Any) -> None:
     """Adds the part to the page that is being built, in this tab."""
     import gradio as gr
 
     stored = page.stored
 
+    def choices(model: MemoryWrapModel) -> list[tuple[str, int]]:
+        counts, names = model.memory_bank.class_counts, class_names(model)
+        return [("all classes", -1), *((f"{names[label]} ({count:,})", label) for label, count in counts.items())]
+
     def classes(state: Visitor | None) -> Any:
-        model = page.model if state is None else state.model
-        counts = model.memory_bank.class_counts
-        choices = [(f"{name} ({counts.get(i, 0):,})", i) for i, name in enumerate(class_names(model)) if i in counts]
-        return gr.update(choices=[("all classes", -1), *choices], value=-1)
+        return gr.update(choices=choices(page.model if state is None else state.model), value=-1)
 
     def look(state: Visitor | None, label: int, start: int = 0) -> list[Any]:
         model = page.model if state is None else state.model
@@ -40,7 +41,7 @@ def add_look(page: "Page", visitor: Any, tab: Any) -> None:
         text = f"{start + 1:,} to {start + len(some):,} of {len(positions):,}" if some else "There is none."
         return [pictures, showing.note(text, "quiet"), start, gr.update(visible=start > 0), gr.update(visible=more > 0)]
 
-    def turned(step: int, state: Visitor | None, label: int, start: int) -> list[Any]:
+    def turn(step: int, state: Visitor | None, label: int, start: int) -> list[Any]:
         return look(state, label, max(0, start + step))
 
     def search(state: Visitor | None, path: str | None) -> list[Any]:
@@ -64,7 +65,7 @@ def add_look(page: "Page", visitor: Any, tab: Any) -> None:
 
     with gr.Row():
         with gr.Column(scale=1, min_width=220):
-            label = gr.Dropdown([("all classes", -1)], value=-1, label="Class", interactive=True)
+            label = gr.Dropdown(choices(page.model), value=-1, label="Class", interactive=True)
             given = picture_input("Search by a picture")
         with gr.Column(scale=3, min_width=260):
             text = gr.HTML("")
@@ -81,13 +82,10 @@ def add_look(page: "Page", visitor: Any, tab: Any) -> None:
     start = gr.State(0)
     outputs = [gallery, text, start, before, after]
     # Whenever the part is opened: the visitor may have taught the model meanwhile.
-    tab.select(classes, [visitor], [label], api_visibility="private").then(
-        look, [visitor, label], outputs, api_visibility="private"
-    )
+    opened = tab.select(classes, [visitor], [label], api_visibility="private")
+    opened.then(look, [visitor, label], outputs, api_name="opened", api_visibility="private")
     label.input(look, [visitor, label], outputs, api_name="look")
-    before.click(
-        lambda v, c, s: look(v, c, max(0, s - _SHOWN)), [visitor, label, start], outputs, api_visibility="private"
-    )
-    after.click(lambda v, c, s: look(v, c, s + _SHOWN), [visitor, label, start], outputs, api_visibility="private")
+    for button, step in ((before, -_SHOWN), (after, _SHOWN)):
+        button.click(partial(turn, step), [visitor, label, start], outputs, api_name="turn", api_visibility="private")
     given.change(search, [visitor, given], outputs, api_name="search")
     suspect.click(check, [visitor], [report], api_name="report")

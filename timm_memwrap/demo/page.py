@@ -1,52 +1,24 @@
 """The page: its three parts, and the server that shows it."""
 
-import dataclasses
 import os
 import socket
 from pathlib import Path
 from typing import Any
 
 from timm_memwrap._utils import optional_import
-from timm_memwrap.data import SampleImages
 from timm_memwrap.demo.asking import add_ask
 from timm_memwrap.demo.looking import add_look
+from timm_memwrap.demo.options import Page
 from timm_memwrap.demo.teaching import add_teach
 from timm_memwrap.memory_checks import check_memory
-from timm_memwrap.model import MemoryWrapModel
 
-__all__ = ["Page", "build_page", "launch"]
+__all__ = ["build_page", "launch"]
 
 MAX_UPLOAD = "20mb"
 # Seconds between looks for files of visitors, and how old they may get.
 _SWEEP = (60, 120)
 # A visitor who does nothing for so many seconds loses what they have changed.
 SESSION = 3600
-
-
-@dataclasses.dataclass(frozen=True)
-class Page:
-    """What the page is made of.
-
-    Args:
-        model: The model, in evaluation mode. No visitor changes it.
-        title: What the page is called.
-        dataset: Where to find pictures of the memory that the bank does not hold, as in `plot_explanations`.
-        validation: Labelled data to measure the accuracy on; `None` for none.
-        teach: Whether visitors may teach their own copy of the memory.
-        save: Whether they may save it, to folders of this machine or to the Hub with its token.
-    """
-
-    model: MemoryWrapModel
-    title: str
-    dataset: Any = None
-    validation: Any = None
-    teach: bool = True
-    save: bool = True
-
-    @property
-    def stored(self) -> SampleImages | None:
-        """Where pictures of samples are found; `None` for those in the bank."""
-        return None if self.dataset is None else SampleImages(self.model, self.dataset)
 
 
 def build_page(page: Page) -> Any:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,13 +11,11 @@ from torch import Tensor
 from timm_memwrap.data import class_names, encoded_batches
 from timm_memwrap.demo import showing
 from timm_memwrap.demo.asking import picture, tell
+from timm_memwrap.demo.options import Page
 from timm_memwrap.demo.visitor import Visitor
 from timm_memwrap.labels import present
 from timm_memwrap.memory_bank import SampleId
 from timm_memwrap.model import MemoryWrapModel
-
-if TYPE_CHECKING:
-    from timm_memwrap.demo.page import Page
 
 __all__ = ["Validation", "add_teach"]
 
@@ -61,7 +59,7 @@ def _right(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.argmax(dim=-1) == labels).sum()
 
 
-def add_teach(page: "Page", visitor: Any) -> None:
+def add_teach(page: Page, visitor: Any) -> None:
     """Adds the part to the page that is being built."""
     import gradio as gr
 

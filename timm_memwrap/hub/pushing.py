@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.hf_api import DatasetInfo, ModelInfo
+from huggingface_hub.hf_api import DatasetInfo, ModelInfo, SpaceInfo
 
 from timm_memwrap._utils import plain_state
 from timm_memwrap.bases import Base
@@ -197,7 +197,7 @@ def prepare_repo(
 
 def send_commit(
     api: HfApi,
-    info: ModelInfo | DatasetInfo,
+    info: ModelInfo | DatasetInfo | SpaceInfo,
     repo_type: str,
     operations: Sequence[CommitOperationAdd | CommitOperationDelete],
     **options: Any,

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from huggingface_hub import CommitInfo, CommitOperationAdd, RepoCard, RepoUrl, SpaceCardData
 
 from timm_memwrap.hub.client import check_repo_id, hub_api
+from timm_memwrap.hub.pushing import send_commit
 from timm_memwrap.whole_model import split_revision
 
 __all__ = ["push_space"]
@@ -71,6 +72,4 @@ def push_space(
             if "timm_memwrap.demo" not in file.read():
                 raise ValueError(f"The Space {url.repo_id!r} holds another app. Pass the name of another Space.")
     operations = [CommitOperationAdd(path, text.encode()) for path, text in files.items()]
-    return api.create_commit(
-        url.repo_id, operations, repo_type="space", commit_message=commit_message, parent_commit=info.sha
-    )
+    return send_commit(api, info, "space", operations, commit_message=commit_message)
