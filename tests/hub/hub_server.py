@@ -368,6 +368,7 @@ class Hub:
             web.post("/api/validate-yaml", self._validate_yaml),
             web.get(api, self._repo_info),
             web.get(api + "/revision/{revision}", self._repo_info),
+            web.get(api + "/auth-check/write", self._auth_check_write),
             web.get(api + "/refs", self._list_refs),
             web.get(api + "/commits/{revision}", self._list_commits),
             web.get(api + "/tree/{revision}", self._list_tree),
@@ -450,6 +451,10 @@ class Hub:
             },
             dumps=lambda value: json.dumps(value, default=str),
         )
+
+    async def _auth_check_write(self, request: web.Request) -> web.Response:
+        self._writable(request)
+        return web.json_response({})
 
     async def _list_refs(self, request: web.Request) -> web.Response:
         repo = self._find(request)

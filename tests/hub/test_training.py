@@ -1,18 +1,33 @@
+"""Recipes as models: what is trained under a name is pushed under it, and its card alone repeats the training."""
+
+import os
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from small_training import digits  # noqa: F401  (fixture)
+import timm
+from hub_server import Hub, check_card
+from huggingface_hub import ModelCard
+from PIL import Image
+from small_training import digits, folder  # noqa: F401  (fixtures)
 
 import timm_memwrap
+from timm_memwrap.cli import main
 from timm_memwrap.jobs.train import train
 from timm_memwrap.training.configuration import Recipe
+
+Make = Callable[..., Recipe]
+# What makes of the quickstart a training of a second.
+SMALL = ["--config", "quickstart", "--data.img_size", "16", "--data.train_samples", "200", "--data.val_samples", "60"]
+SMALL += ["--training.epochs", "1", "--memory.size", "40"]
 
 
 @pytest.mark.parametrize("mode", ["none", "batch"])
 def test_a_model_of_the_hub_is_trained_further_and_stays_named(
     tmp_path: Path,
-    digits: Callable[..., Recipe],  # noqa: F811
+    digits: Make,  # noqa: F811
     token: str,
     mode: str,
 ) -> None:
@@ -23,3 +38,169 @@ def test_a_model_of_the_hub_is_trained_further_and_stays_named(
     assert report.model.base_model == "me/digits"
     assert "base_model: me/digits" in (tmp_path / "second" / "README.md").read_text()
     assert len(timm_memwrap.from_pretrained(tmp_path / "second").memory_bank) == 40
+
+
+def block(card: str, language: str) -> str:
+    [code] = re.findall(rf"```{language}\n(.*?)```\n", card, re.DOTALL)
+    return code
+
+
+@pytest.mark.parametrize("mode", ["none", "sample"])
+def test_the_card_alone_repeats_a_training_to_the_bit(
+    hub: Hub, token: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    first, again = tmp_path / "digits", tmp_path / "again"
+    assert main(["train", *SMALL, "--memory.mode", mode, "--push", "me/digits", "--out", str(first)]) == 0
+    card = hub.repos["me/digits"].files()["README.md"].decode()
+    assert check_card(card) == ([], [])
+    again.mkdir()
+    monkeypatch.chdir(again)
+    Path("recipe.yaml").write_text(block(card, "yaml"))
+    program, *arguments = shlex.split(block(card, "bash"))
+    assert program == "timm-memwrap"
+    before = len(hub.requests)
+    assert main(arguments) == 0
+    assert len(hub.requests) == before
+    assert Path("digits", "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
+
+
+def test_the_card_has_the_results_of_the_recipe(hub: Hub, token: str, digits: Make, tmp_path: Path) -> None:  # noqa: F811
+    report = train(digits(hub={"push": "digits"}), tmp_path / "out", progress=False)
+    text = hub.repos["me/digits"].files()["README.md"].decode()
+    metrics = {result.metric_type: result.metric_value for result in ModelCard(text).data.eval_results}
+    assert metrics["accuracy"] == report.accuracy
+    assert {"accuracy of the plain classifier", "explanation accuracy", "samples a prediction"} <= metrics.keys()
+    assert "| Data | digits, 200 of 1,797 images for training and 60 of 1,797 images for validation |" in text
+    assert f"timm_memwrap {timm_memwrap.__version__}, timm " in text
+
+
+def test_the_card_of_a_folder_names_it_and_holds_no_path(
+    hub: Hub,
+    token: str,
+    digits: Make,  # noqa: F811
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    data = {"dataset": "", "data_dir": str(folder), "train_samples": None, "val_samples": None, "val_split": "val"}
+    model = timm.create_model("memwrap_test_resnet", num_classes=3)
+    source = timm_memwrap.save_pretrained(model, tmp_path / "source", allow_empty_memory=True)
+    recipe = digits(data=data, model={"name": str(source)}, memory={"mode": "batch"}, hub={"push": "me/pets"})
+    recipe.data.mean = recipe.data.std = None
+    train(recipe, tmp_path / "out", progress=False)
+    card = hub.repos["me/pets"].files()["README.md"].decode()
+    assert "| Data | data, 36 images for training and 12 images for validation |" in card
+    assert "data_dir: data\n" in card
+    assert "name: source\n" in card
+    assert str(tmp_path) not in card
+    assert "push: null" in card
+
+
+def test_the_card_names_the_commit_of_a_data_set_on_the_hub(
+    hub: Hub,
+    token: str,
+    digits: Make,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    pictures = [Image.new("L", (16, 16), 20 * i) for i in range(12)]
+    rows = datasets.Dataset.from_dict({"image": pictures, "label": [i % 2 for i in range(12)]}, features)
+    rows.to_parquet(tmp_path / "rows.parquet")
+    content = (tmp_path / "rows.parquet").read_bytes()
+    names = [f"data/{split}-00000-of-00001.parquet" for split in ("train", "validation")]
+    repo = hub.repo("datasets/me/pets", **dict.fromkeys(names, content))
+    data = {"dataset": "hfds/me/pets", "train_samples": None, "val_samples": None, "val_split": "validation"}
+    recipe = digits(data=data)
+    recipe.data.mean = recipe.data.std = None
+    train(recipe, tmp_path / "out", progress=False)
+    commit = repo.history()[0].oid
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"hfds/me/pets, 12 images of commit {commit} for training" in card
+
+
+@pytest.mark.parametrize(
+    ("who", "repo_id", "private", "message"),
+    [
+        (None, "me/new", None, "no token found"),
+        ("hf_wrong", "me/new", None, "Invalid user token"),
+        ("read", "me/new", None, "403"),
+        ("read", "me/open", None, "403"),
+        ("other", "me/open", None, "403"),
+        ("other", "me/secret", None, "403"),
+        ("write", "me/no repo id", None, "not a valid repo id"),
+        ("write", "me/open", True, "'me/open' exists and is public"),
+    ],
+)
+def test_what_could_not_be_pushed_is_not_trained(
+    hub: Hub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    who: str | None,
+    repo_id: str,
+    private: bool | None,
+    message: str,
+) -> None:
+    hub.repo("me/open")
+    hub.repo("me/secret", private=True)
+    users = {"read": hub.user("me", "read"), "other": hub.user("other"), "write": hub.user("me")}
+    if who is not None:
+        monkeypatch.setenv("HF_TOKEN", users.get(who, who))
+    out = tmp_path / "out"
+    options = [] if private is None else ["--hub.private", str(private).lower()]
+    assert main(["train", *SMALL, "--push", repo_id, *options, "--out", str(out)]) == 1
+    [error] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("timm-memwrap: ")]
+    assert message in error
+    assert not out.exists()
+    assert set(hub.repos) == {"me/open", "me/secret"}
+    assert all(len(repo.history()) == 1 for repo in hub.repos.values())
+
+
+def test_a_recipe_that_cannot_be_makes_no_repository(hub: Hub, token: str, digits: Make, tmp_path: Path) -> None:  # noqa: F811
+    recipe = digits(hub={"push": "me/digits"}, model={"name": "no_such_model"})
+    with pytest.raises(ValueError, match="no_such_model"):
+        train(recipe, tmp_path / "out", progress=False)
+    assert not hub.requests
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "fault"),
+    [
+        ("POST", "/commit/", {"cut_after": 100}),
+        ("PUT", "/upload/", {"cut_after": 5_000}),
+        ("PUT", "/", {"status": 400}),
+    ],
+)
+def test_a_push_that_fails_after_the_training_says_the_command_that_pushes_it(
+    hub: Hub, token: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, path: str, fault: dict
+) -> None:
+    out = tmp_path / "my out"
+    failing = hub.fail(method, path, times=100, **fault)
+    options = ["--push", "me/digits", "--hub.private", "true", "--hub.include_images", "true", "--out", str(out)]
+    assert main(["train", *SMALL, *options]) == 1
+    [error] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("timm-memwrap: ")]
+    assert error.startswith(f"timm-memwrap: The model is saved in {out}, but was not pushed: ")
+    command = shlex.split(error.partition(" Push it with: ")[2])
+    assert len(hub.repos["me/digits"].history()) == 1
+    failing.times = 0
+    assert command[0] == "timm-memwrap"
+    assert main(command[1:]) == 0
+    pushed = timm_memwrap.from_pretrained("me/digits")
+    assert pushed.memory_bank.images is not None
+    assert hub.repos["me/digits"].private
+    assert pushed.memory_bank.encodings.equal(timm_memwrap.from_pretrained(out).memory_bank.encodings)
+    assert os.fspath(tmp_path) not in hub.repos["me/digits"].files()["README.md"].decode()
+
+
+def test_the_card_of_another_training_replaces_the_card_that_is_there(
+    hub: Hub,
+    token: str,
+    digits: Make,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    for epochs in (1, 2):
+        recipe = digits(hub={"push": "me/digits"}, training={"epochs": epochs})
+        report = train(recipe, tmp_path / str(epochs), progress=False)
+    card = hub.repos["me/digits"].files()["README.md"].decode()
+    assert ModelCard(card).data.eval_results[0].metric_value == report.accuracy
+    assert "  epochs: 2\n" in card

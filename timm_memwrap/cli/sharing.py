@@ -17,6 +17,7 @@ def push(
     create_pr: bool = False,
     message: str | None = None,
     include_images: bool = False,
+    overwrite_card: bool = False,
     memory_only: bool = False,
     images_to: str | None = None,
     memory_data: str | None = None,
@@ -33,6 +34,7 @@ def push(
         create_pr: Whether to open a pull request instead.
         message: First line of the commit message.
         include_images: Whether to upload the images in the memory.
+        overwrite_card: Whether to replace a README.md that the repository has by the folder's.
         memory_only: Whether to push the memory alone: to the repository that has the model, or to one of its own, which
             names the repository that its weights are from.
         images_to: Data set on the Hub to push pictures of the remembered images to first, owner/name; needs
@@ -53,7 +55,7 @@ def push(
     if memory_only:
         commit = hub.push_memory_bank(hub.from_pretrained(f"local-dir:{folder}"), repo_id, **options)
     else:
-        commit = hub.push_folder(folder, repo_id, **options)
+        commit = hub.push_folder(folder, repo_id, overwrite_card=overwrite_card, **options)
     pushed, branch = commit.repo_url.repo_id, commit.pr_revision or revision
     name = f"{pushed}@{branch}" if branch else pushed
     print(f"Pushed {folder} to {pushed}: {commit.pr_url or commit.commit_url}")

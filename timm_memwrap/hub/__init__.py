@@ -3,7 +3,7 @@
 from timm_memwrap.hub.client import check_repo_id
 from timm_memwrap.hub.loading import from_pretrained, pull
 from timm_memwrap.hub.memory_images import push_memory_images
-from timm_memwrap.hub.pushing import push_folder, push_memory_bank, push_to_hub
+from timm_memwrap.hub.pushing import push_folder, push_memory_bank, push_to_hub, reserve_repo
 from timm_memwrap.hub.saving import save_pretrained
 from timm_memwrap.hub.spaces import push_space
 from timm_memwrap.hub.summary import Summary, summarize
@@ -20,6 +20,7 @@ __all__ = [
     "push_memory_images",
     "push_space",
     "push_to_hub",
+    "reserve_repo",
     "save_pretrained",
     "summarize",
 ]

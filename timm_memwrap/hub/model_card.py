@@ -25,8 +25,9 @@ __all__ = ["CardDetails", "describe_memory", "loading_code", "make_card", "named
 CardDetails = Mapping[str, Any] | str | None
 
 _TEXTS = ("name", "description", "license", "base_model")
-CARD_FIELDS = (*_TEXTS, "datasets", "tags", "accuracy", "results", "figure")
+CARD_FIELDS = (*_TEXTS, "datasets", "tags", "accuracy", "results", "figure", "training")
 RESULT_FIELDS = ("dataset", "dataset_id", "split", "metric", "value")
+TRAINING_FIELDS = ("command", "recipe", "data", "device", "versions")
 TAGS = ("timm", "memory-wrap", "arxiv:2106.01440")
 
 # What stands between the marks is replaced when the memory changes, and nothing else in a card is.
@@ -86,6 +87,7 @@ def make_card(
         multi_label=bank.multi_label,
         base=base,
         results=results,
+        training=_training(details.get("training")),
     )
     text = f"---\n{data.to_yaml()}\n---\n\n{body}\n"
     # The Hub's own class reads it back: what it cannot read, the Hub would not.
@@ -178,6 +180,17 @@ def _texts(details: dict[str, Any], key: str) -> list[str]:
     if not all(isinstance(item, str) for item in values):
         raise ValueError(f"model_card[{key!r}] is {value!r}. Pass a list of texts.")
     return values
+
+
+def _training(given: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """Returns how a model was trained with the marks that its recipe stands between."""
+    if given is None:
+        return None
+    if not isinstance(given, Mapping) or set(given) != set(TRAINING_FIELDS):
+        raise ValueError(f"model_card['training'] is {given!r}. Pass a dict of {', '.join(TRAINING_FIELDS)}.")
+    # Longer than any in the text, which they could end.
+    longest = max(map(len, re.findall("`+", given["recipe"] + given["command"])), default=0)
+    return {**given, "marks": "`" * max(3, longest + 1)}
 
 
 def _results(details: dict[str, Any], bank: MemoryBank) -> list[EvalResult]:

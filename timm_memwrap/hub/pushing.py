@@ -25,9 +25,31 @@ from timm_memwrap.memory_bank import MemoryBank
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.tensor_files import FileError, read_tensors, same_bits
 
-__all__ = ["prepare_repo", "push_folder", "push_memory_bank", "push_to_hub", "send_commit", "with_owner"]
+__all__ = ["prepare_repo", "push_folder", "push_memory_bank", "push_to_hub", "reserve_repo", "send_commit", "with_owner"]
 
 _logger = logging.getLogger(__name__)
+
+
+def reserve_repo(repo_id: str, *, token: str | bool | None = None, private: bool | None = None) -> str:
+    """Makes a repository unless it exists, and returns its whole id: before hours of work whose result is pushed to it.
+
+    Args:
+        repo_id: As in `push_to_hub`.
+        token: See `repo_id`.
+        private: See `repo_id`.
+
+    Raises:
+        ValueError: If `repo_id` is not a valid repo id, or `private=True` was asked for a repository that is public.
+        OSError: `huggingface_hub`'s own, if nobody is logged in, the Hub cannot be reached, or would refuse the push.
+    """
+    check_repo_id(repo_id)
+    api = hub_api(token)
+    api.whoami()
+    repo_id = with_owner(repo_id, api)
+    prepare_repo(api, repo_id, "model", private, None, create_pr=False)
+    # One that exists may be another's, whom the client does not ask.
+    api.auth_check(repo_id, write=True)
+    return repo_id
 
 
 def push_to_hub(
@@ -40,6 +62,7 @@ def push_to_hub(
     create_pr: bool = False,
     commit_message: str = "Push model with its memory",
     model_card: CardDetails = None,
+    overwrite_card: bool = False,
     include_images: bool = False,
     allow_empty_memory: bool = False,
 ) -> CommitInfo:
@@ -60,7 +83,9 @@ def push_to_hub(
         commit_message: First line of the commit.
         model_card: What the card is to say beside what the model knows: a dict of any of `name`, `description`,
             `license`, `datasets`, `base_model`, `tags`, `accuracy` (between 0 and 1) or `results` (a list of dicts of
-            `dataset`, `value`, `metric`, `split` and `dataset_id`) and `figure` (a PNG file), or the whole text.
+            `dataset`, `value`, `metric`, `split` and `dataset_id`), `figure` (a PNG file) and `training` (a dict of
+            `command`, `recipe`, `data`, `device` and `versions`), or the whole text.
+        overwrite_card: Whether to replace a `README.md` that the repository has.
         include_images: Whether the bank's small images are sent.
         allow_empty_memory: Whether to push a model whose bank is empty.
 
@@ -82,8 +107,8 @@ def push_to_hub(
         files = write_model(model, folder, bank)
         card = _write_card(model, folder, bank, repo_id, model_card, include_images)
         info = prepare_repo(api, repo_id, "model", private, revision, create_pr)
-        options = {"revision": revision, "create_pr": create_pr, "commit_message": commit_message}
-        return _commit(api, info, bank, files, card, **options)
+        options: dict[str, Any] = {"revision": revision, "create_pr": create_pr, "commit_message": commit_message}
+        return _commit(api, info, bank, files, card, overwrite_card=overwrite_card, **options)
 
 
 def push_memory_bank(
@@ -145,7 +170,7 @@ def push_memory_bank(
         card = []
         if base is not None:
             card = _write_card(model, folder, bank, repo_id, model_card, include_images, base)
-        options = {"revision": revision, "create_pr": create_pr, "commit_message": commit_message}
+        options: dict[str, Any] = {"revision": revision, "create_pr": create_pr, "commit_message": commit_message}
         if base is not None:
             info = prepare_repo(api, repo_id, "model", private, revision, create_pr)
         return _commit(api, info, bank, written, card, **options)
@@ -244,9 +269,15 @@ def _write_card(
 
 
 def _commit(
-    api: HfApi, info: ModelInfo, bank: MemoryBank, files: list[Path], card: list[Path], **options: Any
+    api: HfApi,
+    info: ModelInfo,
+    bank: MemoryBank,
+    files: list[Path],
+    card: list[Path],
+    overwrite_card: bool = False,
+    **options: Any,
 ) -> CommitInfo:
-    """Sends a model in one commit. A card that is on the Hub is kept, but for its part about the memory."""
+    """Sends a model in one commit. A card that is there is kept, but for its part about the memory, or overwritten."""
     if (bank.images is not None or len(card) > 1) and not info.private:
         _logger.warning(
             "%s is public: the images of %d samples of the memory will be visible to everyone. Leave out "
@@ -254,7 +285,7 @@ def _commit(
             info.id,
             len(bank),
         )
-    if CARD_FILE in {sibling.rfilename for sibling in info.siblings or []}:
+    if not overwrite_card and CARD_FILE in {sibling.rfilename for sibling in info.siblings or []}:
         _logger.info("%s has a %s, of which only the part about the memory is updated.", info.id, CARD_FILE)
         there = Path(api.hf_hub_download(info.id, CARD_FILE, revision=info.sha))
         card = _update_card(there.read_bytes(), files[0].parent, bank)

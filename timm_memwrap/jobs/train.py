@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,13 @@ import torch
 from timm_memwrap import __version__
 from timm_memwrap._utils import write_text
 from timm_memwrap.explaining import ExplanationMetrics, MultiLabelMetrics, calibrate, evaluate_explanations
-from timm_memwrap.hub import check_repo_id, push_to_hub, save_pretrained
+from timm_memwrap.hub import push_to_hub, reserve_repo, save_pretrained
+from timm_memwrap.jobs.reproducing import reproduction
 from timm_memwrap.model import MemoryWrapModel
-from timm_memwrap.training.configuration import Recipe
+from timm_memwrap.training.configuration import HubConfig, Recipe
 from timm_memwrap.training.creation import source_of, wrap_trained
 from timm_memwrap.training.evaluation import evaluate, sampled_accuracy
-from timm_memwrap.training.fitting import Fitted, fit_recipe
+from timm_memwrap.training.fitting import Fitted, check_recipe, fit_recipe
 from timm_memwrap.training.outputs import plot_curves
 from timm_memwrap.training.processes import processes
 
@@ -63,7 +65,8 @@ def train(
 
     The folder gets `model.safetensors`, `config.json` and `README.md`, which timm and the Hub read; `recipe.yaml`,
     `metrics.csv`, `summary.json`, `curves.png`; and `checkpoints/`, from which an interrupted training resumes. Started
-    with `torchrun`, all processes make this call; the first writes.
+    with `torchrun`, all processes make this call; the first writes. A repository to push to is made first, so that
+    nothing is trained that could not be pushed.
 
     Args:
         recipe: What to train and how.
@@ -76,12 +79,15 @@ def train(
 
     Raises:
         ValueError: If the recipe contradicts itself or the data, or the loss is not finite.
+        OSError: If the model cannot be pushed: before anything is trained as far as that is known by then. Afterwards,
+            it is in the folder.
     """
-    if recipe.hub.push is not None:
-        check_repo_id(recipe.hub.push)
     out = Path(out)
     start = time.perf_counter()
     with processes(recipe.training.device) as env:
+        if recipe.hub.push is not None and env.first:
+            check_recipe(recipe)
+            reserve_repo(recipe.hub.push, private=recipe.hub.private)
         try:
             fitted = fit_recipe(recipe, out, env, resume, overwrite, progress)
             report = _finish(fitted, out, time.perf_counter() - start)
@@ -135,6 +141,7 @@ def _write(fitted: Fitted, report: TrainingReport) -> None:
         "description": _describe(fitted),
         "license": hub.license,
         "datasets": hub.dataset_id,
+        "training": reproduction(fitted, report.directory.resolve().name),
     }
     save_pretrained(report.model, report.directory, model_card=card, overwrite_card=True)
     summary = {
@@ -154,9 +161,24 @@ def _write(fitted: Fitted, report: TrainingReport) -> None:
     }
     write_text(report.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
     if hub.push is not None:
-        model, private, images = report.model, hub.private, hub.include_images
-        commit = push_to_hub(model, hub.push, private=private, include_images=images, model_card=card)
-        _logger.info("Pushed to %s: %s", hub.push, commit.commit_url)
+        _push(report, recipe.hub, card)
+
+
+def _push(report: TrainingReport, hub: HubConfig, card: dict[str, Any]) -> None:
+    """Pushes a model that is saved; where that fails, the error says how to push it later."""
+    assert hub.push is not None
+    options: dict[str, Any] = {"private": hub.private, "include_images": hub.include_images}
+    try:
+        # A card of an earlier training would have its results.
+        commit = push_to_hub(report.model, hub.push, model_card=card, overwrite_card=True, **options)
+    except Exception as error:
+        given = {**options, "overwrite_card": True}.items()
+        flags = [f"--{name.replace('_', '-')} {str(value).lower()}" for name, value in given if value is not None]
+        command = f"timm-memwrap push {shlex.quote(str(report.directory))} {hub.push} {' '.join(flags)}"
+        raise OSError(
+            f"The model is saved in {report.directory}, but was not pushed: {error} Push it with: {command}"
+        ) from error
+    _logger.info("Pushed to %s: %s", hub.push, commit.commit_url)
 
 
 def _describe(fitted: Fitted) -> str:
