@@ -158,6 +158,7 @@ class Request:
     path: str
     authorized: bool
     status: int
+    bytes: int  # of the answer's body
 
 
 class ApiError(Exception):
@@ -277,7 +278,7 @@ class Hub:
 
     @web.middleware
     async def _middleware(self, request: web.Request, handler: Any) -> web.StreamResponse:
-        status = 0
+        status = size = 0
         path = request.rel_url.raw_path
         try:
             fault = self._fault(request.method, path)
@@ -292,6 +293,7 @@ class Hub:
                 _CUT_AFTER.set(fault.cut_after)
             response = await handler(request)
             status = response.status
+            size = 0 if request.method == "HEAD" else response.content_length or 0
             return response
         except ApiError as error:
             status = error.status
@@ -305,7 +307,7 @@ class Hub:
             self.errors.append(error)
             raise
         finally:
-            self.requests.append(Request(request.method, path, "Authorization" in request.headers, status))
+            self.requests.append(Request(request.method, path, "Authorization" in request.headers, status, size))
 
     def _fault(self, method: str, path: str) -> Fault | None:
         for fault in self.faults:

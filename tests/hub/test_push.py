@@ -350,7 +350,8 @@ def test_a_push_by_stock_timm_keeps_the_memory(
         loaded = create("me/stock").eval()
         assert torch.equal(loaded(images), model(images))
         assert loaded.memory_bank.ids == model.memory_bank.ids
-    assert summarize("me/stock").stale is False
+        assert not loaded.memory_is_stale()
+    assert summarize("me/stock").size == 12
 
 
 def test_other_libraries_read_the_repository(hub: Hub, token: str, model: MemoryWrapModel, images: Tensor) -> None:

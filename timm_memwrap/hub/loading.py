@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.tensor_files import FileError
 from timm_memwrap.whole_model import find_weights, no_weights, read_config, split_revision, weights_file
 
-__all__ = ["from_pretrained", "pull"]
+__all__ = ["find_config", "from_pretrained", "pull"]
 
 
 def from_pretrained(
@@ -53,7 +54,7 @@ def from_pretrained(
     if source == "local-dir":
         _check_folder(Path(name))
     else:
-        repo_id, named_revision = split_revision(name)
+        repo_id, _ = split_revision(name)
         download = partial(
             hub_api(token).hf_hub_download,
             repo_id,
@@ -61,11 +62,7 @@ def from_pretrained(
             local_files_only=local_files_only,
             force_download=force_download,
         )
-        try:
-            config = Path(download(CONFIG_FILE, revision=revision or named_revision))
-        except (RepositoryNotFoundError, LocalEntryNotFoundError) as error:
-            error.args = (f"{error} {name!r} is not a directory either.",)
-            raise
+        config = _download_config(download, name, revision)
         read_config(config, f"{CONFIG_FILE} of {name!r}")
         # The cache keeps a folder per commit, and timm takes the files of a commit from it without asking.
         commit = config.parent.name
@@ -117,6 +114,31 @@ def pull(repo_id: str, folder: str | os.PathLike, *, token: str | bool | None = 
         for file in files:
             os.replace(temporary / file, directory / file)
     return directory
+
+
+def find_config(model_id: str | os.PathLike, token: str | bool | None) -> tuple[str, str, Path]:
+    """Returns timm's prefix of a model, its folder or its repo id at a commit, and the path of its `config.json`.
+
+    Nothing else is downloaded, and nothing in a folder is mended.
+
+    Raises:
+        ValueError, OSError: As in `from_pretrained`.
+    """
+    source, name = _source(model_id)
+    if source == "local-dir":
+        return source, name, Path(name, CONFIG_FILE)
+    repo_id, _ = split_revision(name)
+    config = _download_config(partial(hub_api(token).hf_hub_download, repo_id), name)
+    return source, f"{repo_id}@{config.parent.name}", config
+
+
+def _download_config(download: Callable[..., str], name: str, revision: str | None = None) -> Path:
+    """Downloads the `config.json` of a repository, which may be meant for a folder."""
+    try:
+        return Path(download(CONFIG_FILE, revision=revision or split_revision(name)[1]))
+    except (RepositoryNotFoundError, LocalEntryNotFoundError) as error:
+        error.args = (f"{error} {name!r} is not a directory either.",)
+        raise
 
 
 def _source(model_id: str | os.PathLike) -> tuple[str, str]:
