@@ -25,7 +25,15 @@ from timm_memwrap.memory_bank import MemoryBank
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.tensor_files import FileError, read_tensors, same_bits
 
-__all__ = ["prepare_repo", "push_folder", "push_memory_bank", "push_to_hub", "reserve_repo", "send_commit", "with_owner"]
+__all__ = [
+    "prepare_repo",
+    "push_folder",
+    "push_memory_bank",
+    "push_to_hub",
+    "reserve_repo",
+    "send_commit",
+    "with_owner",
+]
 
 _logger = logging.getLogger(__name__)
 
