@@ -14,7 +14,8 @@ from torch import Tensor
 
 import timm_memwrap
 from timm_memwrap import MemoryWrapModel
-from timm_memwrap.hub.model_card import make_card, update_memory
+from timm_memwrap.hub import push_folder
+from timm_memwrap.hub.model_card import loading_code, make_card, update_memory
 from timm_memwrap.memory_bank import Reference
 
 DETAILS = {
@@ -62,27 +63,63 @@ def test_without_details_nothing_is_made_up(model: MemoryWrapModel) -> None:
     assert "## Results" not in text
 
 
-def test_the_three_lines_run_as_printed(
+def test_the_code_runs_as_printed_and_gives_the_same_model_with_each_library(
     hub: Hub, token: str, model: MemoryWrapModel, images: Tensor, tmp_path: Path, run: Callable[..., str]
 ) -> None:
+    pytest.importorskip("transformers")
     timm_memwrap.push_to_hub(model, "me/pets")
-    timm_memwrap.save_pretrained(model, tmp_path / "a 'folder'")
+    folder = timm_memwrap.save_pretrained(model, tmp_path / "a 'folder'")
+    push_folder(folder, "me/folder")
     torch.save((images, model(images)), tmp_path / "expected.pt")
     check = f"""
 images, logits = torch.load({str(tmp_path / "expected.pt")!r})
 assert torch.equal(model(images), logits)
+del model
 """
-    code = f"import os, torch\nos.chdir({str(tmp_path)!r})\n"
-    cards = hub.repos["me/pets"].files()["README.md"].decode(), (tmp_path / "a 'folder'" / "README.md").read_text()
-    for card in cards:
-        loading, reading = code_blocks(card)
-        assert len(loading.strip().splitlines()) == 3
-        code += loading + check + reading
+    start = f"import os, torch\nos.chdir({str(tmp_path)!r})\n"
+    pushed = [hub.repos[name].files()["README.md"].decode() for name in ("me/pets", "me/folder")]
+    code = start
+    for card in (*pushed, (folder / "README.md").read_text()):
+        with_timm, with_ours, with_transformers, reading = code_blocks(card)
+        assert [len(block.strip().splitlines()) for block in code_blocks(card)] == [3, 2, 3, 2]
+        in_transformers = with_transformers + "model = classifier.timm_model"
+        for loading in (with_timm, with_ours, in_transformers):
+            code += loading + check.replace("del model", reading + "del model")
+    # Each block imports what it needs: as printed, in a process of its own.
+    for block in code_blocks(pushed[0])[1:3]:
+        run(start + block)
     printed = run(code).splitlines()
-    # As many lines as images, twice: the first names what the push left of the paths.
-    assert len(printed) == 8
-    assert "/home/me" not in "".join(printed[:4])
-    assert "/home/me" in "".join(printed[4:])
+    # As many lines as images, nine times: the first name what the push left of the paths.
+    assert len(printed) == 36
+    assert "/home/me" not in "".join(printed[:24])
+    assert "/home/me" in "".join(printed[24:])
+
+
+def test_a_memory_alone_is_not_said_to_load_in_transformers(hub: Hub, token: str, model: MemoryWrapModel) -> None:
+    timm_memwrap.push_to_hub(model, "me/whole")
+    timm_memwrap.push_memory_bank(timm_memwrap.from_pretrained("me/whole"), "me/memory")
+    card = hub.repos["me/memory"].files()["README.md"].decode()
+    assert "transformers" not in card
+    assert 'timm_memwrap.from_pretrained("me/memory")' in card
+
+
+def test_the_hub_files_the_card_under_this_library_and_under_timm(model: MemoryWrapModel) -> None:
+    """By `library_name` the Hub would show code that fails, as timm's alone does not know the architecture."""
+    data = ModelCard(make_card(model, "hf-hub:me/pets", None, model.memory_bank)).data
+    assert (data.library_name, data.tags[0]) == ("timm_memwrap", "timm")
+    assert "transformers" not in data.tags
+
+
+def test_the_entry_for_the_hubs_list_of_libraries_shows_the_code_of_the_card() -> None:
+    entry = (Path(timm_memwrap.__file__).parent.parent / "hub_configs" / "model-libraries.ts").read_text()
+    [(label, snippet)] = re.findall(
+        r"export const (\w+) = \(model: ModelData\): string\[\] => \[\n\t`(.*?)`,", entry, re.S
+    )
+    assert label == "timm_memwrap"
+    assert snippet.replace("${model.id}", "me/pets") == loading_code("hf-hub:me/pets")["timm"]
+    for line in ("timm_memwrap: {", 'prettyLabel: "timm-memwrap"', "snippets: snippets.timm_memwrap", "filter: false"):
+        assert f"\t{line}" in entry
+    assert 'countDownloads: `path:"config.json"`' in entry
 
 
 def test_the_memory_is_described_as_it_is_pushed(hub: Hub, token: str, model: MemoryWrapModel) -> None:

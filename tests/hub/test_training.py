@@ -70,8 +70,28 @@ def test_the_card_has_the_results_of_the_recipe(hub: Hub, token: str, digits: Ma
     metrics = {result.metric_type: result.metric_value for result in ModelCard(text).data.eval_results}
     assert metrics["accuracy"] == report.accuracy
     assert {"accuracy of the plain classifier", "explanation accuracy", "samples a prediction"} <= metrics.keys()
+    # Also those that are low where the evidence is decoration.
+    assert metrics["accuracy without a memory"] == report.metrics.accuracy_without_memory
+    assert metrics["changed without the strongest samples"] == report.metrics.deletion_flip_rate
+    assert metrics["changed without random samples"] == report.metrics.random_flip_rate
     assert "| Data | digits, 200 of 1,797 images for training and 60 of 1,797 images for validation |" in text
     assert f"timm_memwrap {timm_memwrap.__version__}, timm " in text
+
+
+@pytest.mark.parametrize("include_images", [True, False])
+def test_a_figure_goes_with_the_pictures_alone(
+    hub: Hub,
+    token: str,
+    digits: Make,  # noqa: F811
+    tmp_path: Path,
+    include_images: bool,
+) -> None:
+    recipe = digits(hub={"push": "me/digits", "include_images": include_images}, memory={"store_images": True})
+    train(recipe, tmp_path / "out", progress=False)
+    files = hub.repos["me/digits"].files()
+    assert (timm_memwrap.from_pretrained("me/digits").memory_bank.images is not None) == include_images
+    assert ("explanation.png" in files) == include_images
+    assert (b"](explanation.png)" in files["README.md"]) == include_images
 
 
 def test_the_card_of_a_folder_names_it_and_holds_no_path(

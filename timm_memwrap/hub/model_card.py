@@ -37,9 +37,16 @@ _BEGIN, _END = "<!-- timm_memwrap: memory -->", "<!-- timm_memwrap: end of memor
 _PLAIN = re.compile(r"([^\W_]|[ ,()/'-])*")
 
 
-def loading_code(source: str) -> str:
-    """Returns the three lines of Python that load the model from `source`, a name for `timm.create_model`."""
-    return f"import timm\nimport timm_memwrap\nmodel = timm.create_model({json.dumps(source)}, pretrained=True).eval()"
+def loading_code(source: str) -> dict[str, str]:
+    """Returns the lines of Python that load the model from `source`, a name for `timm.create_model`, by library."""
+    name = json.dumps(source.split(":", 1)[1])
+    return {
+        "timm": f"import timm\nimport timm_memwrap\n"
+        f"model = timm.create_model({json.dumps(source)}, pretrained=True).eval()",
+        "timm_memwrap": f"import timm_memwrap\nmodel = timm_memwrap.from_pretrained({name})",
+        "transformers": f"import timm_memwrap\nfrom transformers import AutoModelForImageClassification\n"
+        f"classifier = AutoModelForImageClassification.from_pretrained({name})",
+    }
 
 
 def make_card(

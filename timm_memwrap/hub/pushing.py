@@ -208,7 +208,9 @@ def push_folder(folder: str | os.PathLike, repo_id: str, **kwargs: Any) -> Commi
         except UnicodeError as error:
             raise FileError(f"{str(card)!r} is not UTF-8 ({error}). Save it as UTF-8, or delete it.") from error
         here, there = loading_code(local_source(directory)), loading_code(f"hf-hub:{repo_id}")
-        kwargs = {"model_card": text.replace(here, there), **kwargs}
+        for library, code in here.items():
+            text = text.replace(code, there[library])
+        kwargs = {"model_card": text, **kwargs}
     return push_to_hub(model, repo_id, **kwargs)
 
 

@@ -9,20 +9,16 @@ from pathlib import Path
 import timm
 import torch
 from timm.data import create_transform
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from timm_memwrap.data import data_config
-from timm_memwrap.explaining import explain, plot_explanations
 from timm_memwrap.hub import save_pretrained
+from timm_memwrap.jobs.figures import plot_least_sure
 from timm_memwrap.jobs.train import TrainingReport, train
-from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.training.configuration import Recipe
 from timm_memwrap.training.fitting import check_one_class_each, open_data
 
 __all__ = ["QuickstartReport", "run_quickstart"]
-
-_SHOWN = 4  # images in the figure
 
 
 @dataclass(frozen=True)
@@ -52,24 +48,10 @@ def run_quickstart(recipe: Recipe, out: str | os.PathLike, progress: bool = True
     model = report.model
     _, test_data = open_data(recipe, progress=False)
     loader: DataLoader = DataLoader(test_data.with_transform(create_transform(**data_config(model))), 128)
-    figure = report.directory / "explanations.png"
-    shown, labels = _interesting(model, loader)
-    plot_explanations(model, shown, explain(model, shown), labels=labels, path=figure)
+    figure = plot_least_sure(model, loader, report.directory / "explanations.png")
     card = {"name": "Digits with their evidence", "accuracy": report.accuracy}
     save_pretrained(model, report.directory, model_card=card, overwrite_card=True)
     reloaded = timm.create_model(f"local-dir:{report.directory}", pretrained=True).eval()
     with torch.inference_mode():
         equal = all(torch.equal(model(x), reloaded(x)) for x, _ in loader)
     return QuickstartReport(report, published, len(test_data), figure, equal)
-
-
-@torch.inference_mode()
-def _interesting(model: MemoryWrapModel, loader: DataLoader) -> tuple[Tensor, Tensor]:
-    """Returns the images and labels that the model is least sure of, one per class, because they show the most."""
-    images, labels = (torch.cat(part) for part in zip(*loader, strict=True))
-    best = torch.cat([model(x) for x, _ in loader]).softmax(dim=-1).amax(dim=-1)
-    chosen: list[int] = []
-    for i in best.argsort().tolist():
-        if len(chosen) < _SHOWN and int(labels[i]) not in {int(labels[j]) for j in chosen}:
-            chosen.append(i)
-    return images[chosen], labels[chosen]

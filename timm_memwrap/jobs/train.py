@@ -6,6 +6,7 @@ import os
 import shlex
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from timm_memwrap import __version__
 from timm_memwrap._utils import write_text
 from timm_memwrap.explaining import ExplanationMetrics, MultiLabelMetrics, calibrate, evaluate_explanations
 from timm_memwrap.hub import push_to_hub, reserve_repo, save_pretrained
+from timm_memwrap.jobs.figures import plot_least_sure
 from timm_memwrap.jobs.reproducing import reproduction
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.training.configuration import HubConfig, Recipe
@@ -28,6 +30,19 @@ from timm_memwrap.training.processes import processes
 __all__ = ["TrainingReport", "train"]
 
 _logger = logging.getLogger(__name__)
+
+# What of the metrics a card shows beside the scores: also where the evidence fails, or is decoration.
+_ON_CARD = {
+    "accuracy without a memory": "accuracy_without_memory",
+    "error ranking (AUROC)": "error_ranking",
+    "calibration error": "calibration_error",
+    "true class among the contenders of errors": "true_class_contends_wrong",
+    "changed without the strongest samples": "deletion_flip_rate",
+    "changed without random samples": "random_flip_rate",
+    "unfamiliar": "unfamiliar_rate",
+    "explanation accuracy": "explanation_accuracy",
+    "samples a prediction": "support_size",
+}
 
 
 @dataclass(frozen=True)
@@ -131,16 +146,17 @@ def _write(fitted: Fitted, report: TrainingReport) -> None:
     data, hub = recipe.data, recipe.hub
     curves = plot_curves(report.history, report.directory / "curves.png", None if plain is None else report.accuracy)
     name, split = data.dataset or Path(data.data_dir or "data").name, data.val_split or "held out"
-    common = {"dataset": name, "dataset_id": hub.dataset_id, "split": split}
+    dataset_id = hub.dataset_id or (data.dataset[5:] if data.dataset.startswith("hfds/") else None)
+    common = {"dataset": name, "dataset_id": dataset_id, "split": split}
     values: dict[str, float | None] = {**metrics.scores, "accuracy of the plain classifier": plain}
-    values |= {"explanation accuracy": metrics.explanation_accuracy, "samples a prediction": metrics.support_size}
-    card = {
+    values |= {name: getattr(metrics, attribute, None) for name, attribute in _ON_CARD.items()}
+    card: dict[str, Any] = {
         "results": [
             {"metric": metric, "value": value, **common} for metric, value in values.items() if value is not None
         ],
         "description": _describe(fitted),
         "license": hub.license,
-        "datasets": hub.dataset_id,
+        "datasets": dataset_id,
         "training": reproduction(fitted, report.directory.resolve().name),
     }
     save_pretrained(report.model, report.directory, model_card=card, overwrite_card=True)
@@ -161,6 +177,9 @@ def _write(fitted: Fitted, report: TrainingReport) -> None:
     }
     write_text(report.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
     if hub.push is not None:
+        if hub.include_images and not fitted.images.multi_label and find_spec("matplotlib"):
+            batches = fitted.batches(fitted.held_out)
+            card["figure"] = plot_least_sure(report.model, batches, report.directory / "explanations.png")
         _push(report, recipe.hub, card)
 
 

@@ -1,0 +1,20 @@
+// What the Hub would need to know of this library, for packages/tasks/src in huggingface.js: until it is there, the Hub
+// shows no code beside a model, counts downloads by its default, which has config.json, and finds the models by the tag
+// `timm`. OWNER is where the code will be published.
+
+// model-libraries.ts
+	timm_memwrap: {
+		prettyLabel: "timm-memwrap",
+		repoName: "timm-memwrap",
+		repoUrl: "https://github.com/OWNER/timm-memwrap",
+		snippets: snippets.timm_memwrap,
+		filter: false,
+		countDownloads: `path:"config.json"`,
+	},
+
+// model-libraries-snippets.ts
+export const timm_memwrap = (model: ModelData): string[] => [
+	`import timm
+import timm_memwrap
+model = timm.create_model("hf-hub:${model.id}", pretrained=True).eval()`,
+];
