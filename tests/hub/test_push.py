@@ -1,8 +1,10 @@
 """What is pushed comes back: weights and memory as one, and no more of the memory than was asked for."""
 
 import dataclasses
+import hashlib
 import json
 import logging
+import sys
 import tempfile
 from collections.abc import Callable
 from copy import deepcopy
@@ -16,6 +18,7 @@ from hub_models import make_model
 from hub_server import Hub
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
@@ -23,7 +26,7 @@ import timm_memwrap
 from timm_memwrap import MemoryWrapModel
 from timm_memwrap.cli import main
 from timm_memwrap.data import SampleImages
-from timm_memwrap.hub import pull, push_folder, pushing, summarize
+from timm_memwrap.hub import privacy, pull, push_folder, pushing, summarize
 
 FILES = {".gitattributes", "README.md", "config.json", "model.safetensors"}
 
@@ -192,6 +195,29 @@ def test_no_pushed_file_holds_a_path_of_this_machine(
             assert str(tmp_path).encode() not in content
 
 
+@pytest.mark.parametrize("names", [lambda i: "0001.png", lambda i: f"{i % 7}.png"], ids=["one", "seven"])
+def test_the_work_of_keeping_names_apart_grows_with_their_number(names: Callable[[int], str]) -> None:
+    def lines(count: int) -> int:
+        """Counts the lines that run: no clock of a busy machine says as much."""
+        found = 0
+
+        def trace(frame: Any, event: str, _: Any) -> Any:
+            nonlocal found
+            found += event == "line" and frame.f_code.co_filename == privacy.__file__
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            made = privacy._public_ids([f"/data/{i}/{names(i)}" for i in range(count)], [""] * count)
+        finally:
+            sys.settrace(before)
+        assert len(set(made)) == count
+        return found
+
+    assert lines(800) < 2.2 * lines(400)
+
+
 def test_private_is_not_silently_public(hub: Hub, token: str, model: MemoryWrapModel) -> None:
     hub.repo("me/open")
     with pytest.raises(ValueError, match="'me/open' exists and is public"):
@@ -287,6 +313,52 @@ def test_the_command_says_how_to_load_what_it_pushed(
     folder = timm_memwrap.save_pretrained(model, tmp_path / "local")
     main(["push", str(folder), "me/pets", *(f"--{key}={str(value).lower()}" for key, value in options.items())])
     assert f'timm.create_model("hf-hub:me/pets@{revision}", pretrained=True)' in capsys.readouterr().out
+
+
+def test_what_has_not_changed_makes_no_commit(
+    hub: Hub, token: str, model: MemoryWrapModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bytes are the same however often the model was saved and loaded in between, so nothing is sent again."""
+    folder = timm_memwrap.save_pretrained(model, tmp_path / "pets")
+    first = push_folder(folder, "me/pets")
+    before = hub.repos["me/pets"].history()
+    uploads = len(hub.sent("PUT", "/upload/"))
+    again = timm_memwrap.save_pretrained(timm_memwrap.from_pretrained(folder), tmp_path / "again")
+    for push in (
+        lambda: timm_memwrap.push_to_hub(model, "me/pets"),
+        lambda: timm_memwrap.push_to_hub(timm_memwrap.from_pretrained("me/pets"), "me/pets"),
+        lambda: timm_memwrap.push_memory_bank(timm_memwrap.from_pretrained("me/pets"), "me/pets"),
+        lambda: push_folder(again, "me/pets"),
+        lambda: push_folder(folder, "me/pets", overwrite_card=True),
+        lambda: push_folder(folder, "me/pets", create_pr=True),
+    ):
+        commit = push()
+        assert (commit.oid, commit.commit_message) == (first.oid, "")
+    assert main(["push", str(again), "me/pets"]) == 0
+    assert f"Nothing has changed since the last commit of me/pets: {first.commit_url}" in capsys.readouterr().out
+    assert hub.repos["me/pets"].history() == before
+    assert len(hub.sent("PUT", "/upload/")) == uploads
+
+
+def test_what_of_an_interrupted_push_arrived_is_not_sent_again(
+    hub: Hub, token: str, model: MemoryWrapModel, tmp_path: Path
+) -> None:
+    figure = tmp_path / "figure.png"
+    Image.effect_noise((512, 512), 90).save(figure)
+    options = {"model_card": {"figure": figure}, "include_images": True}
+    second = hashlib.sha256(figure.read_bytes()).hexdigest()
+    cut = hub.fail("PUT", f"/upload/{second}", times=100, cut_after=figure.stat().st_size // 2)
+    with pytest.raises(Exception, match="uploading"):
+        timm_memwrap.push_to_hub(model, "me/pets", **options)
+    assert cut.seen
+    assert set(hub.repos["me/pets"].files()) == {".gitattributes"}
+    [first] = hub.objects
+    cut.times = 0
+    timm_memwrap.push_to_hub(model, "me/pets", **options)
+    files = hub.repos["me/pets"].files()
+    assert hashlib.sha256(files["model.safetensors"]).hexdigest() == first
+    assert files["explanation.png"] == figure.read_bytes()
+    assert len(hub.sent("PUT", f"/upload/{first}")) == 1
 
 
 def test_an_empty_or_stale_memory_is_not_pushed(hub: Hub, token: str, model: MemoryWrapModel) -> None:

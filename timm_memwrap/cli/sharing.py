@@ -58,7 +58,10 @@ def push(
         commit = hub.push_folder(folder, repo_id, overwrite_card=overwrite_card, **options)
     pushed, branch = commit.repo_url.repo_id, commit.pr_revision or revision
     name = f"{pushed}@{branch}" if branch else pushed
-    print(f"Pushed {folder} to {pushed}: {commit.pr_url or commit.commit_url}")
+    if commit.commit_message:
+        print(f"Pushed {folder} to {pushed}: {commit.pr_url or commit.commit_url}")
+    else:
+        print(f"Nothing has changed since the last commit of {pushed}: {commit.commit_url}")
     print(f'Load it with timm.create_model("hf-hub:{name}", pretrained=True), after import timm_memwrap.')
 
 

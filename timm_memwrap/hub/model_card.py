@@ -226,7 +226,7 @@ def _results(details: dict[str, Any], bank: MemoryBank) -> list[EvalResult]:
                 dataset_name=dataset,
                 dataset_split=item.get("split"),
                 metric_type=metric,
-                metric_name=metric.replace("_", " ").capitalize(),
+                metric_name=metric[:1].upper() + metric[1:].replace("_", " "),
                 metric_value=float(value),
             )
         )

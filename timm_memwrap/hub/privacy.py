@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterable
-from itertools import chain, count
 
 from timm_memwrap.memory_bank import MemoryBank, SampleId
 from timm_memwrap.sample_ids import short_name
@@ -35,8 +34,14 @@ def _public_ids(ids: Iterable[SampleId], classes: Iterable[str]) -> list[SampleI
     reduced = [i if isinstance(i, int) else short_name(i, name) for i, name in zip(ids, classes, strict=True)]
     taken = {new for new, old in zip(reduced, ids, strict=True) if new == old}
     public: list[SampleId] = []
+    # The first number of each name that may be free. All below it are taken, and stay so.
+    first: dict[SampleId, int] = {}
     for new, old in zip(reduced, ids, strict=True):
-        candidates = chain([new], (f"{new} ({number})" for number in count(2)))
-        public.append(old if new == old else next(each for each in candidates if each not in taken))
-        taken.add(public[-1])
+        candidate, number = new, first.get(new, 1)
+        while new != old and (candidate := f"{new} ({number})" if number > 1 else new) in taken:
+            number += 1
+        if new != old:
+            first[new] = number + 1
+        public.append(candidate)
+        taken.add(candidate)
     return public

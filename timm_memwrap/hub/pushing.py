@@ -98,7 +98,8 @@ def push_to_hub(
         allow_empty_memory: Whether to push a model whose bank is empty.
 
     Returns:
-        What `huggingface_hub` returns about the commit: its `oid`, `commit_url`, `pr_url`.
+        What `huggingface_hub` returns about the commit: its `oid`, `commit_url`, `pr_url`. If nothing has changed, it
+        is the last commit, with an empty `commit_message`.
 
     Raises:
         ValueError: If the bank is empty or stale, `repo_id` is not a valid repo id, `private=True` was asked for a
@@ -237,9 +238,16 @@ def send_commit(
     operations: Sequence[CommitOperationAdd | CommitOperationDelete],
     **options: Any,
 ) -> CommitInfo:
-    """Sends operations in one commit, on top of the commit that was looked at, so that no other push is lost."""
+    """Sends operations in one commit, on top of the commit that was looked at, so that no other push is lost.
+
+    If they change nothing, no commit is made, and what is returned is the last one, with an empty `commit_message`.
+    """
     try:
-        return api.create_commit(info.id, operations, repo_type=repo_type, parent_commit=info.sha, **options)
+        commit = api.create_commit(info.id, operations, repo_type=repo_type, parent_commit=info.sha, **options)
+        if commit.oid == info.sha:
+            _logger.info("%s has all of it already: no commit is made.", info.id)
+            commit.commit_message = ""
+        return commit
     except (ConnectionError, RuntimeError) as error:
         # The client's errors of a transfer, which do not tell what to do or even what was wrong.
         cure = " If the server has no Xet storage, set HF_HUB_DISABLE_XET=1." if "/xet-" in str(error) else ""
