@@ -214,6 +214,44 @@ def test_an_upload_that_fails_says_why(
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"timm-memwrap: {why}")
 
 
+@pytest.mark.parametrize(
+    ("who", "repo_id", "message"),
+    [
+        (None, "me/new", "hf auth login"),
+        (None, "new", "hf auth login"),
+        ("hf_wrong", "me/new", "Invalid user token"),
+        ("read", "me/new", "You don't have the rights to create a model under the namespace"),
+        ("read", "me/open", "you must use a write token"),
+        ("other", "me/open", "you don't have write access"),
+        ("other", "me/secret", "You don't have the rights to create a model under the namespace"),
+        ("write", "no repo id", "'no repo id' is not a valid repo id"),
+    ],
+)
+def test_a_push_that_is_refused_is_one_line_and_sends_nothing(
+    hub: Hub,
+    model: MemoryWrapModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    who: str | None,
+    repo_id: str,
+    message: str,
+) -> None:
+    hub.repo("me/open")
+    hub.repo("me/secret", private=True)
+    users = {"read": hub.user("me", "read"), "other": hub.user("other"), "write": hub.user("me")}
+    if who is not None:
+        monkeypatch.setenv("HF_TOKEN", users.get(who, who))
+    folder = timm_memwrap.save_pretrained(model, tmp_path / "pets")
+    assert main(["push", str(folder), repo_id]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("timm-memwrap: ")
+    assert message in error
+    assert set(hub.repos) == {"me/open", "me/secret"}
+    assert all(len(repo.history()) == 1 for repo in hub.repos.values())
+    assert not hub.objects
+
+
 def test_a_server_without_xet_says_what_to_set(
     hub: Hub, token: str, model: MemoryWrapModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,7 +52,6 @@ def reserve_repo(repo_id: str, *, token: str | bool | None = None, private: bool
     """
     check_repo_id(repo_id)
     api = hub_api(token)
-    api.whoami()
     repo_id = with_owner(repo_id, api)
     prepare_repo(api, repo_id, "model", private, None, create_pr=False)
     # One that exists may be another's, whom the client does not ask.
@@ -219,6 +218,8 @@ def prepare_repo(
     api: HfApi, repo_id: str, repo_type: str, private: bool | None, revision: str | None, create_pr: bool
 ) -> Any:
     """Makes the repository and the branch to push to if they do not exist, and returns the client's info about it."""
+    # Says how to log in, which the Hub's answer to whoever is not logged in does not.
+    api.whoami()
     api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
     if revision is not None and not create_pr and not revision.startswith("refs/"):
         api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
