@@ -1,6 +1,9 @@
 """The part of the page where a visitor asks about a picture."""
 
+import html
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
@@ -38,13 +41,7 @@ def add_ask(page: Page, visitor: Any) -> None:
     def shown(state: Visitor | None) -> list[Any]:
         asked = None if state is None else state.asked
         if asked is None:
-            hidden = gr.update(visible=False)
-            return [
-                showing.note(_HINT, "hint"),
-                gr.update(value=[]),
-                hidden,
-                "",
-            ]
+            return [showing.note(_HINT, "hint"), [], gr.update(visible=False), ""]
         return [showing.answer(asked, stored), items(asked), gr.update(visible=True), ""]
 
     def ask(state: Visitor | None, path: str | None) -> list[Any]:
@@ -52,7 +49,9 @@ def add_ask(page: Page, visitor: Any) -> None:
         state.asked = None
         if path is not None:
             with tell():
-                state.ask(path, model_input(state.model, path))
+                # In memory, since the file is soon deleted.
+                image = picture(path).copy()
+                state.ask(image, to_batch(state.model, [image]))
         return [state, *shown(state)]
 
     def leave_out(state: Visitor | None, event: gr.SelectData) -> list[Any]:
@@ -73,8 +72,8 @@ def add_ask(page: Page, visitor: Any) -> None:
         asked = state.asked
         with tell():
             options = {"top_k": 3, "contenders": 0, "correspondences": _MATCHES, "dataset": page.dataset}
-            (explanation,) = explain(asked.model, [picture(asked.path)], **options)
-            return showing.matches(asked.model, stored, picture(asked.path), explanation)
+            (explanation,) = explain(asked.model, [asked.picture], **options)
+            return showing.matches(asked.model, stored, asked.picture, explanation)
 
     with gr.Row():
         with gr.Column(scale=2, min_width=260):
@@ -130,17 +129,13 @@ def model_input(model: MemoryWrapModel, path: str) -> Tensor:
     return to_batch(model, [picture(path)])
 
 
-class tell:
-    """A context that shows a visitor a `ValueError`, whose text may hold what they have sent, as text."""
+@contextmanager
+def tell() -> Iterator[None]:
+    """Shows a visitor what is wrong, as text: it may hold what they have sent."""
+    import gradio as gr
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        import html
-
-        import gradio as gr
-
-        if isinstance(error, ValueError | OSError):
-            _logger.info("Told a visitor: %s", error)
-            raise gr.Error(html.escape(str(error)), print_exception=False) from error
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        _logger.info("Told a visitor: %s", error)
+        raise gr.Error(html.escape(str(error)), print_exception=False) from error

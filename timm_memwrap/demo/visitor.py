@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ SAMPLES = 8
 class Asked:
     """A picture that was asked about, encoded once."""
 
-    path: str
+    picture: Any
     model: MemoryWrapModel  # as it was then
     encoding: Tensor
     explanation: Explanation
@@ -46,13 +47,13 @@ class Visitor:
     history: list[MemoryWrapModel] = field(default_factory=list)
     asked: Asked | None = None
 
-    def ask(self, path: str, picture: Tensor) -> Asked:
-        """Explains a model input `[1, C, H, W]`."""
+    def ask(self, picture: Any, inputs: Tensor) -> Asked:
+        """Explains a picture by the model input `[1, C, H, W]` that was made of it."""
         model = snapshot(self.model)
         with torch.no_grad():
-            encoding = model.encode(picture)
-            (explanation,) = explain_batch(model, picture, SAMPLES, encoding=encoding)
-        self.asked = Asked(path, model, encoding, explanation)
+            encoding = model.encode(inputs)
+            (explanation,) = explain_batch(model, inputs, SAMPLES, encoding=encoding)
+        self.asked = Asked(picture, model, encoding, explanation)
         return self.asked
 
     def edit(self, change: Callable[[MemoryWrapModel], object]) -> None:
