@@ -15,8 +15,10 @@ from small_training import digits, folder  # noqa: F401  (fixtures)
 
 import timm_memwrap
 from timm_memwrap.cli import main
+from timm_memwrap.hub import check_repo_id
 from timm_memwrap.jobs.train import train
 from timm_memwrap.training.configuration import Recipe
+from timm_memwrap.training.recipes import find_recipe, load_recipe, recipe_names, write_recipe
 
 Make = Callable[..., Recipe]
 # What makes of the quickstart a training of a second.
@@ -43,6 +45,14 @@ def test_a_model_of_the_hub_is_trained_further_and_stays_named(
 def block(card: str, language: str) -> str:
     [code] = re.findall(rf"```{language}\n(.*?)```\n", card, re.DOTALL)
     return code
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if not name.startswith("compare_")])
+def test_a_recipe_is_a_repository_and_comes_back_from_its_whole_text(name: str, tmp_path: Path) -> None:
+    check_repo_id(f"me/{name}")
+    recipe = load_recipe(find_recipe(name))
+    write_recipe(recipe, tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
 
 
 @pytest.mark.parametrize("mode", ["none", "sample"])
@@ -174,6 +184,16 @@ def test_what_could_not_be_pushed_is_not_trained(
     assert not out.exists()
     assert set(hub.repos) == {"me/open", "me/secret"}
     assert all(len(repo.history()) == 1 for repo in hub.repos.values())
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/whoami"), ("POST", "/repos/create"), ("GET", "/auth-check")])
+def test_nothing_is_trained_while_the_hub_is_down(
+    hub: Hub, token: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, path: str
+) -> None:
+    hub.fail(method, path, times=100, status=503, retry_after=0)
+    assert main(["train", *SMALL, "--push", "me/digits", "--out", str(tmp_path / "out")]) == 1
+    assert "503" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_recipe_that_cannot_be_makes_no_repository(hub: Hub, token: str, digits: Make, tmp_path: Path) -> None:  # noqa: F811
