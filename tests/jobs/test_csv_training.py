@@ -75,7 +75,8 @@ def test_every_mode_learns_several_classes(tmp_path: Path, recipe: Callable[...,
     rows = list(csv.DictReader((tmp_path / "out" / "metrics.csv").open()))
     assert {"train_accuracy", "val_loss", "val_accuracy", "val_mean_average_precision"} <= rows[0].keys()
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"| Mean average precision | {metrics.mean_average_precision} |" in card
+    assert f"| Mean average precision | {metrics.mean_average_precision:.4g} |" in card
+    assert f"value: {metrics.mean_average_precision}\n" in card
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["explanations"]["mean_average_precision"] == metrics.mean_average_precision
     assert (summary["plain_accuracy"] is None) == (mode != "none")
