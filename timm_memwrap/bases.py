@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,16 @@ class Base:
         revision = {"revision": self.revision} if self.revision else {}
         return {self.kind: self.name, **revision, "sha256": self.sha256}
 
+    @contextmanager
+    def needed_by(self, name: str) -> Iterator[None]:
+        """Says in an `OSError` that it is of the base, and what needs it."""
+        try:
+            yield
+        except OSError as error:
+            # The error's own type tells what to do: log in, ask for access, go online.
+            error.args = (f"{name} holds a memory for {str(self)!r}, which is not to be had: {error}",)
+            raise
+
     def load(self, needed_by: str, backbone: str, tag: str | None, cache_dir: str | Path | None = None) -> BaseWeights:
         """Finds the weights, downloaded if need be, and reads them if they are still the same.
 
@@ -67,12 +78,8 @@ class Base:
             FileError: If they have changed, or are of another architecture.
             OSError: `huggingface_hub`'s own, if the Hub does not give them.
         """
-        try:
+        with self.needed_by(needed_by):
             path, config = self._find(cache_dir, backbone, tag)
-        except OSError as error:
-            # The error's own type tells what to do: log in, ask for access, go online.
-            error.args = (f"{needed_by} holds a memory for {str(self)!r}, which is not to be had: {error}",)
-            raise
         cfg, architecture, args = config
         plain = architecture
         for prefix in (EVIDENCE_PREFIX, BASELINE_PREFIX, PREFIX):

@@ -19,6 +19,7 @@ import timm_memwrap
 from timm_memwrap import MemoryWrapModel, build_memory_bank
 from timm_memwrap.cli import main
 from timm_memwrap.hub import FileError, Summary, summarize
+from timm_memwrap.tensor_files import read_tensors, write_tensors
 
 
 def _several_classes() -> MemoryWrapModel:
@@ -137,6 +138,10 @@ def _with(change: Callable[[dict[str, Any]], Any]) -> Callable[[bytes, dict[str,
     return changed
 
 
+def _set(header: dict[str, Any], key: str, value: Any) -> None:
+    header["backbone.fc.bias"][key] = value
+
+
 WRONG: dict[str, tuple[Any, str]] = {
     "cut": (_cut, "is not a whole safetensors file"),
     "a few bytes": (_short, "is not a whole safetensors file"),
@@ -154,11 +159,29 @@ WRONG: dict[str, tuple[Any, str]] = {
         _with(lambda header: header["backbone.fc.weight"].update(dtype="X9")),
         "lists no tensors that could be loaded",
     ),
+    **{
+        f"{key} {value!r}": (_with(lambda header, key=key, value=value: _set(header, key, value)), "safetensors")
+        for key, value in (
+            ("shape", [-3]),
+            ("shape", "x"),
+            ("shape", [2**80, 0]),
+            ("shape", [2**62, 2**62]),
+            ("dtype", []),
+            ("data_offsets", "ab"),
+            ("data_offsets", [0.5, 12.5]),
+            ("data_offsets", [0]),
+            ("data_offsets", [-12, 0]),
+            ("data_offsets", [0, 2**70]),
+            ("data_offsets", [0, 12]),
+        )
+    },
+    "an entry that is text": (_with(lambda header: {**header, "x": "y"}), "safetensors"),
     "weights of another shape": (
         _with(lambda header: header["backbone.fc.weight"].update(shape=[96, 3])),
         r"size mismatch for backbone\.fc\.weight",
     ),
-    "no weights": (_with(lambda header: header.pop("backbone.fc.weight") and None), "does not fit"),
+    "room between tensors": (_with(lambda header: header.pop("backbone.fc.weight") and None), "room between them"),
+    "no weights": (_with(lambda header: header.update(x=header.pop("backbone.fc.weight"))), "does not fit"),
 }
 
 
@@ -188,7 +211,13 @@ def test_a_folder_or_repository_without_weights_says_so(hub: Hub, model: MemoryW
 
 
 @pytest.mark.parametrize(
-    "block", [{"class_counts": [1], "population": "many", "dataset": 5}, {"class_counts": {"a": 1}}, {"size": 10**9}]
+    "block",
+    [
+        {"class_counts": [1], "population": "many", "dataset": 5},
+        {"class_counts": {"a": 1}},
+        {"class_counts": {"9" * 5000: 1}},
+        {"size": 10**9},
+    ],
 )
 def test_what_the_configuration_makes_up_is_not_believed(model: MemoryWrapModel, tmp_path: Path, block: dict) -> None:
     timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
@@ -203,3 +232,70 @@ def test_names_in_a_summary_do_not_steer_the_terminal(model: MemoryWrapModel, tm
     model.memory_bank.set_class_names(["\x1b[31mred", "b", "c"])
     timm_memwrap.save_pretrained(model, tmp_path / "pets")
     assert all(line.isprintable() for line in summarize(tmp_path / "pets").report().splitlines())
+
+
+@pytest.fixture
+def memory(hub: Hub, token: str, model: MemoryWrapModel) -> MemoryWrapModel:
+    """A model whose weights are in `me/whole`, and whose memory alone is in `me/memory`."""
+    timm_memwrap.push_to_hub(model, "me/whole")
+    loaded = timm_memwrap.from_pretrained("me/whole")
+    timm_memwrap.push_memory_bank(loaded, "me/memory")
+    return loaded
+
+
+def _without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the cache an empty one, as on another machine."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+
+
+def test_a_base_that_cannot_be_had_is_named_beside_the_memory(
+    hub: Hub, memory: MemoryWrapModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _without_weights(tmp_path, monkeypatch)
+    message = "memory.safetensors of 'me/memory@.*' holds a memory for 'me/whole@.*', which is not to be had"
+    hub.repos["me/whole"].gated = True
+    with pytest.raises(GatedRepoError, match=message):
+        summarize("me/memory", token=hub.user("other"))
+    del hub.repos["me/whole"]
+    with pytest.raises(RepositoryNotFoundError, match=message):
+        summarize("me/memory")
+
+
+def test_a_memory_of_another_model_than_its_base_is_not_shown(memory: MemoryWrapModel, tmp_path: Path) -> None:
+    folder = memory.save_pretrained(tmp_path / "memory", memory_only=True)
+    path = folder / "memory.safetensors"
+    file = read_tensors(path, "memory")
+    for name, shape in (("backbone.fc.weight", [3, 7]), ("backbone.other", [1])):
+        write_tensors({**file.tensors, name: torch.zeros(shape)}, path, file.metadata)
+        with pytest.raises(FileError, match=rf"memory\.safetensors of .* does not fit .*{name}"):
+            summarize(folder)
+
+
+def test_weights_that_say_they_are_a_memory_alone_are_not_shown(memory: MemoryWrapModel, tmp_path: Path) -> None:
+    folder = memory.save_pretrained(tmp_path / "memory", memory_only=True)
+    config = json.loads((folder / "config.json").read_text())
+    del config["base"]
+    (folder / "memory.safetensors").rename(folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FileError, match=r"is not described by its config\.json"):
+        summarize(folder)
+
+
+def test_what_is_in_the_cache_needs_no_hub(hub: Hub, memory: MemoryWrapModel, run: Callable[..., str]) -> None:
+    timm_memwrap.from_pretrained("me/memory")
+    code = (
+        "from timm_memwrap.hub import summarize; print(*(summarize(f'me/{name}').size for name in ('whole', 'memory')))"
+    )
+    assert run(code, HF_HUB_OFFLINE="1").strip() == "12 12"
+
+
+def test_of_a_folder_nothing_but_the_header_is_read(model: MemoryWrapModel, tmp_path: Path) -> None:
+    folder = timm_memwrap.save_pretrained(model, tmp_path / "pets")
+    whole = summarize(folder)
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    header = content[: 8 + struct.unpack("<Q", content[:8])[0]]
+    path.write_bytes(header + bytes(len(content) - len(header)))
+    assert summarize(folder) == whole
+    with pytest.raises(FileError, match="checksum"):
+        timm_memwrap.from_pretrained(folder)

@@ -2,12 +2,13 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_url, parse_local_safetensors_file_metadata
+from huggingface_hub import hf_hub_url, parse_local_safetensors_file_metadata, try_to_load_from_cache
 from huggingface_hub.errors import RemoteEntryNotFoundError, SafetensorsParsingError
 from huggingface_hub.utils import SafetensorsFileMetadata
 from safetensors.torch import _TYPES
@@ -115,12 +116,15 @@ def summarize(model_id: str | os.PathLike, *, token: str | bool | None = None) -
     cfg = {"source": source, ("file" if source == "local-dir" else "hf_hub_id"): name}
     base = parse_base(config, f"The {CONFIG_FILE} of {where}", cfg)
     own, rest = split_bank(tensors := _tensors(header, where)), {}
+    if (base is None) != (file == WEIGHTS_FILE):
+        raise FileError(f"{where} is not described by its {CONFIG_FILE}. Save or push the model again.")
     if base is not None:
-        rest = _tensors(_read_header(*_place(base), token), str(base))
+        with base.needed_by(where):
+            rest = _tensors(_read_header(*_place(base), token), str(base))
     whole = WholeModel({**rest, **tensors}, config, where, verified=False, base=base)
     shell = build_shell(whole, cfg)
-    if base is None:
-        check_fits(shell, tensors, where)
+    # A memory alone has of the weights what the base has not.
+    check_fits(shell, tensors if base is None else {**shell.state_dict(), **tensors}, where)
     weights, bank = (list(part.values()) for part in own)
     labels, images = (tensors.get(f"{MEMORY_BANK}.{entry}") for entry in ("labels", "images"))
     return Summary(
@@ -150,6 +154,10 @@ def _read_header(source: str, name: str, file: str, token: str | bool | None) ->
     """Reads the header of a safetensors file in a folder or repository, and nothing else of it."""
     repo_id, revision = split_revision(name)
     api = hub_api(token)
+    cached = None if source == "local-dir" else try_to_load_from_cache(repo_id, file, revision=revision)
+    if isinstance(cached, str):
+        # Without a connection too, what was downloaded can be shown.
+        source, name = "local-dir", str(Path(cached).parent)
     try:
         if source == "local-dir":
             header, size = parse_local_safetensors_file_metadata(path := Path(name, file)), path.stat().st_size
@@ -174,12 +182,18 @@ def _read_header(source: str, name: str, file: str, token: str | bool | None) ->
 def _tensors(header: SafetensorsFileMetadata, name: str) -> dict[str, Tensor]:
     """Returns tensors of the types and shapes that a header lists, without storage."""
     found = {}
+    places = []
     try:
         for key, listed in header.tensors.items():
             found[key] = torch.empty(listed.shape, dtype=_TYPES[listed.dtype], device="meta")
             start, end = listed.data_offsets
-            if found[key].nbytes != end - start or start < 0:
+            if found[key].nbytes != end - start or type(start) is not int:
                 raise ValueError(f"{key} has {end - start} bytes")
+            places.append((start, end))
+        # As a load demands: side by side, from the first byte on.
+        places.sort()
+        if [start for start, _ in places] != [0, *(end for _, end in places)][: len(places)]:
+            raise ValueError("they overlap, or have room between them")
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise FileError(f"The header of {name} lists no tensors that could be loaded ({error}).") from error
     return found
@@ -195,7 +209,9 @@ def _memory(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _class_counts(config: Mapping[str, Any]) -> list[tuple[str, int]]:
     counts, names = (config.get(MEMORY_CONFIG_KEY) or {}).get("class_counts"), config.get("label_names")
-    if not isinstance(counts, dict) or not all(key.isdecimal() and type(n) is int for key, n in counts.items()):
+    if not isinstance(counts, dict) or not all(
+        re.fullmatch("[0-9]{1,9}", key) and type(n) is int for key, n in counts.items()
+    ):
         return []
     names = names if isinstance(names, list) else []
     numbered = sorted((int(key), count) for key, count in counts.items())
