@@ -3,6 +3,7 @@
 import base64
 import getpass
 import io
+import itertools
 import re
 import sys
 import tempfile
@@ -13,11 +14,18 @@ from pathlib import Path
 import pytest
 import timm
 from hub_server import Hub
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import timm_memwrap
 from timm_memwrap.cli import main
 from timm_memwrap.hub import pull
+from timm_memwrap.hub.privacy import _public_ids
+from timm_memwrap.sample_ids import short_name
+
+# Some are what another with a number would become.
+NAMES = ("a.png", "a.png (2)", "a.png (2) (2)", "a.png (4)", "b.png")
 
 
 def unpacked(content: bytes) -> Iterator[bytes]:
@@ -84,3 +92,23 @@ def test_no_file_that_leaves_the_machine_holds_a_path_of_it(hub: Hub, token: str
     assert not found
     kinds = {Path(name).suffix for name in files}
     assert kinds >= {".safetensors", ".json", ".md", ".onnx", ".pt2", ".html", ".png"}
+
+
+def _one_by_one(ids: list[int | str]) -> list[int | str]:
+    """Published ids by their definition: the first of a name and its numbers that no id before has, nor any kept."""
+    taken = {i for i in ids if isinstance(i, int) or short_name(i) == i}
+    public: list[int | str] = []
+    for old in ids:
+        name = old if isinstance(old, int) else short_name(old)
+        candidates = itertools.chain([name], (f"{name} ({number})" for number in itertools.count(2)))
+        public.append(old if name == old else next(each for each in candidates if each not in taken))
+        taken.add(public[-1])
+    return public
+
+
+@given(st.lists(st.sampled_from([3, *(f"{a}{b}" for a in ("", "/x/", "/y/", "z/") for b in NAMES)]), unique=True))
+@settings(derandomize=True)
+def test_published_ids_are_unique_and_the_first_that_are_free(ids: list[int | str]) -> None:
+    public = _public_ids(ids, [""] * len(ids))
+    assert len(set(public)) == len(ids)
+    assert public == _one_by_one(ids)
