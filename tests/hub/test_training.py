@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,6 +43,16 @@ def test_a_model_of_the_hub_is_trained_further_and_stays_named(
     assert len(timm_memwrap.from_pretrained(tmp_path / "second").memory_bank) == 40
 
 
+def save_recipe(hub: Hub, repo_id: str) -> list[list[str]]:
+    """Saves the recipe on a card as the card says, and returns the arguments of its commands."""
+    card = hub.repos[repo_id].files()["README.md"].decode()
+    assert check_card(card) == ([], [])
+    Path("recipe.yaml").write_text(block(card, "yaml"))
+    commands = [shlex.split(line) for line in block(card, "bash").splitlines()]
+    assert all(command[:2] == ["OMP_NUM_THREADS=1", "timm-memwrap"] for command in commands)
+    return [command[2:] for command in commands]
+
+
 def block(card: str, language: str) -> str:
     [code] = re.findall(rf"```{language}\n(.*?)```\n", card, re.DOTALL)
     return code
@@ -61,17 +72,123 @@ def test_the_card_alone_repeats_a_training_to_the_bit(
 ) -> None:
     first, again = tmp_path / "digits", tmp_path / "again"
     assert main(["train", *SMALL, "--memory.mode", mode, "--push", "me/digits", "--out", str(first)]) == 0
-    card = hub.repos["me/digits"].files()["README.md"].decode()
-    assert check_card(card) == ([], [])
     again.mkdir()
     monkeypatch.chdir(again)
-    Path("recipe.yaml").write_text(block(card, "yaml"))
-    program, *arguments = shlex.split(block(card, "bash"))
-    assert program == "timm-memwrap"
+    [arguments] = save_recipe(hub, "me/digits")
     before = len(hub.requests)
     assert main(arguments) == 0
     assert len(hub.requests) == before
     assert Path("digits", "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
+
+
+def test_the_command_on_the_card_repeats_a_training_on_a_machine_with_other_threads(tmp_path: Path) -> None:
+    first, again = tmp_path / "first", tmp_path / "again"
+    again.mkdir()
+
+    def run(command: str, threads: int) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        result = subprocess.run(
+            ["bash", "-ec", command], cwd=again, env=environment, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stderr
+
+    run(f"timm-memwrap train {shlex.join(SMALL)} --out {shlex.quote(str(first))}", threads=2)
+    card = (first / "README.md").read_text()
+    assert re.search(r"\| Device \| .*cpu .*, 2 threads", card)
+    (again / "recipe.yaml").write_text(block(card, "yaml"))
+    run(block(card, "bash"), threads=1)
+    assert (again / "first" / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
+
+
+def test_a_training_that_went_on_is_repeated_in_its_parts(
+    hub: Hub, token: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "digits"
+    assert main(["train", *SMALL, "--training.epochs", "2", "--out", str(out)]) == 0
+    longer = ["train", *SMALL, "--training.epochs", "4", "--out", str(out), "--push", "me/digits", "--resume"]
+    assert main(longer) == 0
+    (tmp_path / "again").mkdir()
+    monkeypatch.chdir(tmp_path / "again")
+    first, second = save_recipe(hub, "me/digits")
+    assert main(second[: second.index("--resume")]) == 0
+    weights, found = Path("digits", "model.safetensors"), (out / "model.safetensors").read_bytes()
+    # Four epochs at once have other learning rates.
+    assert weights.read_bytes() != found
+    assert main([*first, "--overwrite"]) == 0
+    assert main(second) == 0
+    assert weights.read_bytes() == found
+    # Once more, only to push: what was before is not forgotten.
+    assert main(longer) == 0
+    assert save_recipe(hub, "me/digits") == [first, second]
+
+
+def test_the_card_does_not_promise_what_a_training_whose_length_was_changed_midway_cannot_hold(
+    hub: Hub,
+    token: str,
+    digits: Make,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checkpoint = tmp_path / "out" / "checkpoints" / "last.safetensors"
+
+    def stop(rows: list[dict], out: Path) -> None:
+        if checkpoint.exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("timm_memwrap.training.fitting.write_metrics", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(digits(training={"epochs": 3}), tmp_path / "out", progress=False)
+    train(digits(hub={"push": "me/digits"}), tmp_path / "out", resume=True, progress=False)
+    card = hub.repos["me/digits"].files()["README.md"].decode()
+    assert "changed before it was over: 3 epochs until epoch 1, then 2 epochs." in card
+    assert "trains the same model" not in card
+    assert block(card, "bash").count("timm-memwrap") == 1
+
+
+@pytest.mark.parametrize("mode", ["none", "batch"])
+def test_a_model_that_is_trained_further_and_replaced_is_repeated_from_what_it_was(
+    hub: Hub,
+    token: str,
+    digits: Make,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str,
+) -> None:
+    options = {"memory": {"mode": mode}, "hub": {"push": "me/digits"}}
+    train(digits(**options), tmp_path / "first", progress=False)
+    before = hub.repos["me/digits"].history()[0].oid
+    train(digits(**options, model={"name": "hf-hub:me/digits"}), tmp_path / "second", progress=False)
+    card = hub.repos["me/digits"].files()["README.md"].decode()
+    assert f"name: hf-hub:me/digits@{before}\n" in card
+    assert "base_model: me/digits\n" in card
+    (tmp_path / "again").mkdir()
+    monkeypatch.chdir(tmp_path / "again")
+    [arguments] = save_recipe(hub, "me/digits")
+    assert main(arguments) == 0
+    weights = (tmp_path / "second" / "model.safetensors").read_bytes()
+    assert Path("second", "model.safetensors").read_bytes() == weights
+    assert "base_model: me/digits\n" in Path("second", "README.md").read_text()
+
+
+def test_a_folder_of_images_that_is_here_is_named_and_repeats_a_training(
+    hub: Hub,
+    token: str,
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(folder)
+    small = ["--model.name", "test_resnet", "--data.img_size", "24", "--data.workers", "0", "--training.epochs", "2"]
+    assert main(["train", "--data-dir", ".", *small, "--push", "me/pets", "--out", str(tmp_path / "pets")]) == 0
+    results = ModelCard(hub.repos["me/pets"].files()["README.md"].decode()).data.eval_results
+    assert {result.dataset_name for result in results} == {"data"}
+    monkeypatch.chdir(tmp_path)
+    [arguments] = save_recipe(hub, "me/pets")
+    assert "data_dir: data\n" in Path("recipe.yaml").read_text()
+    first = Path("pets", "model.safetensors").read_bytes()
+    assert main([*arguments, "--overwrite"]) == 0
+    assert Path("pets", "model.safetensors").read_bytes() == first
 
 
 def test_the_card_has_the_results_of_the_recipe(hub: Hub, token: str, digits: Make, tmp_path: Path) -> None:  # noqa: F811

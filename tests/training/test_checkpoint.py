@@ -18,8 +18,9 @@ class _Task:
 
 def _saver(folder: Path, model: nn.Module, **kwargs: object) -> SafetensorsSaver:
     optimizer = torch.optim.Adam(model.parameters())
+    state = {"history": [], "recipe": {}, "lengths": []}
     return SafetensorsSaver(
-        history=[], recipe={}, model=model, optimizer=optimizer, task=_Task(model), checkpoint_dir=str(folder), **kwargs
+        **state, model=model, optimizer=optimizer, task=_Task(model), checkpoint_dir=str(folder), **kwargs
     )
 
 

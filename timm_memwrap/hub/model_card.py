@@ -27,7 +27,7 @@ CardDetails = Mapping[str, Any] | str | None
 _TEXTS = ("name", "description", "license", "base_model")
 CARD_FIELDS = (*_TEXTS, "datasets", "tags", "accuracy", "results", "figure", "training")
 RESULT_FIELDS = ("dataset", "dataset_id", "split", "metric", "value")
-TRAINING_FIELDS = ("command", "recipe", "data", "device", "versions")
+TRAINING_FIELDS = ("command", "recipe", "caveat", "seed", "data", "device", "versions")
 TAGS = ("timm", "memory-wrap", "arxiv:2106.01440")
 
 # What stands between the marks is replaced when the memory changes, and nothing else in a card is.

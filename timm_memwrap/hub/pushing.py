@@ -91,7 +91,7 @@ def push_to_hub(
         model_card: What the card is to say beside what the model knows: a dict of any of `name`, `description`,
             `license`, `datasets`, `base_model`, `tags`, `accuracy` (between 0 and 1) or `results` (a list of dicts of
             `dataset`, `value`, `metric`, `split` and `dataset_id`), `figure` (a PNG file) and `training` (a dict of
-            `command`, `recipe`, `data`, `device` and `versions`), or the whole text.
+            `command`, `recipe`, `caveat`, `seed`, `data`, `device` and `versions`), or the whole text.
         overwrite_card: Whether to replace a `README.md` that the repository has.
         include_images: Whether the bank's small images are sent.
         allow_empty_memory: Whether to push a model whose bank is empty.

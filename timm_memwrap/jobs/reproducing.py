@@ -1,6 +1,8 @@
 """Says of a training what others need to repeat it: the command, its whole recipe, the data and the versions."""
 
+import os
 import re
+import shlex
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,13 @@ import yaml
 
 from timm_memwrap import __version__
 from timm_memwrap.data import Images
+from timm_memwrap.hub import cached_commit
 from timm_memwrap.sample_ids import short_name
 from timm_memwrap.training.configuration import Recipe
 from timm_memwrap.training.creation import source_of
 from timm_memwrap.training.fitting import Fitted
 from timm_memwrap.training.recipes import to_dict
+from timm_memwrap.whole_model import split_revision
 
 __all__ = ["reproduction"]
 
@@ -32,18 +36,51 @@ def reproduction(fitted: Fitted, name: str) -> dict[str, Any]:
         fitted: The training.
         name: Folder that the command writes to.
     """
-    count, recipe = fitted.processes.world_size, _portable(fitted.recipe)
-    dataset = fitted.recipe.data.dataset or short_name(fitted.images.name)
-    command = "timm-memwrap train"
-    if count > 1:
-        command = f"torchrun --nproc-per-node={count} -m timm_memwrap.cli train"
+    recipe = fitted.recipe
+    dataset = recipe.data.dataset or short_name(fitted.images.name)
     return {
-        "command": f"{command} --config recipe.yaml --out {name}",
-        "recipe": yaml.safe_dump(recipe, sort_keys=False),
+        "command": "\n".join(_commands(fitted, name)),
+        "recipe": yaml.safe_dump(_portable(recipe), sort_keys=False),
+        "caveat": _caveat(fitted.lengths, recipe.training.epochs),
+        "seed": recipe.training.seed,
         "data": f"{dataset}, {_describe(fitted.images)} for training and {_describe(fitted.held_out)} for validation",
-        "device": fitted.processes.device.type,
+        "device": _device(fitted.processes.device.type),
         "versions": {"timm_memwrap": __version__, **{name: _version(name) for name in _PACKAGES}},
     }
+
+
+def _commands(fitted: Fitted, name: str) -> list[str]:
+    """Returns the command that repeats a training; of one that went on when it was finished, one for each part."""
+    count = fitted.processes.world_size
+    program = "timm-memwrap" if count == 1 else f"torchrun --nproc-per-node={count} -m timm_memwrap.cli"
+    if fitted.processes.device.type == "cpu":
+        # Sums are made in parts, one for each thread, and rounded.
+        program = f"OMP_NUM_THREADS={torch.get_num_threads()} {program}"
+    command = f"{program} train --config recipe.yaml --out {shlex.quote(name)}"
+    lengths = [] if _broken_off(fitted.lengths) else [f" --training.epochs {length}" for _, length in fitted.lengths]
+    return [command + length + (" --resume" if part else "") for part, length in enumerate([*lengths, ""])]
+
+
+def _broken_off(lengths: list[list[int]]) -> bool:
+    """Returns whether the length of a training was changed before it was over."""
+    return any(done != length for done, length in lengths)
+
+
+def _caveat(lengths: list[list[int]], epochs: int) -> str:
+    if not _broken_off(lengths):
+        return ""
+    changes = ", ".join(f"{length} epochs until epoch {done}" for done, length in lengths)
+    return (
+        f"The length of the training was changed before it was over: {changes}, then {epochs} epochs. The recipe below "
+        f"has the last length from the start, and so other learning rates: it gives another model."
+    )
+
+
+def _device(kind: str) -> str:
+    if kind != "cpu":
+        return kind
+    threads = torch.get_num_threads()
+    return f"{kind} ({torch.backends.cpu.get_cpu_capability()}), {threads} thread{'' if threads == 1 else 's'}"
 
 
 def _version(package: str) -> str:
@@ -55,12 +92,25 @@ def _portable(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """Returns all options of a recipe without the paths of this machine, and without the repository to push to."""
     options = to_dict(recipe)
     options["hub"]["push"] = None
-    local = [("data", "data_dir"), ("model", "pretrained_path")]
-    if (source_of(recipe.model.name) or "").startswith("local-dir:"):
+    local, source = [("data", "data_dir"), ("model", "pretrained_path")], source_of(recipe.model.name) or ""
+    if source.startswith("local-dir:"):
+        options["model"]["name"] = source.removeprefix("local-dir:")
         local.append(("model", "name"))
+    elif source:
+        options["model"]["name"] = _pinned(source)
     for section, key in local:
-        options[section][key] = options[section][key] and short_name(options[section][key])
+        path = options[section][key]
+        # Also of a folder that is here, or one above.
+        options[section][key] = path and short_name(path if "://" in path else os.path.abspath(path))
     return _without_paths(options)
+
+
+def _pinned(source: str) -> str:
+    """Names a model on the Hub at the commit that was loaded: the repository may be the one that is pushed to."""
+    prefix, _, name = source.partition(":")
+    repo_id, revision = split_revision(name)
+    commit = cached_commit(repo_id, revision) or revision
+    return f"{prefix}:{repo_id}@{commit}" if commit else source
 
 
 def _without_paths(value: Any) -> Any:

@@ -145,7 +145,7 @@ def _write(fitted: Fitted, report: TrainingReport) -> None:
     recipe, metrics, plain = fitted.recipe, report.metrics, report.plain_accuracy
     data, hub = recipe.data, recipe.hub
     curves = plot_curves(report.history, report.directory / "curves.png", None if plain is None else report.accuracy)
-    name, split = data.dataset or Path(data.data_dir or "data").name, data.val_split or "held out"
+    name, split = data.dataset or fitted.images.name, data.val_split or "held out"
     dataset_id = hub.dataset_id or (data.dataset[5:] if data.dataset.startswith("hfds/") else None)
     common = {"dataset": name, "dataset_id": dataset_id, "split": split}
     values: dict[str, float | None] = {**metrics.scores, "accuracy of the plain classifier": plain}

@@ -51,6 +51,13 @@ class Checkpoints:
                 f"The training in {str(folder.parent)!r} has {len(self.state['history'])} epochs already, more than "
                 f"training.epochs={recipe.training.epochs}. Pass as many or more, or another --out."
             )
+        # How many epochs were done when the length was changed, and what it was: the learning rates until then are not
+        # those of a training of the new length.
+        self.lengths: list[list[int]] = []
+        if self.state is not None:
+            done, length = len(self.state["history"]), self.state["recipe"]["training"]["epochs"]
+            changed = [[done, length]] if length != recipe.training.epochs else []
+            self.lengths = self.state.get("lengths", []) + changed
         folder.mkdir(parents=True, exist_ok=True)
 
     def read(self, name: str) -> dict[str, Any] | None:
@@ -62,19 +69,23 @@ class Checkpoints:
 class SafetensorsSaver(CheckpointSaver):
     """timm's `CheckpointSaver`, whose bookkeeping it keeps, with files that hold no pickle and are never half written.
 
-    Each checkpoint holds the history, a row of metrics for each epoch so far, and the options of the recipe.
+    Each checkpoint holds the history, a row of metrics for each epoch so far, the options of the recipe, and the
+    lengths that the training had before.
     """
 
-    def __init__(self, *, history: list[dict[str, Any]], recipe: dict[str, Any], **kwargs: Any) -> None:
+    def __init__(
+        self, *, history: list[dict[str, Any]], recipe: dict[str, Any], lengths: list[list[int]], **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.extension = EXTENSION
-        self.history, self.recipe = history, recipe
+        self.history, self.recipe, self.lengths = history, recipe, lengths
 
     def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
         state = {
             "epoch": epoch,
             "history": self.history,
             "recipe": self.recipe,
+            "lengths": self.lengths,
             "optimizer": self.optimizer.state_dict(),
             **self.task.get_checkpoint_state(unwrap_fn=self.unwrap_fn),
             **self.task.get_checkpoint_state(ema=True, unwrap_fn=self.unwrap_fn),

@@ -24,6 +24,7 @@ from timm_memwrap.memory_args import (
 )
 from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.training.configuration import DataConfig, ModelConfig, Recipe
+from timm_memwrap.whole_model import split_revision
 from timm_memwrap.wrapping import wrap
 
 __all__ = [
@@ -136,7 +137,7 @@ def adapt_source(source: nn.Module, recipe: Recipe, classes: list[str]) -> nn.Mo
         if not plain and same and not source.keeps_classifier and all(has[name] == wanted[name] for name in wanted):
             source.memory_bank.clear()
             source.temperature = 1.0 if config.temperature is None else config.temperature
-            source.base_model = cfg.get("hf_hub_id") if cfg.get("source") == "hf-hub" else None
+            source.base_model = split_revision(cfg["hf_hub_id"])[0] if cfg.get("source") == "hf-hub" else None
             return source
         backbone = source.backbone
         architecture = backbone.pretrained_cfg["architecture"]

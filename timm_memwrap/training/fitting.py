@@ -180,7 +180,7 @@ def fit_recipe(
         if write_events is not None:
             write_events(rows)
 
-    fitted = Fitted(recipe, processes, model, images, held_out, progress, reads_memory)
+    fitted = Fitted(recipe, processes, model, images, held_out, progress, reads_memory, checkpoints.lengths)
     task, loader, validate = fitted.head_alone() if config.freeze_backbone else fitted.whole()
     mixup = create_mixup(recipe.data, config.smoothing, classes, images.multi_label)
     fitted.history = fit(task, loader, config, processes, validate, mixup, checkpoints, progress, on_epoch)
@@ -205,6 +205,7 @@ class Fitted:
     held_out: Images  # for validation
     progress: bool  # whether this process shows progress bars
     reads_memory: bool  # as in `fit_recipe`
+    lengths: list[list[int]] = field(default_factory=list)  # as in `Checkpoints`
     history: list[dict[str, Any]] = field(default_factory=list)  # a row of metrics for each epoch
 
     def __post_init__(self) -> None:

@@ -117,6 +117,7 @@ class _Loop:
         saver = SafetensorsSaver(
             history=history,
             recipe=checkpoints.recipe,
+            lengths=checkpoints.lengths,
             model=self.module,
             optimizer=self.optimizer,
             amp_scaler=self.scaler,
