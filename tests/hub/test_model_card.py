@@ -7,13 +7,16 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from hub_models import make_model
 from hub_server import Hub, check_card
 from huggingface_hub import EvalResult, ModelCard
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 import timm_memwrap
 from timm_memwrap import MemoryWrapModel
+from timm_memwrap.explaining import evaluate_explanations
 from timm_memwrap.hub import push_folder
 from timm_memwrap.hub.model_card import loading_code, make_card, update_memory
 from timm_memwrap.memory_bank import Reference
@@ -53,6 +56,43 @@ def test_the_metadata_is_what_the_hub_reads(hub: Hub, token: str, model: MemoryW
     assert check_card(str(card)) == ([], [])
     info = hub.repos["me/pets"]
     assert "A model of **pets**." in info.files()["README.md"].decode()
+
+
+def _several_classes() -> MemoryWrapModel:
+    model = timm_memwrap.wrap(timm.create_model("test_resnet", num_classes=3), read_head="joint_equal")
+    labels = torch.tensor([[1, 0, 1], [0, 1, 0], [0, 0, 0], [1, 1, 1]])
+    data = TensorDataset(torch.randn(4, 3, 64, 64), labels)
+    timm_memwrap.build_memory_bank(model, data, size=None, progress=False)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "labels", "score"),
+    [
+        (make_model, torch.arange(6) % 3, "accuracy"),
+        (_several_classes, torch.eye(3).repeat(2, 1), "mean_average_precision"),
+    ],
+)
+def test_what_was_measured_is_on_the_card_also_where_it_is_bad(
+    make: Callable[[], MemoryWrapModel], labels: Tensor, score: str
+) -> None:
+    model = make()
+    data = TensorDataset(torch.randn(6, 3, 64, 64), labels)
+    metrics = evaluate_explanations(model, data, progress=False)
+    results = metrics.to_results("Pets", split="test", dataset_id="me/pets-data")
+    text = make_card(model, "hf-hub:me/pets", {"results": results}, model.memory_bank)
+    assert check_card(text) == ([], [])
+    found = ModelCard(text).data.eval_results
+    assert {(each.dataset_name, each.dataset_split, each.dataset_type) for each in found} == {
+        ("Pets", "test", "me/pets-data")
+    }
+    values = {each.metric_type: each.metric_value for each in found}
+    name = score.replace("_", " ")
+    assert found[0].metric_type == name
+    assert values[name] == getattr(metrics, score)
+    assert values[f"{name} without a memory"] == getattr(metrics, f"{score}_without_memory")
+    assert values["changed without the strongest samples"] == metrics.deletion_flip_rate
+    assert values["changed without random samples"] == metrics.random_flip_rate
 
 
 def test_without_details_nothing_is_made_up(model: MemoryWrapModel) -> None:

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 from training_images import write_images
@@ -33,6 +34,10 @@ def test_the_weights_are_kept_and_the_logits_are_of_the_memory_alone(tmp_path: P
     assert model.memory_bank.class_names == sorted(["cat", "dog", "Zebra"], key=str.lower)
     assert 0 <= report.plain_accuracy <= 1
     assert report.metrics.count == 12
+    results = ModelCard.load(tmp_path / "out" / "README.md").data.eval_results
+    measured = {result.metric_type: result.metric_value for result in results}
+    assert measured["accuracy of the plain classifier"] == report.plain_accuracy
+    assert measured["changed without random samples"] == report.metrics.random_flip_rate
     readout = model(torch.randn(2, 3, 32, 32), return_readout=True)
     vector = (readout.weights.unsqueeze(-1) * model.memory_bank.encodings[readout.positions]).sum(dim=1)
     torch.testing.assert_close(readout.logits, source.get_classifier()(vector) / model.temperature)

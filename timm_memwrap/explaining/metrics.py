@@ -29,7 +29,7 @@ from timm_memwrap.explaining.reading import (
     read_with_deletions,
     snapshot,
 )
-from timm_memwrap.explaining.results import Result
+from timm_memwrap.explaining.results import Metrics, Result
 from timm_memwrap.familiarity import UNFAMILIAR, familiarity, reference_quantiles
 from timm_memwrap.model import MemoryReadout, MemoryWrapModel
 
@@ -68,7 +68,7 @@ class ClassMetrics(Result):
 
 
 @dataclass(frozen=True)
-class ExplanationMetrics(Result):
+class ExplanationMetrics(Metrics):
     """What `evaluate_explanations` found over a data set. Rates are between 0 and 1; `None` means no input to count.
 
     An *example* is a memory sample that the model puts in the class that it predicts for the input, a *counterfactual*

@@ -16,7 +16,7 @@ from timm_memwrap.bank_memory import are_same
 from timm_memwrap.data import class_names
 from timm_memwrap.explaining.ranking import average_precision, expected_calibration_error
 from timm_memwrap.explaining.reading import read_nothing, read_with_deletions
-from timm_memwrap.explaining.results import Result
+from timm_memwrap.explaining.results import Metrics, Result
 from timm_memwrap.explaining.verdicts import own_present
 from timm_memwrap.familiarity import UNFAMILIAR, familiarity, reference_quantiles
 from timm_memwrap.labels import multi_hot, present
@@ -54,7 +54,7 @@ class MultiLabelClassMetrics(Result):
 
 
 @dataclass(frozen=True)
-class MultiLabelMetrics(Result):
+class MultiLabelMetrics(Metrics):
     """What `evaluate_explanations` found where images may have several classes.
 
     Rates are between 0 and 1; `None` means nothing to count. A class is predicted where it is more probable than not.

@@ -90,7 +90,8 @@ def push_to_hub(
         commit_message: First line of the commit.
         model_card: What the card is to say beside what the model knows: a dict of any of `name`, `description`,
             `license`, `datasets`, `base_model`, `tags`, `accuracy` (between 0 and 1) or `results` (a list of dicts of
-            `dataset`, `value`, `metric`, `split` and `dataset_id`), `figure` (a PNG file) and `training` (a dict of
+            `dataset`, `value`, `metric`, `split` and `dataset_id`, as `to_results` of what
+            `explaining.evaluate_explanations` found gives them), `figure` (a PNG file) and `training` (a dict of
             `command`, `recipe`, `caveat`, `seed`, `data`, `device` and `versions`), or the whole text.
         overwrite_card: Whether to replace a `README.md` that the repository has.
         include_images: Whether the bank's small images are sent.

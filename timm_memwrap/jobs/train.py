@@ -31,19 +31,6 @@ __all__ = ["TrainingReport", "train"]
 
 _logger = logging.getLogger(__name__)
 
-# What of the metrics a card shows beside the scores: also where the evidence fails, or is decoration.
-_ON_CARD = {
-    "accuracy without a memory": "accuracy_without_memory",
-    "error ranking (AUROC)": "error_ranking",
-    "calibration error": "calibration_error",
-    "true class among the contenders of errors": "true_class_contends_wrong",
-    "changed without the strongest samples": "deletion_flip_rate",
-    "changed without random samples": "random_flip_rate",
-    "unfamiliar": "unfamiliar_rate",
-    "explanation accuracy": "explanation_accuracy",
-    "samples a prediction": "support_size",
-}
-
 
 @dataclass(frozen=True)
 class TrainingReport:
@@ -147,13 +134,11 @@ def _write(fitted: Fitted, report: TrainingReport) -> None:
     curves = plot_curves(report.history, report.directory / "curves.png", None if plain is None else report.accuracy)
     name, split = data.dataset or fitted.images.name, data.val_split or "held out"
     dataset_id = hub.dataset_id or (data.dataset[5:] if data.dataset.startswith("hfds/") else None)
-    common = {"dataset": name, "dataset_id": dataset_id, "split": split}
-    values: dict[str, float | None] = {**metrics.scores, "accuracy of the plain classifier": plain}
-    values |= {name: getattr(metrics, attribute, None) for name, attribute in _ON_CARD.items()}
+    results = metrics.to_results(name, split, dataset_id)
+    if plain is not None:
+        results.append({**results[0], "metric": "accuracy of the plain classifier", "value": plain})
     card: dict[str, Any] = {
-        "results": [
-            {"metric": metric, "value": value, **common} for metric, value in values.items() if value is not None
-        ],
+        "results": results,
         "description": _describe(fitted),
         "license": hub.license,
         "datasets": dataset_id,

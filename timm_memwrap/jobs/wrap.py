@@ -117,8 +117,9 @@ def wrap_classifier(
     metrics = evaluate_explanations(model, unseen, progress=progress) if unseen else None
     card: dict[str, Any] = {}
     if metrics is not None:
-        common = {"dataset": images.name, "split": val_split}
-        card["results"] = [{"metric": metric, "value": value, **common} for metric, value in metrics.scores.items()]
+        card["results"] = results = metrics.to_results(images.name, val_split)
+        if plain_accuracy is not None:
+            results.append({**results[0], "metric": "accuracy of the plain classifier", "value": plain_accuracy})
     save_pretrained(model.cpu(), out, model_card=card, overwrite_card=True)
     return WrapReport(Path(out), model, plain_accuracy, metrics)
 
