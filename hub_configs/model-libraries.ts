@@ -1,6 +1,6 @@
 // What the Hub would need to know of this library, for packages/tasks/src in huggingface.js: until it is there, the Hub
-// shows no code beside a model, counts downloads by its default, which has config.json, and finds the models by the tag
-// `timm`. OWNER is where the code will be published.
+// shows timm's code beside a model, by the tag `timm`, without the import that it needs. OWNER is where the code will be
+// published.
 
 // model-libraries.ts
 	timm_memwrap: {

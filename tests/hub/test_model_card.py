@@ -144,7 +144,7 @@ def test_a_memory_alone_is_not_said_to_load_in_transformers(hub: Hub, token: str
 
 
 def test_the_hub_files_the_card_under_this_library_and_under_timm(model: MemoryWrapModel) -> None:
-    """By `library_name` the Hub would show code that fails, as timm's alone does not know the architecture."""
+    """The tag puts it under timm's filter. For transformers' tag, too, the Hub would show code without our import."""
     data = ModelCard(make_card(model, "hf-hub:me/pets", None, model.memory_bank)).data
     assert (data.library_name, data.tags[0]) == ("timm_memwrap", "timm")
     assert "transformers" not in data.tags
