@@ -3,7 +3,7 @@
 // published.
 
 // model-libraries.ts
-	timm_memwrap: {
+	"timm-memwrap": {
 		prettyLabel: "timm-memwrap",
 		repoName: "timm-memwrap",
 		repoUrl: "https://github.com/OWNER/timm-memwrap",

@@ -39,7 +39,7 @@ def test_the_metadata_is_what_the_hub_reads(hub: Hub, token: str, model: MemoryW
     timm_memwrap.push_to_hub(model, "me/pets", model_card=DETAILS)
     card = ModelCard.load("me/pets")
     data = card.data
-    assert data.library_name == "timm_memwrap"
+    assert data.library_name == "timm-memwrap"
     assert data.pipeline_tag == "image-classification"
     assert data.license == "mit"
     assert data.base_model == "timm/test_resnet.r160_in1k"
@@ -146,7 +146,7 @@ def test_a_memory_alone_is_not_said_to_load_in_transformers(hub: Hub, token: str
 def test_the_hub_files_the_card_under_this_library_and_under_timm(model: MemoryWrapModel) -> None:
     """The tag puts it under timm's filter. For transformers' tag, too, the Hub would show code without our import."""
     data = ModelCard(make_card(model, "hf-hub:me/pets", None, model.memory_bank)).data
-    assert (data.library_name, data.tags[0]) == ("timm_memwrap", "timm")
+    assert (data.library_name, data.tags[0]) == ("timm-memwrap", "timm")
     assert "transformers" not in data.tags
 
 
@@ -157,7 +157,12 @@ def test_the_entry_for_the_hubs_list_of_libraries_shows_the_code_of_the_card() -
     )
     assert label == "timm_memwrap"
     assert snippet.replace("${model.id}", "me/pets") == loading_code("hf-hub:me/pets")["timm"]
-    for line in ("timm_memwrap: {", 'prettyLabel: "timm-memwrap"', "snippets: snippets.timm_memwrap", "filter: false"):
+    for line in (
+        '"timm-memwrap": {',
+        'prettyLabel: "timm-memwrap"',
+        "snippets: snippets.timm_memwrap",
+        "filter: false",
+    ):
         assert f"\t{line}" in entry
     assert 'countDownloads: `path:"config.json"`' in entry
 

@@ -71,7 +71,8 @@ def make_card(
     results = _results(details, bank)
     relation: dict[str, Any] = {} if base is None else {"base_model_relation": "adapter"}
     data = ModelCardData(
-        library_name="timm_memwrap",
+        # As the Hub's guide spells the ids of libraries: once models have one, it cannot change.
+        library_name="timm-memwrap",
         pipeline_tag="image-classification",
         tags=[*TAGS, *_texts(details, "tags")],
         license=details.get("license"),
