@@ -1,11 +1,14 @@
 """The page as a program asks it: answers, limits, and nothing of one visitor for another."""
 
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from demo_pages import Shown, make_model
+from demo_pages import Shown, make_model, pictures
 from gradio_client import Client, handle_file
 
 import timm_memwrap
@@ -81,6 +84,29 @@ def test_a_page_to_read_has_nothing_to_teach_and_nothing_to_save() -> None:
         assert ("Save" in values) is saves
 
 
+def test_uploads_lie_in_a_folder_that_goes_with_the_server(tmp_path: Path) -> None:
+    timm_memwrap.save_pretrained(make_model(), tmp_path / "pets")
+    code = f"""
+import os, timm_memwrap
+from gradio_client import Client, handle_file
+from timm_memwrap.demo import Page, launch
+model = timm_memwrap.from_pretrained({str(tmp_path / "pets")!r})
+_, url, _ = launch(Page(model, "a"), prevent_thread_lock=True, quiet=True)
+Client(url, verbose=False).predict(handle_file({str(tmp_path / "a.png")!r}), api_name="/ask")
+folder = os.environ["GRADIO_TEMP_DIR"]
+print(any(name == "a.png" for _, _, names in os.walk(folder) for name in names))
+print(folder)
+"""
+    pictures(1, 4)[0].save(tmp_path / "a.png")
+    environment = {key: value for key, value in os.environ.items() if key != "GRADIO_TEMP_DIR"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True, env=environment
+    )
+    there, folder = done.stdout.split()[-2:]
+    assert there == "True"
+    assert not Path(folder).exists()
+
+
 def test_a_port_that_is_taken_is_one_clear_error() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -91,7 +117,7 @@ def test_a_port_that_is_taken_is_one_clear_error() -> None:
 
 
 def test_without_gradio_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "gradio", None)
+    monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ImportError, match=r"timm-memwrap\[demo\]|'\.\[demo\]'"):
         build_page(Page(make_model(), "a"))
 

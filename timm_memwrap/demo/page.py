@@ -1,7 +1,10 @@
 """The page: its three parts, and the server that shows it."""
 
+import atexit
 import os
+import shutil
 import socket
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +62,10 @@ def launch(page: Page, host: str | None = None, port: int | None = None, **optio
     gr = optional_import("gradio", extra="demo", what="The page")
     if port is not None:
         _check_port(host or os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1", port)
+    # Files of visitors go with the server, and lie where no other server writes.
+    if "GRADIO_TEMP_DIR" not in os.environ:
+        os.environ["GRADIO_TEMP_DIR"] = folder = tempfile.mkdtemp(prefix="timm-memwrap-demo-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     # Fonts of the visitor's own system: the default theme would load Google's.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     return (
