@@ -87,7 +87,7 @@ def add_ask(page: Page, visitor: Any) -> None:
             "answer.</p></div>"
         )
         gallery = gr.Gallery(
-            show_label=False, columns=8, height="auto", allow_preview=False, object_fit="contain", elem_id="samples",
+            show_label=False, columns=6, allow_preview=False, object_fit="contain", elem_id="samples",
             buttons=[], interactive=False,
         )  # fmt: skip
         with gr.Row():

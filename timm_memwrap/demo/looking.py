@@ -70,7 +70,7 @@ def add_look(page: Page, visitor: Any, tab: Any) -> None:
         with gr.Column(scale=3, min_width=260):
             text = gr.HTML("")
             gallery = gr.Gallery(
-                show_label=False, columns=6, height="auto", object_fit="contain", buttons=[], interactive=False,
+                show_label=False, columns=6, object_fit="contain", buttons=[], interactive=False,
                 elem_id="memory",
             )  # fmt: skip
             with gr.Row():
