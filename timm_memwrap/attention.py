@@ -106,7 +106,7 @@ def scores_at(queries: Tensor, keys: Keys, positions: Tensor) -> Tensor:
     """Computes the scores of the samples at positions `[B, K]` alone, `[B, K]`."""
     if keys.centre is not None:
         queries = queries - keys.centre
-    products = (keys.vectors[positions] @ queries.unsqueeze(-1)).squeeze(-1)
+    products = (F.embedding(positions, keys.vectors) @ queries.unsqueeze(-1)).squeeze(-1)
     return products if keys.offsets is None else products + keys.offsets[positions]
 
 

@@ -15,7 +15,7 @@ from timm_memwrap._utils import is_exporting
 from timm_memwrap.fingerprint import Watch
 from timm_memwrap.memory_bank import MemoryBank
 from timm_memwrap.memory_layer import MemoryLayer, PreparedMemory
-from timm_memwrap.search import ExactIndex, FaissIndex
+from timm_memwrap.search import FaissIndex, exact_index
 
 __all__ = ["BankMemory", "are_same", "bank_memory", "empty_memory", "spread", "warn_of_empty_memory"]
 
@@ -152,7 +152,7 @@ def _new_index(memory: PreparedMemory, index_args: dict[str, Any] | None) -> Any
         return FaissIndex(memory.keys, **index_args)
     # On a device, a search that depends on what it finds would have to wait for it.
     searched = len(memory.keys.vectors) > DENSE_SIZE and memory.keys.vectors.device.type == "cpu"
-    return ExactIndex(memory.keys) if searched else None
+    return exact_index(memory.keys) if searched else None
 
 
 def empty_memory(head: MemoryLayer, encoding: Tensor) -> PreparedMemory:

@@ -16,7 +16,7 @@ from timm_memwrap.explaining.findings import DUPLICATE_OF, RELABEL_AS, REMOVE, F
 from timm_memwrap.explaining.neighbours import NEIGHBOURS, Neighbours, find_neighbours, label_support, out_of_place
 from timm_memwrap.memory_bank import SampleId
 from timm_memwrap.model import MemoryWrapModel
-from timm_memwrap.search import ExactIndex
+from timm_memwrap.search import exact_index
 
 __all__ = ["Inspection"]
 
@@ -40,7 +40,7 @@ class Inspection:
         self._bank, self._names, self._width = model.memory_bank, class_names(model), model.head_hidden_size
         encodings, self._labels = self._bank.filled()
         self._keys = make_keys(wide(encodings)[:, : self._width], "cosine")
-        self._index, size = ExactIndex(self._keys), len(encodings)
+        self._index, size = exact_index(self._keys), len(encodings)
         # Not so many that the furthest are just anywhere.
         self._count = max(1, min(NEIGHBOURS, (size - 1) // 2))
         found = find_neighbours(self._index, self._keys.vectors, min(size - 1, self._count + _COPIES), progress)

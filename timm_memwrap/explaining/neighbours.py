@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from timm_memwrap.search import ExactIndex
+from timm_memwrap.memory_layer import Index
 
 __all__ = ["NEIGHBOURS", "Neighbours", "Support", "find_neighbours", "label_support", "out_of_place"]
 
@@ -48,7 +48,7 @@ class Support(NamedTuple):
     other: Tensor  # [M], a class; the label itself where no neighbour bears another
 
 
-def find_neighbours(index: ExactIndex, queries: Tensor, count: int, progress: bool = False) -> Neighbours:
+def find_neighbours(index: Index, queries: Tensor, count: int, progress: bool = False) -> Neighbours:
     """Finds the nearest samples of each sample of a memory, other than itself.
 
     Args:

@@ -20,7 +20,7 @@ from timm_memwrap.explaining.results import Result
 from timm_memwrap.familiarity import UNFAMILIAR, familiarity, reference_quantiles
 from timm_memwrap.memory_checks import check_single_label
 from timm_memwrap.model import MemoryWrapModel
-from timm_memwrap.search import ExactIndex
+from timm_memwrap.search import exact_index
 
 __all__ = ["Detection", "UnknownMetrics", "evaluate_unknown"]
 
@@ -129,7 +129,7 @@ def _detection(scores: Tensor, is_known: Tensor) -> Detection:
 def _scores(model: MemoryWrapModel, encodings: Iterable[Tensor]) -> dict[str, Tensor]:
     """Returns scores `[N]` of all encodings `[B, E]`, by name; higher is more known."""
     width, parts = model.head_hidden_size, []
-    index = ExactIndex(make_keys(wide(model.memory_bank.filled()[0])[:, :width], "cosine"))
+    index = exact_index(make_keys(wide(model.memory_bank.filled()[0])[:, :width], "cosine"))
     for encoding in encodings:
         readout = model.read(encoding)
         logits = (model.own_classifier(encoding) if model.keeps_classifier else readout.logits).float()

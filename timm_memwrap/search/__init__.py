@@ -5,5 +5,7 @@ from timm_memwrap.search.by_class import nearest_by_class as nearest_by_class
 from timm_memwrap.search.exact import ExactIndex as ExactIndex
 from timm_memwrap.search.faiss_index import FaissIndex as FaissIndex
 from timm_memwrap.search.faiss_index import check_index as check_index
+from timm_memwrap.search.quantized import QuantizedIndex as QuantizedIndex
+from timm_memwrap.search.quantized import exact_index as exact_index
 
-__all__ = ["ExactIndex", "FaissIndex", "check_index", "lengths_of", "nearest_by_class"]
+__all__ = ["ExactIndex", "FaissIndex", "QuantizedIndex", "check_index", "exact_index", "lengths_of", "nearest_by_class"]
