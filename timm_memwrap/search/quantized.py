@@ -99,7 +99,7 @@ class QuantizedIndex:
 
         Args:
             queries: Queries `[B, D]`.
-            bound: Tells from scores of some samples, sorted, what a score of all of them at least is to count, `[B, 1]`.
+            bound: Tells from scores of some samples, sorted, what a score must at least be to count, `[B, 1]`.
             hidden: Positions `[B, H]` of samples that a row must not see.
 
         Returns:
@@ -129,7 +129,8 @@ class QuantizedIndex:
             if not len(pair):
                 continue
             found = (start + chunk[pair] * _CHUNK + offset).split(row[pair].bincount(minlength=rows).tolist())
-            scores = [self.keys.vectors.index_select(0, where) @ query for where, query in zip(found, queries, strict=True)]
+            vectors = (self.keys.vectors.index_select(0, where) for where in found)
+            scores = [rows_of @ query for rows_of, query in zip(vectors, queries, strict=True)]
             best = torch.cat([best, pad_sequence(scores, True, MASKED)], dim=1)
             best, order = best.sort(dim=-1, descending=True, stable=True)
             positions = torch.cat([positions, pad_sequence(list(found), True)], dim=1).gather(1, order)
@@ -168,7 +169,7 @@ class _Copies:
             self._error, self._longest = max(self._error, float(lost.max())), max(self._longest, float(lengths.max()))
 
     def _round(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns vectors `[N, D]` rotated as int8 `[N, P]`, their steps, and the lengths of what is lost and of all."""
+        """Returns vectors `[N, D]` rotated as int8 `[N, P]`, their steps, and lengths of what is lost and of all."""
         rotated = F.pad(vectors, (0, self._width - vectors.shape[1])).unflatten(1, (len(self._left), -1))
         # By two products of many rows: a batch of small ones would take ten times as long.
         rotated = ((rotated @ self._right).mT @ self._left).flatten(1)
@@ -181,8 +182,10 @@ class _Copies:
     def rounded(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns queries `[B, D]` as int8 `[B, P]`, their steps `[B, 1]`, and how far scores may be off `[B, 1]`."""
         values, steps, lost, lengths = self._round(queries)
-        return values, steps, lengths * self._error + lost * (self._longest + self._error) + _ROUNDING * (
-            lengths * self._longest
+        return (
+            values,
+            steps,
+            lengths * self._error + lost * (self._longest + self._error) + _ROUNDING * (lengths * self._longest),
         )
 
     def blocks(self, queries: Tensor, hidden: Tensor | None) -> Iterator[tuple[int, Tensor]]:
@@ -206,7 +209,5 @@ def _rotations(width: int) -> tuple[Tensor, Tensor]:
     """Returns orthogonal matrices, drawn at random but always the same, whose Kronecker product rotates `width`."""
     left = max(n for n in range(1, math.isqrt(width) + 1) if width % n == 0)
     generator = torch.Generator().manual_seed(0)
-    first, second = (
-        torch.linalg.qr(torch.randn(n, n, generator=generator)).Q for n in (left, width // left)
-    )
+    first, second = (torch.linalg.qr(torch.randn(n, n, generator=generator)).Q for n in (left, width // left))
     return first, second
