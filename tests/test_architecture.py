@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = (
     ("constants", "_utils", "labels", "balancing"),
     ("tensor_files", "attention", "reconstruction", "fingerprint"),
-    ("encoding_queue", "new_classes", "rows", "sample_ids", "bases"),
+    ("encoding_queue", "new_classes", "rows", "sample_ids", "bases", "readouts"),
     ("search", "memory_args", "meaning", "checks", "selection"),
     ("bank_format",),
     ("bank_state",),

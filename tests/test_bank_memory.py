@@ -181,6 +181,28 @@ def test_keys_are_prepared_once_when_compiled(
     assert calls == ([] if known else [20])
 
 
+@pytest.mark.parametrize("most", [4, 64], ids=["all are read", "few are read"])
+@pytest.mark.parametrize("variant", ["mlp", "probabilities", "joint", "vote"])
+def test_a_compiled_read_of_a_large_memory_is_the_read(
+    variant: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr("timm_memwrap.memory_layer.LARGE", 100)
+    monkeypatch.setattr("timm_memwrap.memory_layer._MOST_READ", most)
+    model = new_model(variant).eval()
+    fill_with_encodings(model, 300)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        expected, found = (each(new_images(), return_readout=True) for each in (model, compiled))
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.remainder, expected.remainder, atol=1e-4, rtol=1e-4)
+    shown = min(expected.weights.shape[1], found.weights.shape[1])
+    torch.testing.assert_close(found.weights[:, :shown], expected.weights[:, :shown], atol=1e-5, rtol=1e-5)
+    used = expected.weights[:, :shown] > 1e-4
+    assert torch.equal(found.positions[:, :shown][used], expected.positions[:, :shown][used])
+    torch.testing.assert_close(found.similarities[:, :shown][used], expected.similarities[:, :shown][used])
+
+
 @pytest.mark.parametrize("change", ["train step", "fused step", "remove", "another bank", "load_state_dict"])
 def test_keys_are_never_stale_when_compiled(change: str) -> None:
     """A compiled model cannot watch its weights, but is told of training and of another bank."""
@@ -249,7 +271,7 @@ def test_a_gradient_flows_through_the_query_and_not_into_the_bank(
     model = fill(new_model(variant)).double()
     gradients = []
     for most in (4096, 0):
-        monkeypatch.setattr("timm_memwrap.bank_memory.DENSE_SIZE", most)
+        monkeypatch.setattr("timm_memwrap.bank_memory.LARGE", most)
         model.memory_bank.derived = None
         model.zero_grad()
         images = new_images().double().requires_grad_()
@@ -266,7 +288,7 @@ def test_a_gradient_flows_through_the_query_and_not_into_the_bank(
 @pytest.mark.parametrize("distance", ["cosine", "l2", "dot"])
 @pytest.mark.parametrize("kind", ["memwrap_", "memwrap_evidence_"])
 def test_gradcheck_of_a_read_of_the_bank(kind: str, distance: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("timm_memwrap.bank_memory.DENSE_SIZE", most)
+    monkeypatch.setattr("timm_memwrap.bank_memory.LARGE", most)
     read_head = {"read_head": "probabilities"} if kind == "memwrap_evidence_" else {}
     arguments = {"distance": distance, "scale": 1.0, **read_head}
     model = timm.create_model(kind + "test_resnet", num_classes=3, **arguments).double().eval()

@@ -72,7 +72,7 @@ def test_a_copy_of_a_sample_does_not_make_it_familiar() -> None:
 
 @pytest.mark.parametrize("dense", [4096, 0])
 def test_of_a_large_memory_some_samples_stand_for_all(dense: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("timm_memwrap.bank_memory.DENSE_SIZE", dense)
+    monkeypatch.setattr("timm_memwrap.bank_memory.LARGE", dense)
     model = fill_with_encodings(new_model("joint"), 1500)
     found = reference_quantiles(model)
     assert found.shape == (101,)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from timm_memwrap import BaselineMemory, MemoryWrapLayer
 from timm_memwrap.attention import DISTANCES
 from timm_memwrap.layers import LabelVote
-from timm_memwrap.memory_layer import MemoryLayer, PreparedMemory, Read
+from timm_memwrap.memory_layer import MemoryLayer
+from timm_memwrap.readouts import PreparedMemory, Read
 from timm_memwrap.reconstruction import CANDIDATES, reconstruction_weights
 from timm_memwrap.search import ExactIndex, FaissIndex
 

@@ -11,8 +11,8 @@ from timm_memwrap.factory import register_backbones as register_backbones
 from timm_memwrap.layers import BaselineMemory as BaselineMemory
 from timm_memwrap.layers import MemoryWrapLayer as MemoryWrapLayer
 from timm_memwrap.memory_bank import MemoryBank as MemoryBank
-from timm_memwrap.memory_layer import MemoryReadout as MemoryReadout
 from timm_memwrap.model import MemoryWrapModel as MemoryWrapModel
+from timm_memwrap.readouts import MemoryReadout as MemoryReadout
 from timm_memwrap.wrapping import wrap as wrap
 
 if TYPE_CHECKING:

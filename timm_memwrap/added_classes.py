@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from timm_memwrap.attention import wide
 from timm_memwrap.backbone import OwnClassifier, last_layer, replace_rows
 from timm_memwrap.bank_memory import BankMemory, spread
 from timm_memwrap.model import MemoryWrapModel
@@ -94,7 +95,7 @@ def _right_reads(model: MemoryWrapModel, trained: Any, first: int, encodings: Te
     else:
         # The head, with the classifier as it was trained in place of the model's.
         head = copy.deepcopy(model.head, {id(model.backbone): trained}).eval()
-        known = BankMemory(head, head.prepare(encodings, labels), None)
+        known = BankMemory(head, head.prepare(wide(encodings), labels), None)
         blocks = known.left_out(chosen, encodings)
         vectors = torch.cat([head.read(head.query(part), known.memory, hidden).vector for part, hidden in blocks])
     return vectors[own(vectors).argmax(dim=1) == labels[chosen]]

@@ -175,6 +175,10 @@ def _threshold_below_zero(ordered: Tensor) -> Tensor:
 def sum_values(weights: Tensor, positions: Tensor, values: Tensor) -> Tensor:
     """Sums memory values `[M, V]` by weights `[B, K]` at positions `[B, K]`: the paper's memory vector, `[B, V]`."""
     if positions.shape[-1] == 0:
-        return values.new_zeros(positions.shape[0], values.shape[-1])
+        return weights.new_zeros(positions.shape[0], values.shape[-1])
+    if values.dtype != weights.dtype:
+        # Stored in fewer digits: only what is read is widened.
+        read, positions = positions.unique(return_inverse=True)
+        values = values[read].to(weights.dtype)
     # Unlike values[positions], it never makes a [B, K, V] intermediate.
     return F.embedding_bag(positions, values, per_sample_weights=weights, mode="sum")

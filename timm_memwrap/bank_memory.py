@@ -14,15 +14,13 @@ from torch import Tensor, nn
 from timm_memwrap._utils import is_exporting
 from timm_memwrap.fingerprint import Watch
 from timm_memwrap.memory_bank import MemoryBank
-from timm_memwrap.memory_layer import MemoryLayer, PreparedMemory
+from timm_memwrap.memory_layer import LARGE, MemoryLayer
+from timm_memwrap.readouts import PreparedMemory
 from timm_memwrap.search import FaissIndex, exact_index
 
 __all__ = ["BankMemory", "are_same", "bank_memory", "empty_memory", "spread", "warn_of_empty_memory"]
 
 _logger = logging.getLogger(__name__)
-
-# Up to so many samples, scoring and weighing all of them is as quick as a search, and never waits for the device.
-DENSE_SIZE = 4096
 
 # Scores computed at a time when memory samples are read themselves: 64 MB of float32.
 _MOST_SCORES = 2**24
@@ -137,9 +135,13 @@ def bank_memory(
     check(encodings, bank.largest_label)
     # Not in inference mode, whose tensors a later backward could not use.
     with torch.inference_mode(False), torch.no_grad():
-        memory = head.prepare(encodings.to(dtype), labels)
+        index = None
+        memory = PreparedMemory(head.keys_of_bank(encodings, dtype), head.value(encodings, labels))
         if not compiling:
-            memory = memory._replace(key_index=_new_index(memory, index_args))
+            index = _new_index(memory, index_args)
+        # A dense read sums all values at each forward.
+        values = memory.values.to(dtype) if index is None and memory.values is encodings else memory.values
+        memory = memory._replace(values=values, key_index=index)
     made = BankMemory(head, memory, None if compiling else Watch(tensors))
     # An exported graph must not change the model that it was made of.
     if not is_exporting():
@@ -151,7 +153,7 @@ def _new_index(memory: PreparedMemory, index_args: dict[str, Any] | None) -> Any
     if index_args is not None:
         return FaissIndex(memory.keys, **index_args)
     # On a device, a search that depends on what it finds would have to wait for it.
-    searched = len(memory.keys.vectors) > DENSE_SIZE and memory.keys.vectors.device.type == "cpu"
+    searched = len(memory.keys.vectors) > LARGE and memory.keys.vectors.device.type == "cpu"
     return exact_index(memory.keys) if searched else None
 
 

@@ -79,7 +79,8 @@ class _Exported(nn.Module):
         super().__init__()
         self.model, self.top_k = model, top_k
         self.quantiles = reference_quantiles(model) if top_k else None
-        self.memory = model.head.prepare(*model.memory_bank.filled())
+        encodings, labels = model.memory_bank.filled()
+        self.memory = model.head.prepare(encodings.float(), labels)
         model.memory_bank = MemoryBank()
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:

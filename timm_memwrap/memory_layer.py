@@ -5,7 +5,6 @@ Shapes: B inputs, M memory samples, D or E width of an encoding, V of a value, K
 
 import math
 from abc import ABC, abstractmethod
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,75 +22,27 @@ from timm_memwrap.attention import (
     scores_at,
     similarities,
     sum_values,
+    threshold,
     trim,
     unit,
     wide,
 )
+from timm_memwrap.readouts import Index, PreparedMemory, Read
 from timm_memwrap.reconstruction import CANDIDATES, check_read, reconstruction_weights
 
-__all__ = ["MemoryLayer", "MemoryReadout", "PreparedMemory", "Read", "check_width", "is_factor", "mask_of"]
+__all__ = ["MemoryLayer", "check_width", "is_factor", "mask_of"]
+
+# Up to so many samples, scoring and weighing all of them is as quick as a search, and never waits for the device.
+LARGE = 4096
+# In a graph, a read of more samples than these is a read of all.
+_MOST_READ = 256
+
+# Keys that are made at a time of a large memory.
+_ROWS = 2**11
 
 # The scale as a parameter, and where it starts: at 1 the support grows with the memory, and explains nothing.
 LEARNED = "learned"
 LEARNED_START = 10.0
-
-
-class Index(Protocol):
-    """What searches a memory for the samples that a query reads."""
-
-    def search(self, queries: Tensor, scale: float | Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns weights, positions and scaled scores `[B, K]`, strongest first, without gradient."""
-
-    def nearest(self, queries: Tensor, count: int, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Returns scores and positions `[B, K]` of the nearest samples, without gradient; hidden ones are masked."""
-
-
-class PreparedMemory(NamedTuple):
-    """A memory set made ready to be read."""
-
-    keys: Keys
-    values: Tensor  # what is summed, [M, V]; for a vote the labels [M]
-    key_index: Index | None = None  # None to score all keys, which suits a small memory and gradients to it
-
-
-class Read(NamedTuple):
-    """What a query read from a memory.
-
-    Attributes:
-        vector: The memory vector `[B, V]`.
-        weights: Content weights `[B, K]`, strongest first; rows with less support end in zeros.
-        positions: Positions `[B, K]` of these samples in the memory; they mean nothing where the weight is zero.
-        similarities: Similarities `[B, K]` to these samples, before the scale: the cosine, the inner product, or minus
-            the squared distance.
-        remainder: What the samples do not account for, `[B]`: the distance of the query to the weighted mean of their
-            keys, 0 if they make up the input. Without gradient.
-    """
-
-    vector: Tensor
-    weights: Tensor
-    positions: Tensor
-    similarities: Tensor
-    remainder: Tensor
-
-
-class MemoryReadout(NamedTuple):
-    """What a forward read from the memory.
-
-    Attributes:
-        logits: Logits `[B, C]`.
-        weights: Content weights `[B, K]`, strongest first; rows with less support end in zeros.
-        positions: Positions `[B, K]` of those samples in the memory set; they mean nothing where the weight is zero.
-        similarities: Similarities `[B, K]` to these samples, in the read's own metric and before its scale.
-        remainder: Distance `[B]` of the input to the weighted mean of these samples, in the space of the keys.
-        encoding: Encodings of the inputs `[B, E]`.
-    """
-
-    logits: Tensor
-    weights: Tensor
-    positions: Tensor
-    similarities: Tensor
-    remainder: Tensor
-    encoding: Tensor
 
 
 class MemoryLayer(nn.Module, ABC):
@@ -165,9 +116,23 @@ class MemoryLayer(nn.Module, ABC):
         with float32_island(projected):
             return make_keys(projected, self.distance)
 
+    def keys_of_bank(self, memory_encoding: Tensor, dtype: torch.dtype) -> Keys:
+        """Makes keys of encodings `[M, D]` of any precision, without gradient, some at a time: there may be many."""
+        parts = memory_encoding.split(_ROWS)
+        if len(parts) == 1 or self.distance == "l2":
+            return self.key(memory_encoding.to(dtype))
+        start, vectors = 0, None
+        for part in parts:
+            made = self.key(part.to(dtype)).vectors
+            vectors = made.new_empty(len(memory_encoding), made.shape[1]) if vectors is None else vectors
+            vectors[start : start + len(made)] = made
+            start += len(made)
+        assert vectors is not None
+        return Keys(vectors)
+
     def value(self, memory_encoding: Tensor, labels: Tensor | None = None) -> Tensor:
         """Returns what is summed for each memory sample, `[M, V]`: its encoding, before the read head."""
-        return wide(memory_encoding)
+        return memory_encoding
 
     def prepare(self, memory_encoding: Tensor, labels: Tensor | None = None) -> PreparedMemory:
         """Makes memory encodings `[M, D]` ready to be read; only `LabelVote` needs their labels `[M]`."""
@@ -192,7 +157,10 @@ class MemoryLayer(nn.Module, ABC):
             _check_hidden(hidden, query.shape[0], memory.keys.vectors.shape[0])
         with float32_island(query):
             masks = hidden is not None and hidden.dtype == torch.bool
-            if memory.key_index is None or masks or torch.compiler.is_compiling():
+            if torch.compiler.is_compiling():
+                large = not self.training and len(memory.keys.vectors) > LARGE
+                return (self._read_top if large else self._read_all)(query, memory, hidden, ranked)
+            if memory.key_index is None or masks:
                 return self._read_all(query, memory, hidden, ranked)
             return self._search(query, memory, memory.key_index, hidden)
 
@@ -274,6 +242,41 @@ class MemoryLayer(nn.Module, ABC):
             weights, positions, found = trim(weights, positions, found)
         return Read(vector, weights, positions, similarities(found, query, memory.keys), remainder)
 
+    def _read_top(self, query: Tensor, memory: PreparedMemory, hidden: Tensor | None, ranked: bool) -> Read:
+        """Reads a large memory in a graph, where what is searched for cannot depend on what is found."""
+        found = scores(query, memory.keys)
+        if hidden is not None:
+            found = found.masked_fill(mask_of(hidden, found), MASKED)
+        if self.reconstructs:
+            best, positions = found.topk(CANDIDATES, dim=-1)
+            weights, order = _reconstruct(query, memory.keys, best, positions).sort(dim=-1, descending=True)
+            return self._read_few(query, memory, weights, positions.gather(1, order), best.gather(1, order))
+        if torch.is_grad_enabled() and query.requires_grad:
+            return self._read_all(query, memory, hidden, ranked)
+        scaled = self._scaled(found)
+        best, positions = scaled.topk(_MOST_READ, dim=-1)
+        # The threshold of some scores is a lower bound of that of all.
+        enough = (threshold(best) >= best[:, -1:]).all()
+        of_all = (scaled, memory.values, memory.keys.vectors)
+        vector, mean, weights, positions = torch.cond(
+            enough, self._weigh_top, self._weigh_whole, (best, positions, *of_all)
+        )
+        found = similarities(found.gather(1, positions), query, memory.keys)
+        return Read(vector, weights, positions, found, distances(query, memory.keys, mean))
+
+    def _weigh_top(
+        self, best: Tensor, positions: Tensor, scaled: Tensor, values: Tensor, vectors: Tensor
+    ) -> tuple[Tensor, ...]:
+        weights = content_weights(best)
+        sums = (self._sum_few(weights, positions, values), sum_values(weights, positions, vectors))
+        return *sums, weights, positions.clone()
+
+    def _weigh_whole(
+        self, best: Tensor, positions: Tensor, scaled: Tensor, values: Tensor, vectors: Tensor
+    ) -> tuple[Tensor, ...]:
+        weights = content_weights(scaled)
+        return self._sum_all(weights, values), weights @ vectors, *weights.topk(best.shape[1], dim=-1)
+
     def _search(self, query: Tensor, memory: PreparedMemory, index: Index, hidden: Tensor | None) -> Read:
         if self.reconstructs:
             found, positions = index.nearest(query.detach(), CANDIDATES, hidden)
@@ -306,7 +309,7 @@ class MemoryLayer(nn.Module, ABC):
         return found if self._scale == 1.0 else found * self.scale
 
     def _sum_all(self, weights: Tensor, values: Tensor) -> Tensor:
-        return weights @ values
+        return weights @ values.to(weights.dtype)
 
     def _sum_few(self, weights: Tensor, positions: Tensor, values: Tensor) -> Tensor:
         return sum_values(weights, positions, values)

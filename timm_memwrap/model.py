@@ -22,7 +22,8 @@ from timm_memwrap.fingerprint import WatchedFingerprint
 from timm_memwrap.heads import Calibration, new_head
 from timm_memwrap.memory_args import resolve_memory_args
 from timm_memwrap.memory_bank import MemoryBank
-from timm_memwrap.memory_layer import MemoryReadout, PreparedMemory, Read, is_factor
+from timm_memwrap.memory_layer import is_factor
+from timm_memwrap.readouts import MemoryReadout, PreparedMemory, Read
 from timm_memwrap.search import check_index
 from timm_memwrap.timm_interface import TimmInterface, add_prefix
 from timm_memwrap.tracing import forward_features, is_traced, trace_read

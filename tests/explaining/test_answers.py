@@ -224,7 +224,7 @@ def test_large_memories_are_searched(monkeypatch: pytest.MonkeyPatch) -> None:
     model = fill(_model("joint"))
     encoding = model.encode(new_images()).detach()
     expected = _measure(model, encoding)
-    monkeypatch.setattr("timm_memwrap.bank_memory.DENSE_SIZE", 1)
+    monkeypatch.setattr("timm_memwrap.bank_memory.LARGE", 1)
     model.memory_bank.derived = None
     found = _measure(model, encoding)
     assert model.memory_bank.derived.memory.key_index is not None

@@ -31,8 +31,8 @@ from timm_memwrap.explaining import explain
 from timm_memwrap.hub import from_pretrained, push_to_hub, save_pretrained
 from timm_memwrap.layers import MemoryWrapLayer
 from timm_memwrap.memory_bank import Provenance
-from timm_memwrap.memory_layer import Read
 from timm_memwrap.model import MemoryWrapModel
+from timm_memwrap.readouts import Read
 from timm_memwrap.search import ExactIndex, FaissIndex
 from timm_memwrap.training.task import MemoryWrapTask
 from timm_memwrap.wrapping import wrap

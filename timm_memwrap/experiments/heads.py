@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from timm_memwrap.attention import MASKED, scores
 from timm_memwrap.layers import LabelVote
 from timm_memwrap.memory_args import OWN_READ_HEADS
-from timm_memwrap.memory_layer import PreparedMemory, Read, mask_of
+from timm_memwrap.memory_layer import mask_of
 from timm_memwrap.model import MemoryWrapModel
+from timm_memwrap.readouts import PreparedMemory, Read
 from timm_memwrap.training.configuration import Recipe
 from timm_memwrap.wrapping import wrap
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from timm_memwrap.memory_layer import Index
+from timm_memwrap.readouts import Index
 
 __all__ = ["NEIGHBOURS", "Neighbours", "Support", "find_neighbours", "label_support", "out_of_place"]
 
