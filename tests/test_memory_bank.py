@@ -20,7 +20,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from timm_memwrap import MemoryBank, build_memory_bank
+from timm_memwrap import MemoryBank, build_memory_bank, memory_bank
 from timm_memwrap.bank_format import BUFFERS, ENTRIES
 from timm_memwrap.meaning import Meaning, Provenance
 
@@ -612,6 +612,25 @@ def test_appending_neither_copies_nor_serialises_what_is_there(monkeypatch: pyte
         bank.append(more.encodings, more.labels, more.ids, more.images)
     assert [getattr(bank, name).data_ptr() for name in BUFFERS] == before
     assert len(bank) == 440
+
+
+def test_a_loaded_bank_holds_the_tensors_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not a copy: a large memory would be in memory twice."""
+    path = _bank(400, images=True).save(tmp_path / "bank.safetensors")
+    read, found = memory_bank.read_tensors, {}
+
+    def note(*args: Any) -> Any:
+        file = read(*args)
+        found.update({name: file.tensors[name].data_ptr() for name in BUFFERS})
+        return file
+
+    monkeypatch.setattr(memory_bank, "read_tensors", note)
+    bank = MemoryBank().load(path)
+    assert {name: getattr(bank, name).data_ptr() for name in BUFFERS} == found
+    more = _bank(2, images=True, start=1000)
+    bank.append(more.encodings, more.labels, more.ids, more.images)
+    bank.append(more.encodings, more.labels, [f"{i}+" for i in more.ids], more.images)
+    assert torch.equal(bank.encodings[-2:], more.encodings)
 
 
 def test_a_snapshot_and_a_gradient_outlive_samples_that_are_appended() -> None:

@@ -152,16 +152,21 @@ class BankState(nn.Module):
         self._settle()
         return {name: self._buffers[name] for name in BUFFERS}
 
-    def _set(self, state: dict[str, Tensor | None], meaning: Meaning) -> None:
-        """Checks a state and takes a copy of it: the bank must not change when the caller's tensors do."""
+    def _set(self, state: dict[str, Tensor | None], meaning: Meaning, assign: bool = False) -> None:
+        """Checks a state and takes it: a copy, since the bank must not change when the caller's tensors do.
+
+        With `assign`, as of `torch.nn.Module.load_state_dict`, the tensors themselves become the bank's.
+        """
         check_state(state, meaning)
         # A bank on the meta device has no place of its own.
         device = None if self._anchor.is_meta else self._anchor.device
         # Inference tensors could not be part of a later gradient.
         with self._lock, torch.inference_mode(False):
-            self._rows = {name: Rows(tensor.to(device)) for name, tensor in state.items() if tensor is not None}
-            own = {name: self._rows[name].tensor if name in self._rows else None for name in BUFFERS}
-            self._take(own, meaning, largest_label(state["labels"]))
+            there = {name: tensor.detach().to(device) for name, tensor in state.items() if tensor is not None}
+            kept = {name: tensor for name, tensor in there.items() if assign and not tensor.is_inference()}
+            self._rows = {name: Rows(tensor) for name, tensor in there.items() if name not in kept}
+            own = kept | {name: rows.tensor for name, rows in self._rows.items()}
+            self._take({name: own.get(name) for name in BUFFERS}, meaning, largest_label(state["labels"]))
 
     def _take(self, buffers: Mapping[str, Tensor | None], meaning: Meaning, largest_label: int) -> None:
         """Replaces the state. Whoever holds the lock does, so that no snapshot holds half of it."""
@@ -226,6 +231,6 @@ class BankState(nn.Module):
             return
         try:
             entries = {name: tensor.detach() for name, tensor in found.items() if name in ENTRIES}
-            self._set(*parse_state(entries, "the state dict"))
+            self._set(*parse_state(entries, "the state dict"), local_metadata.get("assign_to_params_buffers", False))
         except ValueError as error:
             error_msgs.append(str(error))

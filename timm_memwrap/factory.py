@@ -334,5 +334,7 @@ def _prepare_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict
         )
     if bank and model.num_classes != model.pretrained_cfg["num_classes"]:
         _warn_of_other_classes(model.num_classes, model.pretrained_cfg["num_classes"])
-        return weights
-    return {**weights, **bank}
+    elif bank:
+        # The tensors of the file themselves: a large memory is not in memory twice.
+        model.load_state_dict(bank, strict=False, assign=True)
+    return weights

@@ -251,5 +251,5 @@ class MemoryBank(BankState):
             ValueError: If the file is not a whole bank. The bank is then unchanged.
         """
         found = read_tensors(path, repr(str(path))).tensors
-        self._set(*parse_state(found, repr(str(path))))
+        self._set(*parse_state(found, repr(str(path))), assign=True)
         return self

@@ -301,7 +301,7 @@ class MemoryWrapModel(TimmInterface):
         if wrong:
             raise RuntimeError("\n\t".join([f"Error(s) in loading state_dict for {type(self).__name__}:", *wrong]))
         if bank:
-            self.memory_bank.load_state_dict(bank)
+            self.memory_bank.load_state_dict(bank, assign=assign)
         return super().load_state_dict(weights, strict=strict, assign=assign)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

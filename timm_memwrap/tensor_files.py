@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import _TYPES, load
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import _TYPES
 from torch import Tensor
 
 from timm_memwrap._utils import printable, replacing
@@ -88,16 +88,20 @@ def read_tensors(
 
     With `sha256`, nothing of the file is parsed unless it has this hash.
     """
-    # Not mapped: a file that is overwritten or cut would change the tensors, or kill the process.
-    content = Path(path).read_bytes()
-    if sha256 is not None and (found := hashlib.sha256(content).hexdigest()) != sha256:
-        raise FileError(f"{name} has changed: its SHA-256 is {found}, expected {sha256}. {cure}")
+    if sha256 is not None:
+        with Path(path).open("rb") as opened:
+            found = hashlib.file_digest(opened, "sha256").hexdigest()
+        if found != sha256:
+            raise FileError(f"{name} has changed: its SHA-256 is {found}, expected {sha256}. {cure}")
+    # The library's own error for a file that cannot be opened has neither its name nor a number.
+    with Path(path).open("rb"):
+        pass
     try:
-        tensors = load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        # Not mapped: a file that is overwritten or cut would change the tensors, or kill the process.
+        with safe_open(path, framework="pt", backend="pread") as opened:
+            tensors, metadata = opened.get_tensors(), opened.metadata() or {}
     except (SafetensorError, RuntimeError, UnicodeError) as error:
         raise FileError(f"{name} is not a whole safetensors file ({error}). {cure}") from error
-    metadata = header.get("__metadata__", {})
     expected = metadata.pop(_CHECKSUM, None)
     if expected is not None and checksum(tensors, metadata) != expected:
         raise FileError(f"{name} is damaged: it does not have the checksum that it was written with. {cure}")
