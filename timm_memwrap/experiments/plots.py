@@ -87,7 +87,9 @@ def plot_rows(rows: Sequence[Row], path: str | os.PathLike) -> Path:
     reads = [row for row in rows if row.part == "read" and row.anchor == "matrix product"]
     if not reads:
         raise ValueError("There is no read to draw. Measure the part 'read' with several bank_sizes.")
-    figure, axes = _axes_by_size((6.4, 4), f"A read for {reads[0].batch_size} images, and the matrix product in it")
+    batch_size = max(row.batch_size or 0 for row in reads)
+    reads = [row for row in reads if row.batch_size == batch_size]
+    figure, axes = _axes_by_size((6.4, 4), f"A read for {batch_size} images, and the matrix product in it")
     styles = {"matrix product": ("#999999", "--", "s"), "exact read": (_COLOURS[0], "-", "o")}
     for what, (color, line, marker) in styles.items():
         points = sorted((row.bank_size or 0, row.milliseconds) for row in reads if row.what == what)
