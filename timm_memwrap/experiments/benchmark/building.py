@@ -58,7 +58,10 @@ def _free_encoder(width: int, classes: int) -> MemoryWrapModel:
     plain: nn.Module = timm.create_model(
         "vit_tiny_patch16_224", num_classes=classes, embed_dim=width, global_pool="avg", **options
     )
-    return wrap(plain).eval()
+    model = wrap(plain)
+    # With names of its own, nobody wonders whether its classifier, which is not trained, numbers them otherwise.
+    model.pretrained_cfg["label_names"] = list(map(str, range(classes)))
+    return model.eval()
 
 
 def _sum(*terms: tuple[float, Seconds]) -> Seconds:

@@ -20,7 +20,7 @@ from timm_memwrap.experiments.timing import Call, Row, compare_calls
 from timm_memwrap.exporting import export_model
 from timm_memwrap.wrapping import wrap
 
-__all__ = ["measure_compiled", "measure_onnx"]
+__all__ = ["export_plain", "measure_compiled", "measure_onnx"]
 
 _logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def measure_onnx(options: Options) -> list[Row]:
         with tempfile.TemporaryDirectory() as folder:
             files = {"exported plain backbone": Path(folder, "plain.onnx")}
             files["exported wrapped classifier"] = Path(folder, "wrapped.onnx")
-            _export_plain(plain, size, files["exported plain backbone"])
+            export_plain(plain, size, files["exported plain backbone"])
             # What is drawn here is not what the classifier was trained on, so its logits may be large.
             export_model(wrapped, files["exported wrapped classifier"], input_size=size, tolerance=1e-2)
             sessions = {
@@ -107,7 +107,8 @@ def _images(model: Any, batch_size: int, img_size: int, device: str) -> Tensor:
     return torch.randn(batch_size, model.in_chans, img_size, img_size, device=device)
 
 
-def _export_plain(model: nn.Module, size: tuple[int, ...], path: Path) -> None:
+def export_plain(model: nn.Module, size: tuple[int, ...], path: Path) -> None:
+    """Exports a model without a memory as `export_model` does one with."""
     with torch.no_grad():
         torch.onnx.export(
             model,

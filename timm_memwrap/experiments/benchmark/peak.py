@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from timm_memwrap.hub import from_pretrained
+from timm_memwrap.model import MemoryWrapModel
 
 __all__ = ["Needed", "measure_peak"]
 
@@ -35,19 +36,17 @@ def measure_peak(small: Path, folder: Path) -> Needed:
 
 def report(small: str, folder: str) -> str:
     """Returns as JSON what this process needs."""
-    _load_and_read(small)
+    _read(from_pretrained(small))
     gc.collect()
     _reset()
     before = _in_use("VmRSS")
     model = from_pretrained(folder)
     loading = _ratio(before)
-    with torch.no_grad():
-        model.read(torch.rand(32, model.encoding_size))
+    _read(model)
     return json.dumps([loading, _ratio(before), _tensor_bytes() - sum(p.nbytes for p in model.parameters())])
 
 
-def _load_and_read(folder: str) -> None:
-    model = from_pretrained(folder)
+def _read(model: MemoryWrapModel) -> None:
     with torch.no_grad():
         model.read(torch.rand(32, model.encoding_size))
 

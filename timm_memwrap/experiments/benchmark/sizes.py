@@ -16,7 +16,7 @@ from timm_memwrap.experiments.benchmark.encodings import synthetic_encodings
 from timm_memwrap.experiments.benchmark.explaining import EXPLAIN_BUDGET
 from timm_memwrap.experiments.benchmark.extrapolation import measured_or_extrapolated
 from timm_memwrap.experiments.benchmark.options import Options, Size
-from timm_memwrap.experiments.benchmark.peak import measure_peak
+from timm_memwrap.experiments.benchmark.peak import Needed, measure_peak
 from timm_memwrap.experiments.benchmark.reading import read_budget
 from timm_memwrap.experiments.benchmark.subjects import backbone, filled
 from timm_memwrap.experiments.timing import Call, Row, compare_calls
@@ -30,6 +30,8 @@ __all__ = ["measure_sizes"]
 _READ_BATCHES, _BATCH_SIZE = (1, 32, 256), 32
 # Most images that a memory is built from.
 _BUILT = 10_000
+
+_Compare = Callable[..., list[Row]]
 
 
 def measure_sizes(options: Options) -> list[Row]:
@@ -65,39 +67,36 @@ def _measure_kept(options: Options, name: str, classes: int, samples: int) -> li
         **_setting(name, model.encoding_size, classes, samples),
     )
     with tempfile.TemporaryDirectory() as path:
-        rows = _measure_disk(Path(path), plain, model, compare, max(1, options.rounds // 3))
-    images = torch.randn(_BATCH_SIZE, plain.in_chans, *[options.img_sizes[0]] * 2, device=options.device)
-    calls: dict[str, Call] = {"prediction": lambda: model(images), "explanation": lambda: explain(model, images)}
+        rows, needed = _measure_disk(Path(path), plain, model, compare, max(1, options.rounds // 3))
     with torch.inference_mode():
-        rows += _measure_reads(model, options, compare)
-        return rows + compare(
-            calls, rounds=options.rounds, budgets={"explanation": EXPLAIN_BUDGET}, batch_size=_BATCH_SIZE
-        )
-
-
-_Compare = Callable[..., list[Row]]
+        first, *reads = _measure_reads(model, options, compare)
+        images = torch.randn(_BATCH_SIZE, plain.in_chans, *[options.img_sizes[0]] * 2, device=options.device)
+        calls: dict[str, Call] = {"prediction": lambda: model(images), "explanation": lambda: explain(model, images)}
+        budgets = {"explanation": EXPLAIN_BUDGET}
+        explained = compare(calls, rounds=options.rounds, budgets=budgets, batch_size=_BATCH_SIZE)
+    return [*rows, replace(first, peak_ratio=needed.reading), *reads, *explained]
 
 
 def _setting(name: str, width: int, classes: int, samples: int) -> dict[str, Any]:
     return {"model": name, "width": width, "classes": classes, "bank_size": samples}
 
 
-def _measure_disk(path: Path, plain: Any, model: MemoryWrapModel, compare: _Compare, rounds: int) -> list[Row]:
-    samples = len(model.memory_bank)
-    folder = Folder(str(path), plain, model)
+def _measure_disk(
+    path: Path, plain: Any, model: MemoryWrapModel, compare: _Compare, rounds: int
+) -> tuple[list[Row], Needed]:
+    samples, folder = len(model.memory_bank), Folder(str(path), plain, model)
     saves, loads = folder.saves(), folder.loads()
-    theirs, ours = compare(saves, rounds=rounds, budgets=dict.fromkeys(list(saves)[1:], DISK_BUDGET))
-    added = _bytes(folder.ours) - _bytes(folder.theirs)
-    rows = [theirs, replace(ours, bytes_per_sample=added / samples)]
-    raw, loaded = compare(loads, rounds=rounds, budgets=dict.fromkeys(list(loads)[1:], DISK_BUDGET))
+    raw_save, save = compare(saves, rounds=rounds, budgets=dict.fromkeys(list(saves)[1:], DISK_BUDGET))
+    raw_load, load = compare(loads, rounds=rounds, budgets=dict.fromkeys(list(loads)[1:], DISK_BUDGET))
     small = save_pretrained(filled(wrap(plain), model.num_classes, model.num_classes), path / "small")
     needed = measure_peak(small, folder.ours)
-    kept = replace(loaded, bytes_per_sample=needed.bytes / samples, peak_ratio=needed.loading)
-    return [*rows, raw, kept]
+    save = replace(save, bytes_per_sample=(_bytes(folder.ours) - _bytes(folder.theirs)) / samples)
+    load = replace(load, bytes_per_sample=needed.bytes / samples, peak_ratio=needed.loading)
+    return [raw_save, save, raw_load, load], needed
 
 
 def _measure_reads(model: MemoryWrapModel, options: Options, compare: _Compare) -> list[Row]:
-    """Times reads of encodings beside a float32 product with as many numbers as their keys have."""
+    """Times the first read and later ones beside a float32 product with as many numbers as their keys have."""
     inputs = synthetic_encodings(max(_READ_BATCHES), model.encoding_size, model.num_classes, seed=2)[0]
     inputs = inputs.to(options.device)
     queries = model.head.query(inputs)
@@ -111,7 +110,8 @@ def _measure_reads(model: MemoryWrapModel, options: Options, compare: _Compare) 
         model.train().eval().read(inputs[:_BATCH_SIZE])
 
     calls: dict[str, Call] = {"float32 product": partial(product, _BATCH_SIZE), "first read": first_read}
-    rows = compare(calls, rounds=max(1, options.rounds // 3), batch_size=_BATCH_SIZE)
+    # Its product is that of later reads of as many inputs.
+    rows = compare(calls, rounds=max(1, options.rounds // 3), batch_size=_BATCH_SIZE)[1:]
     for count in _READ_BATCHES:
         calls = {"float32 product": partial(product, count), "read": partial(model.read, inputs[:count])}
         rows += compare(calls, rounds=options.rounds, batch_size=count)
