@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from timm_memwrap.cli import main
-from timm_memwrap.experiments.benchmark import PARTS, benchmark, compiling, importing, subjects
+from timm_memwrap.experiments.benchmark import PARTS, benchmark, compiling, importing, reading, subjects
 from timm_memwrap.experiments.benchmark.disk import read_raw
 from timm_memwrap.experiments.benchmark.options import Options
 from timm_memwrap.experiments.plots import plot_rows
@@ -138,6 +139,13 @@ def check_rows(rows: list[Row], part: str) -> None:
         assert any(other.anchor == row.anchor and other.what != row.anchor for other in rows)
 
 
+@pytest.fixture
+def without_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other packages take seconds to import."""
+    monkeypatch.setattr(reading, "peers", lambda *args: nullcontext({}))
+
+
+@pytest.mark.usefixtures("without_peers")
 def test_an_index_is_measured_with_what_it_finds() -> None:
     pytest.importorskip("faiss")
     rows = benchmark(parts=["read"], batch_sizes=[2], bank_sizes=[500], rounds=1, width=16, indexes=["flat", "ivf"])
@@ -148,8 +156,22 @@ def test_an_index_is_measured_with_what_it_finds() -> None:
     assert "recall 100.0%" in table(rows)
 
 
+@pytest.mark.usefixtures("without_peers")
 def test_a_plot_and_a_file_are_written(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    args = ["--parts", "[read]", "--bank_sizes", "[50,100]", "--batch-sizes", "[1,4]", "--rounds", "1", "--width", "8"]
+    args = [
+        "--parts",
+        "[read]",
+        "--bank_sizes",
+        "[50,100]",
+        "--batch-sizes",
+        "[1,4]",
+        "--rounds",
+        "1",
+        "--width",
+        "8",
+        "--indexes",
+        "[]",
+    ]
     assert main(["benchmark", *args, "--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.png")]) == 0
     rows = json.loads((tmp_path / "b.json").read_text())
     assert {row["bank_size"] for row in rows if row["what"] == "exact read"} == {50, 100}

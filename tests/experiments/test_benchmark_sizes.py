@@ -41,8 +41,15 @@ def test_each_size_is_measured_and_larger_ones_are_marked(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(
     ("few", "many", "expected"),
-    [(10.0, 10.0, 10.0), (10.0, 40.0, 400.0), (10.0, 25.0, 205.0), (10.0, 160.0, 16_000.0), (10.0, 8.0, 8.0)],
-    ids=["constant", "linear", "constant and linear", "quadratic", "noise"],
+    [
+        (10.0, 10.0, 10.0),
+        (10.0, 40.0, 400.0),
+        (10.0, 25.0, 205.0),
+        (10.0, 160.0, 16_000.0),
+        (10.0, 8.0, 8.0),
+        (10.0, 44.0, 452.0),
+    ],
+    ids=["constant", "linear", "constant and linear", "quadratic", "faster by noise", "slower by noise"],
 )
 def test_times_are_extrapolated_as_they_grow(few: float, many: float, expected: float) -> None:
     def rows(size: int, milliseconds: float) -> list[Row]:

@@ -10,6 +10,8 @@ __all__ = ["extrapolated", "measured_or_extrapolated"]
 
 # The two are so far apart.
 _STEP = 4
+# What seems to grow as a power of the samples that is not above this is taken for linear: noise looks like that too.
+_LINEAR_POWER = 1.25
 
 
 def measured_or_extrapolated(measure: Callable[[int], list[Row]], samples: int, largest: int) -> list[Row]:
@@ -22,8 +24,8 @@ def measured_or_extrapolated(measure: Callable[[int], list[Row]], samples: int, 
 def extrapolated(fewer: Sequence[Row], more: Sequence[Row], samples: int) -> list[Row]:
     """Makes the rows of a larger memory, anchors and all, from those of two smaller ones.
 
-    Times grow along the straight line through both, or, if they grow faster than the samples, as the power of the
-    samples that they show. What is said of a sample stays.
+    Times grow along the straight line through both, or, if they clearly grow faster than the samples, as the power of
+    the samples that they show. What is said of a sample stays.
     """
     found = []
     for few, many in zip(fewer, more, strict=True):
@@ -40,9 +42,9 @@ def extrapolated(fewer: Sequence[Row], more: Sequence[Row], samples: int) -> lis
 
 def _grown(few: Row, many: Row, samples: int, before: float, after: float) -> float:
     assert few.bank_size is not None and many.bank_size is not None
-    step, further = many.bank_size / few.bank_size, samples / many.bank_size
-    if 0 < step * before < after:
-        return after * further ** math.log(after / before, step)
+    power = math.log(after / before, many.bank_size / few.bank_size) if min(before, after) > 0 else 0.0
+    if power > _LINEAR_POWER:
+        return after * (samples / many.bank_size) ** power
     return after + max(0.0, after - before) * (samples - many.bank_size) / (many.bank_size - few.bank_size)
 
 

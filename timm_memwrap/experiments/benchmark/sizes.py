@@ -66,14 +66,16 @@ def _measure_kept(options: Options, name: str, classes: int, samples: int) -> li
         device=options.device,
         **_setting(name, model.encoding_size, classes, samples),
     )
+    # Of what takes long, fewer rounds.
+    few = max(1, options.rounds // 3)
     with tempfile.TemporaryDirectory() as path:
-        rows, needed = _measure_disk(Path(path), plain, model, compare, max(1, options.rounds // 3))
+        rows, needed = _measure_disk(Path(path), plain, model, compare, few)
     with torch.inference_mode():
         first, *reads = _measure_reads(model, options, compare)
         images = torch.randn(_BATCH_SIZE, plain.in_chans, *[options.img_sizes[0]] * 2, device=options.device)
         calls: dict[str, Call] = {"prediction": lambda: model(images), "explanation": lambda: explain(model, images)}
         budgets = {"explanation": EXPLAIN_BUDGET}
-        explained = compare(calls, rounds=options.rounds, budgets=budgets, batch_size=_BATCH_SIZE)
+        explained = compare(calls, rounds=few, budgets=budgets, batch_size=_BATCH_SIZE)
     return [*rows, replace(first, peak_ratio=needed.reading), *reads, *explained]
 
 
