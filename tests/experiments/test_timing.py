@@ -4,6 +4,7 @@ import statistics
 import time
 
 import pytest
+import torch
 
 from timm_memwrap.experiments.timing import Row, Seconds, compare_calls, compare_times, measure, table
 
@@ -45,6 +46,15 @@ def test_ratios_are_medians_of_those_within_a_round() -> None:
     }
     _, row = compare_times(times, "part")
     assert (row.milliseconds, row.ratio, row.cpu_milliseconds, row.cpu_ratio) == (2000, 2, 3000, 3)
+
+
+def test_a_device_is_waited_for_and_its_process_time_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[bool] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: waited.append(True))
+    (found,) = measure({"call": lambda: None}, 1, "cuda")["call"]
+    assert waited == [True, True]
+    assert found.wall > 0
+    assert found.process is None
 
 
 @pytest.mark.parametrize(

@@ -125,12 +125,16 @@ def _line(row: Row) -> tuple[str, ...]:
         "" if row.batch_size is None else str(row.batch_size),
         _memory(row),
         row.what,
-        f"{row.milliseconds:.2f}",
+        _milliseconds(row.milliseconds),
         "1" if row.what == row.anchor else f"{row.ratio:.3f}",
-        "" if row.cpu_milliseconds is None else f"{row.cpu_milliseconds:.2f}",
+        "" if row.cpu_milliseconds is None else _milliseconds(row.cpu_milliseconds),
         "" if row.cpu_ratio is None else "1" if row.what == row.anchor else f"{row.cpu_ratio:.3f}",
         ", ".join(_remarks(row)),
     )
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
 
 
 def _memory(row: Row) -> str:
@@ -144,7 +148,7 @@ def _memory(row: Row) -> str:
 def _remarks(row: Row) -> list[str]:
     remarks = []
     if row.budget is not None:
-        remarks.append(f"{row.budget:.3g} {'met' if row.meets_budget else 'MISSED'}")
+        remarks.append(f"{row.budget:.4g} {'met' if row.meets_budget else 'MISSED'}")
     if row.recall is not None:
         remarks.append(f"recall {row.recall:.1%}, same class {row.agreement:.0%}")
     if row.bytes_per_sample is not None:
