@@ -24,8 +24,8 @@ def test_each_size_is_measured_and_larger_ones_are_marked(monkeypatch: pytest.Mo
     rows = benchmark(["test_resnet"], [32], parts=["sizes"], rounds=1, sizes=["2x8", "2x1000000"], largest=8)
     small, large = ([row for row in rows if row.bank_size == size] for size in (8, 1_000_000))
     assert [row.what for row in small] == [row.what for row in large]
-    names = {"save: model with its memory", "load: model with its memory", "first read", "read", "explanation", "build"}
-    assert names <= {row.what for row in small}
+    names = {"save: model with its memory", "load: model with its memory", "state dict"}
+    assert names | {"first read", "read", "explanation", "build"} <= {row.what for row in small}
     for row in rows:
         assert math.isfinite(row.ratio)
         assert row.milliseconds > 0
@@ -51,11 +51,13 @@ def test_each_size_is_measured_and_larger_ones_are_marked(monkeypatch: pytest.Mo
     ],
     ids=["constant", "linear", "constant and linear", "quadratic", "faster by noise", "slower by noise"],
 )
-def test_times_are_extrapolated_as_they_grow(few: float, many: float, expected: float) -> None:
+def test_times_are_extrapolated_as_the_process_time_grows(few: float, many: float, expected: float) -> None:
     def rows(size: int, milliseconds: float) -> list[Row]:
-        setting = {"bank_size": size, "batch_size": 1, "cpu_milliseconds": milliseconds, "cpu_ratio": 1.0}
-        anchor = Row("sizes", "product", float(size), 1.0, "product", **{**setting, "cpu_milliseconds": float(size)})
-        return [anchor, Row("sizes", "read", milliseconds, 1.0, "product", **setting)]
+        # Wall time is disturbed: it is twice as long with few samples.
+        wall = milliseconds * (2 if size == 100 else 1)
+        setting = {"bank_size": size, "batch_size": 1, "cpu_ratio": 1.0}
+        anchor = Row("sizes", "product", float(size), 1.0, "product", cpu_milliseconds=float(size), **setting)
+        return [anchor, Row("sizes", "read", wall, 1.0, "product", cpu_milliseconds=milliseconds, **setting)]
 
     anchor, row = extrapolated(rows(100, few), rows(400, many), 4000)
     assert (anchor.milliseconds, anchor.ratio) == (pytest.approx(4000), 1)
@@ -63,6 +65,12 @@ def test_times_are_extrapolated_as_they_grow(few: float, many: float, expected: 
     assert row.cpu_milliseconds == pytest.approx(expected)
     assert row.ratio == row.cpu_ratio == pytest.approx(expected / 4000)
     assert (row.bank_size, row.extrapolated) == (4000, True)
+
+
+def test_wall_time_is_extrapolated_on_a_device() -> None:
+    few, many = (Row("sizes", "read", size / 100, 1.0, "read", bank_size=size) for size in (100, 400))
+    (row,) = extrapolated([few], [many], 1000)
+    assert (row.milliseconds, row.cpu_milliseconds, row.cpu_ratio) == (pytest.approx(10), None, None)
 
 
 def test_a_new_process_tells_what_it_needs(tmp_path: Path) -> None:

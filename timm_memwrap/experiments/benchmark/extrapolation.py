@@ -25,14 +25,14 @@ def extrapolated(fewer: Sequence[Row], more: Sequence[Row], samples: int) -> lis
     """Makes the rows of a larger memory, anchors and all, from those of two smaller ones.
 
     Times grow along the straight line through both, or, if they clearly grow faster than the samples, as the power of
-    the samples that they show. What is said of a sample stays.
+    the samples that they show. Wall time grows as the process's does, which others on the machine do not disturb. What
+    is said of a sample stays.
     """
     found = []
     for few, many in zip(fewer, more, strict=True):
-        milliseconds = _grown(few, many, samples, few.milliseconds, many.milliseconds)
-        cpu = None
-        if few.cpu_milliseconds is not None and many.cpu_milliseconds is not None:
-            cpu = _grown(few, many, samples, few.cpu_milliseconds, many.cpu_milliseconds)
+        growth = _growth(few, many, samples)
+        cpu = None if many.cpu_milliseconds is None else many.cpu_milliseconds * growth
+        milliseconds = many.milliseconds * growth
         found.append(
             replace(many, milliseconds=milliseconds, cpu_milliseconds=cpu, bank_size=samples, extrapolated=True)
         )
@@ -40,12 +40,17 @@ def extrapolated(fewer: Sequence[Row], more: Sequence[Row], samples: int) -> lis
     return [_divided(row, anchors[row.anchor, row.batch_size]) for row in found]
 
 
-def _grown(few: Row, many: Row, samples: int, before: float, after: float) -> float:
+def _growth(few: Row, many: Row, samples: int) -> float:
+    """Returns how many times as long a memory of so many samples takes as the larger of two that were measured."""
     assert few.bank_size is not None and many.bank_size is not None
-    power = math.log(after / before, many.bank_size / few.bank_size) if min(before, after) > 0 else 0.0
+    before, after = few.milliseconds, many.milliseconds
+    if few.cpu_milliseconds and many.cpu_milliseconds:
+        before, after = few.cpu_milliseconds, many.cpu_milliseconds
+    power = math.log(after / before, many.bank_size / few.bank_size)
     if power > _LINEAR_POWER:
-        return after * (samples / many.bank_size) ** power
-    return after + max(0.0, after - before) * (samples - many.bank_size) / (many.bank_size - few.bank_size)
+        return (samples / many.bank_size) ** power
+    slope = max(0.0, after - before) / (many.bank_size - few.bank_size)
+    return 1 + slope * (samples - many.bank_size) / after
 
 
 def _divided(row: Row, anchor: Row) -> Row:

@@ -71,7 +71,7 @@ def _milvus(vectors: Tensor, labels: Tensor, count: int) -> Iterator[tuple[str, 
             client.insert("bank", [{"id": start + i, "vector": row} for i, row in enumerate(rows)])
         # What is not sealed is searched another way, ten times as long.
         client.flush("bank")
-        # The embedded engine cannot be waited for: it logs an error, and is ready all the same.
+        # The embedded engine lacks the call to wait for it, and is ready all the same.
         client.create_index("bank", index, sync=False)
         client.load_collection("bank")
         try:

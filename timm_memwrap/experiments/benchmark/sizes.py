@@ -70,6 +70,9 @@ def _measure_kept(options: Options, name: str, classes: int, samples: int) -> li
     few = max(1, options.rounds // 3)
     with tempfile.TemporaryDirectory() as path:
         rows, needed = _measure_disk(Path(path), plain, model, compare, few)
+    # What a checkpoint, or an average of the weights, asks for at each step.
+    states: dict[str, Call] = {"state dict: plain backbone": plain.state_dict, "state dict": model.state_dict}
+    rows += compare(states, rounds=options.rounds)
     with torch.inference_mode():
         first, *reads = _measure_reads(model, options, compare)
         images = torch.randn(_BATCH_SIZE, plain.in_chans, *[options.img_sizes[0]] * 2, device=options.device)
