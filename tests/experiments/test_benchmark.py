@@ -3,7 +3,6 @@
 import json
 import math
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from timm_memwrap.cli import main
-from timm_memwrap.experiments.benchmark import PARTS, benchmark, compiling, importing, reading, subjects
+from timm_memwrap.experiments.benchmark import PARTS, benchmark, compiling, importing, subjects
 from timm_memwrap.experiments.benchmark.disk import read_raw
 from timm_memwrap.experiments.benchmark.options import Options
 from timm_memwrap.experiments.plots import plot_rows
@@ -107,14 +106,17 @@ def test_imports_are_timed_in_new_processes(monkeypatch: pytest.MonkeyPatch) -> 
         compile(line, "timed", "exec")
 
 
-def test_what_is_not_installed_is_named_in_one_line(
+def test_what_is_not_installed_is_named_once_and_left_out(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(subjects, "find_spec", lambda name: None)
-    rows = benchmark(parts=["read"], batch_sizes=[2], bank_sizes=[100], rounds=1, width=16, indexes=[])
-    assert [row.what for row in rows] == ["matrix product", "exact read"]
-    named = [record.message for record in caplog.records if "sklearn" in record.message]
-    assert named == ["Not installed, so not measured: sklearn, pytorch_metric_learning, milvus_lite."]
+    subjects.missing_of.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(subjects, "find_spec", lambda name: None)
+        rows = benchmark(parts=["read", "stateless"], batch_sizes=[2], bank_sizes=[50, 100], rounds=1, width=16)
+    subjects.missing_of.cache_clear()
+    assert [row.what for row in rows] == ["matrix product", "exact read"] * 2
+    named = [record.message.partition(": ")[2] for record in caplog.records]
+    assert named == ["sklearn, pytorch_metric_learning, milvus_lite.", "faiss.", "memorywrap."]
 
 
 def test_the_raw_read_of_a_bank_touches_its_bytes(tmp_path: Path) -> None:
@@ -139,16 +141,9 @@ def check_rows(rows: list[Row], part: str) -> None:
         assert any(other.anchor == row.anchor and other.what != row.anchor for other in rows)
 
 
-@pytest.fixture
-def without_peers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other packages take seconds to import."""
-    monkeypatch.setattr(reading, "peers", lambda *args: nullcontext({}))
-
-
-@pytest.mark.usefixtures("without_peers")
 def test_an_index_is_measured_with_what_it_finds() -> None:
     pytest.importorskip("faiss")
-    rows = benchmark(parts=["read"], batch_sizes=[2], bank_sizes=[500], rounds=1, width=16, indexes=["flat", "ivf"])
+    rows = benchmark(parts=["read"], batch_sizes=[2], bank_sizes=[500], rounds=1, width=16, peers=["flat", "ivf"])
     found = {row.what: row for row in rows}
     assert found["faiss flat"].recall == pytest.approx(1, abs=1e-4)
     assert 0 < found["faiss ivf"].recall <= 1 + 1e-4
@@ -156,7 +151,6 @@ def test_an_index_is_measured_with_what_it_finds() -> None:
     assert "recall 100.0%" in table(rows)
 
 
-@pytest.mark.usefixtures("without_peers")
 def test_a_plot_and_a_file_are_written(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     args = [
         "--parts",
@@ -169,7 +163,7 @@ def test_a_plot_and_a_file_are_written(tmp_path: Path, capsys: pytest.CaptureFix
         "1",
         "--width",
         "8",
-        "--indexes",
+        "--peers",
         "[]",
     ]
     assert main(["benchmark", *args, "--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.png")]) == 0
@@ -185,7 +179,7 @@ def test_a_plot_and_a_file_are_written(tmp_path: Path, capsys: pytest.CaptureFix
         ({"parts": ["speed"]}, "'speed'"),
         ({"dtype": "int8"}, "'int8'"),
         ({"rounds": 0}, "rounds=0"),
-        ({"indexes": ["pq"]}, "'pq'"),
+        ({"peers": ["pq"]}, "'pq'"),
         ({"sizes": ["10000"]}, "'10000'"),
         ({"sizes": ["100x10"]}, "'100x10'"),
         ({"parts": ["push"], "models": ["test_resnet"]}, "loopback"),

@@ -7,9 +7,11 @@ import torch
 from timm_memwrap._utils import check_choice, check_count
 from timm_memwrap.search.faiss_index import INDEXES
 
-__all__ = ["Options", "Size"]
+__all__ = ["PACKAGES", "Options", "Size"]
 
-# Up to ImageNet's, for which 1.28 million samples of 1,000 classes are.
+# Packages that find nearest samples, by the name that is imported.
+PACKAGES = ("sklearn", "pytorch_metric_learning", "milvus_lite")
+# Among them Tiny-ImageNet's, and last ImageNet's.
 SIZES = ("10x1000", "200x100000", "1000x10000", "1000x50000", "1000x1281167")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -49,8 +51,9 @@ class Options:
         dtype: Type of weights and images in inference: float32, bfloat16 or float16.
         rounds: How often each thing is measured.
         width: Width of the encodings where the read alone is measured.
-        indexes: faiss indexes to read through: flat, ivf, hnsw; by default all, if faiss is installed. Building one of
-            a million keys takes minutes.
+        peers: What else to search with in the part read: the faiss indexes flat, ivf and hnsw, and the packages
+            sklearn, pytorch_metric_learning and milvus_lite; by default all that are installed. Of a million samples,
+            some take minutes to be made ready.
         namespace: Owner of the repositories that a push creates.
         sizes: Data sets of the part sizes, as classes x samples, e.g. 200x100000.
         largest: Most samples that the part sizes makes; what more of them cost is extrapolated, and marked so.
@@ -66,7 +69,7 @@ class Options:
     dtype: str = "float32"
     rounds: int = 9
     width: int = 512
-    indexes: list[str] | None = None
+    peers: list[str] = field(default_factory=lambda: [*INDEXES, *PACKAGES])
     namespace: str = "me"
     sizes: list[str] = field(default_factory=lambda: list(SIZES))
     largest: int = 100_000
@@ -77,8 +80,8 @@ class Options:
         check_count("rounds", self.rounds)
         # A quarter of it is measured too.
         check_count("largest", self.largest, at_least=4)
-        for kind in self.indexes or ():
-            check_choice("index", kind, INDEXES)
+        for peer in self.peers:
+            check_choice("peer", peer, (*INDEXES, *PACKAGES))
         for size in self.sizes:
             Size.parse(size)
 

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,9 +15,10 @@ from torch import Tensor
 from timm_memwrap.hub import from_pretrained
 from timm_memwrap.model import MemoryWrapModel
 
-__all__ = ["Needed", "measure_peak"]
+__all__ = ["Needed", "measure_peak", "report"]
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_MEASURABLE = os.access(_STATUS, os.R_OK) and os.access(_RESET, os.W_OK)
 
 
 class Needed(NamedTuple):
@@ -38,7 +40,9 @@ def report(small: str, folder: str) -> str:
     """Returns as JSON what this process needs."""
     _read(from_pretrained(small))
     gc.collect()
-    _reset()
+    if _MEASURABLE:
+        # Lets the most memory in use begin with what is in use now.
+        _RESET.write_text("5")
     before = _in_use("VmRSS")
     model = from_pretrained(folder)
     loading = _ratio(before)
@@ -58,15 +62,9 @@ def _ratio(before: int | None) -> float | None:
     return None if before is None or most is None or now is None else (most - before) / (now - before)
 
 
-def _reset() -> None:
-    """Lets the most memory in use begin with what is in use now."""
-    if _RESET.exists():
-        _RESET.write_text("5")
-
-
 def _in_use(name: str) -> int | None:
     """Returns kB of memory in use, or the most that was; `None` on systems other than Linux."""
-    found = re.search(rf"{name}:\s+(\d+)", _STATUS.read_text()) if _STATUS.exists() else None
+    found = re.search(rf"{name}:\s+(\d+)", _STATUS.read_text()) if _MEASURABLE else None
     return None if found is None else int(found[1])
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from timm_memwrap.experiments.benchmark.options import PACKAGES, Options
 from timm_memwrap.experiments.benchmark.subjects import missing_of
 
 __all__ = ["Search", "peers"]
@@ -21,18 +22,19 @@ _INSERTED_AT_A_TIME = 1000
 
 
 @contextmanager
-def peers(vectors: Tensor, labels: Tensor, device: str) -> Iterator[dict[str, Search]]:
+def peers(options: Options, vectors: Tensor, labels: Tensor) -> Iterator[dict[str, Search]]:
     """Yields searches among vectors `[M, D]` of length 1 by inner product, for those packages that are installed.
 
     What is not is named in the log. On a device, only what runs there is compared.
     """
-    chosen = {package: make for package, (make, on_device) in _PEERS.items() if on_device or device == "cpu"}
+    chosen = [name for name in PACKAGES if name in options.peers and (options.device == "cpu" or name in _ON_DEVICES)]
     missing = missing_of(*chosen)
+    vectors = vectors.to(options.device)
     with ExitStack() as stack:
         yield dict(
-            stack.enter_context(make(vectors.to(device), labels, min(_NEAREST, len(vectors))))
-            for package, make in chosen.items()
-            if package not in missing
+            stack.enter_context(_MAKE[name](vectors, labels, min(_NEAREST, len(vectors))))
+            for name in chosen
+            if name not in missing
         )
 
 
@@ -83,9 +85,6 @@ def _milvus(vectors: Tensor, labels: Tensor, count: int) -> Iterator[tuple[str, 
             client.close()
 
 
-# By the package to import: what makes a search of it, and whether that runs on a device.
-_PEERS: dict[str, tuple[Callable[[Tensor, Tensor, int], AbstractContextManager[tuple[str, Search]]], bool]] = {
-    "sklearn": (_scikit_learn, False),
-    "pytorch_metric_learning": (_metric_learning, True),
-    "milvus_lite": (_milvus, False),
-}
+_Make = Callable[[Tensor, Tensor, int], AbstractContextManager[tuple[str, Search]]]
+_MAKE: dict[str, _Make] = dict(zip(PACKAGES, (_scikit_learn, _metric_learning, _milvus), strict=True))
+_ON_DEVICES = ("pytorch_metric_learning",)

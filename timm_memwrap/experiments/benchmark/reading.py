@@ -37,7 +37,7 @@ def _compare(options: Options, bank_size: int) -> list[Row]:
     layer = MemoryWrapLayer(options.width, CLASSES, head=nn.Identity(), scale=10.0).eval().to(device)
     encodings, labels = synthetic_encodings(bank_size, options.width, CLASSES, seed=1)
     vectors = F.normalize(encodings)
-    with torch.no_grad(), peers(vectors, labels, device) as searches:
+    with torch.no_grad(), peers(options, vectors, labels) as searches:
         memory = layer.prepare(encodings.to(device))
         reads = {"exact read": memory._replace(key_index=ExactIndex(memory.keys))}
         for kind in _indexes(options):
@@ -72,9 +72,8 @@ def _compare_batch(
 
 def _indexes(options: Options) -> list[str]:
     """Returns the faiss indexes to read through, which are for a CPU."""
-    if options.indexes is not None:
-        return options.indexes
-    return list(INDEXES) if options.device == "cpu" and not missing_of("faiss") else []
+    kinds = [kind for kind in options.peers if kind in INDEXES and options.device == "cpu"]
+    return [] if kinds and missing_of("faiss") else kinds
 
 
 def _dense(found: Read, size: int) -> Tensor:

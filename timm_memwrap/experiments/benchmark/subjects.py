@@ -1,6 +1,7 @@
 """What is measured: backbones, models with a filled memory, and the published layer."""
 
 import logging
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -49,8 +50,9 @@ def published_layer(width: int, distance: str) -> nn.Module | None:
     return PublishedLayer(width, CLASSES, distance=distance).eval()
 
 
+@cache
 def missing_of(*packages: str) -> list[str]:
-    """Returns which of these packages cannot be imported, after a line in the log about them."""
+    """Returns which of these packages cannot be imported, after a line in the log about them the first time."""
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         _logger.warning("Not installed, so not measured: %s.", ", ".join(missing))
