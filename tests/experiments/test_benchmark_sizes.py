@@ -21,8 +21,8 @@ from timm_memwrap.experiments.timing import Row, table
 def test_each_size_is_measured_and_larger_ones_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:
     # It would start a process for each size.
     monkeypatch.setattr(sizes, "measure_peak", lambda small, folder: Needed(1.2, 1.3, 400))
-    rows = benchmark(["test_resnet"], [32], parts=["sizes"], rounds=1, sizes=["2x8", "2x1000000"], largest=8)
-    small, large = ([row for row in rows if row.bank_size == size] for size in (8, 1_000_000))
+    rows = benchmark(["test_resnet"], [32], parts=["sizes"], rounds=1, sizes=["2x32", "2x1000000"], largest=32)
+    small, large = ([row for row in rows if row.bank_size == size] for size in (32, 1_000_000))
     assert [row.what for row in small] == [row.what for row in large]
     names = {"save: model with its memory", "load: model with its memory", "state dict"}
     assert names | {"first read", "read", "explanation", "build"} <= {row.what for row in small}
@@ -30,10 +30,10 @@ def test_each_size_is_measured_and_larger_ones_are_marked(monkeypatch: pytest.Mo
         assert math.isfinite(row.ratio)
         assert row.milliseconds > 0
         assert (row.classes, row.width) == (2, 96)
-        assert row.extrapolated is (row.bank_size != 8)
+        assert row.extrapolated is (row.bank_size != 32)
     assert [row.batch_size for row in small if row.what == "read"] == [1, 32, 256]
     loads = [row for row in rows if row.what.startswith("load: model")]
-    assert [(row.bytes_per_sample, row.peak_ratio) for row in loads] == [(50, 1.2), (50, 1.2)]
+    assert [(row.bytes_per_sample, row.peak_ratio) for row in loads] == [(12.5, 1.2), (12.5, 1.2)]
     assert [row.budget for row in large if row.what == "read"] == [0.25, None, None]
     lines = table(rows).splitlines()
     assert sum("extrapolated" in line for line in lines) == sum("1,000,000" in line for line in lines) == len(large)

@@ -8,8 +8,8 @@ from timm_memwrap.experiments.timing import Row
 
 __all__ = ["extrapolated", "measured_or_extrapolated"]
 
-# The two are so far apart.
-_STEP = 4
+# The two are so far apart that noise in the smaller hardly matters, nor that a search may go another way there.
+_STEP = 16
 # What seems to grow as a power of the samples that is not above this is taken for linear: noise looks like that too.
 _LINEAR_POWER = 1.25
 

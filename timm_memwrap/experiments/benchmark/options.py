@@ -78,8 +78,8 @@ class Options:
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)
         check_count("rounds", self.rounds)
-        # A quarter of it is measured too.
-        check_count("largest", self.largest, at_least=4)
+        # A sixteenth of it is measured too.
+        check_count("largest", self.largest, at_least=16)
         for peer in self.peers:
             check_choice("peer", peer, (*INDEXES, *PACKAGES))
         for size in self.sizes:

@@ -15,8 +15,7 @@ from timm_memwrap.experiments.benchmark.peers import Search, peers
 from timm_memwrap.experiments.benchmark.subjects import CLASSES, PUBLISHED_LIMIT, missing_of, published_layer
 from timm_memwrap.experiments.timing import Call, Row, compare_calls
 from timm_memwrap.layers import MemoryWrapLayer
-from timm_memwrap.memory_layer import PreparedMemory, Read
-from timm_memwrap.search import ExactIndex, FaissIndex
+from timm_memwrap.search import FaissIndex, exact_index
 
 __all__ = ["measure_reading", "read_budget"]
 
@@ -39,32 +38,32 @@ def _compare(options: Options, bank_size: int) -> list[Row]:
     vectors = F.normalize(encodings)
     with torch.no_grad(), peers(options, vectors, labels) as searches:
         memory = layer.prepare(encodings.to(device))
-        reads = {"exact read": memory._replace(key_index=ExactIndex(memory.keys))}
-        for kind in _indexes(options):
-            reads[f"faiss {kind}"] = memory._replace(key_index=FaissIndex(memory.keys, kind))
+        indexes: dict[str, Any] = {"exact read": exact_index(memory.keys)}
+        indexes |= {f"faiss {kind}": FaissIndex(memory.keys, kind) for kind in _indexes(options)}
+        reads: dict[str, Search] = {
+            what: partial(layer.read, memory=memory._replace(key_index=index)) for what, index in indexes.items()
+        }
         for batch_size in options.batch_sizes:
             inputs = synthetic_encodings(batch_size, options.width, CLASSES, seed=2)[0]
-            rows += _compare_batch(options, layer, reads, searches, vectors.to(device), labels, inputs.to(device))
+            query = layer.query(inputs.to(device))
+            rows += _compare_batch(options, reads, searches, vectors.to(device), labels, query)
     return rows
 
 
 def _compare_batch(
     options: Options,
-    layer: MemoryWrapLayer,
-    reads: Mapping[str, PreparedMemory],
+    reads: Mapping[str, Search],
     searches: Mapping[str, Search],
     vectors: Tensor,
     labels: Tensor,
-    inputs: Tensor,
+    query: Tensor,
 ) -> list[Row]:
-    query, size = layer.query(inputs), len(vectors)
     calls: dict[str, Call] = {"matrix product": lambda: query @ vectors.T}
-    calls |= {what: partial(layer.read, query, memory) for what, memory in reads.items()}
-    calls |= {what: partial(search, query) for what, search in searches.items()}
-    budgets = {"exact read": read_budget(len(inputs), size)}
-    setting: dict[str, Any] = {"batch_size": len(inputs), "bank_size": size, "width": options.width}
+    calls |= {what: partial(search, query) for what, search in {**reads, **searches}.items()}
+    budgets = {"exact read": read_budget(len(query), len(vectors))}
+    setting: dict[str, Any] = {"batch_size": len(query), "bank_size": len(vectors), "width": options.width}
     rows = compare_calls(calls, "read", options.rounds, options.device, budgets, **setting)
-    weights = {what: _dense(layer.read(query, memory), size) for what, memory in reads.items()}
+    weights = {what: _dense(read(query), len(vectors)) for what, read in reads.items()}
     exact = weights.pop("exact read")
     approximate = {what: _quality(exact, found, labels) for what, found in weights.items()}
     return [replace(row, **approximate.get(row.what, {})) for row in rows]
@@ -76,7 +75,8 @@ def _indexes(options: Options) -> list[str]:
     return [] if kinds and missing_of("faiss") else kinds
 
 
-def _dense(found: Read, size: int) -> Tensor:
+def _dense(found: Any, size: int) -> Tensor:
+    """Returns the weights `[B, M]` of all samples."""
     weights, positions = found.weights.cpu(), found.positions.cpu()
     return torch.zeros(len(weights), size).scatter_add(1, positions, weights)
 
@@ -100,7 +100,7 @@ def _against_published(options: Options) -> list[Row]:
     queries = synthetic_encodings(batch_size, width, CLASSES, seed=2)[0].to(device)
     with torch.inference_mode():
         memory = ours.prepare(encodings)
-        memory = memory._replace(key_index=ExactIndex(memory.keys))
+        memory = memory._replace(key_index=exact_index(memory.keys))
         calls: dict[str, Call] = {
             "memorywrap, l2": lambda: layer(queries, encodings),
             "exact read, l2": lambda: ours.classify(queries, ours.read(ours.query(queries), memory).vector),
