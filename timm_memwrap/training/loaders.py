@@ -3,6 +3,7 @@
 A training batch is `(inputs, labels, extra)`, where `extra` holds what the memory mode reads beside the batch.
 """
 
+import random
 from typing import Any
 
 import torch
@@ -33,9 +34,11 @@ class _MemoryCollate:
             extra["positions"] = positions
         elif self.mode == "sample":
             taken = set(positions.tolist())
-            # From PyTorch's generator, which each worker seeds again in each epoch.
-            order = torch.randperm(len(self.dataset)).tolist()
-            drawn = [i for i in order if i not in taken][: self.size]
+            # Seeded by PyTorch's generator, which each worker seeds again in each epoch. As many as could be taken are
+            # drawn too: to order the whole data set at each batch would take half a second for a million images.
+            generator = random.Random(int(torch.randint(2**62, ())))
+            count = min(self.size + len(taken), len(self.dataset))
+            drawn = [i for i in generator.sample(range(len(self.dataset)), count) if i not in taken][: self.size]
             extra["memory"] = default_collate([self.dataset[i][0] for i in drawn])
         return inputs, labels, extra
 
