@@ -20,6 +20,7 @@ __all__ = [
     "content_weights",
     "distances",
     "float32_island",
+    "keys_to_score_once",
     "make_keys",
     "scores",
     "similarities",
@@ -32,6 +33,12 @@ __all__ = [
 
 DISTANCES = ("cosine", "l2", "dot")
 
+# Scores that are looked at first, instead of sorting all.
+_STRONGEST = 256
+
+# Of encodings whose length is what it seems to be.
+_SHORTEST = 1e-12
+
 # Far below any score, and still finite: entmax turns an infinite score into NaN.
 MASKED = -1e30
 
@@ -43,6 +50,7 @@ class Keys(NamedTuple):
     offsets: Tensor | None = None  # [M], added to the scores
     centre: Tensor | None = None  # [D], subtracted from the queries
     constant: Tensor | None = None  # [], what the scores are above minus the squared length of a centred query
+    lengths: Tensor | None = None  # [M], which the products are divided by; for keys that are scored once
 
 
 def float32_island(tensor: Tensor) -> AbstractContextManager:
@@ -90,6 +98,16 @@ def make_keys(encodings: Tensor, distance: str) -> Keys:
     return Keys(2 * encodings, -(squares - mean_squares).sum(dim=-1), centre, mean_squares.sum())
 
 
+def keys_to_score_once(encodings: Tensor, distance: str) -> Keys:
+    """Makes keys as `make_keys` does, which `scores` alone can read, and without another copy of them if it can."""
+    if distance == "cosine" and encodings.device.type == "cpu" and not torch.compiler.is_compiling():
+        lengths = torch.linalg.vector_norm(encodings, dim=-1)
+        # Beyond, squares underflow or overflow. On a device, to ask would be to wait.
+        if bool(((lengths > _SHORTEST) & (lengths < 1 / _SHORTEST)).all()):
+            return Keys(encodings, lengths=lengths)
+    return make_keys(encodings, distance)
+
+
 def scores(queries: Tensor, keys: Keys) -> Tensor:
     """Computes how alike each query `[B, D]` is to each key, `[B, M]`; larger is closer.
 
@@ -99,6 +117,8 @@ def scores(queries: Tensor, keys: Keys) -> Tensor:
     if keys.centre is not None:
         queries = queries - keys.centre
     products = queries @ keys.vectors.T
+    if keys.lengths is not None:
+        products = products / keys.lengths
     return products if keys.offsets is None else products + keys.offsets
 
 
@@ -138,7 +158,10 @@ def content_weights(similarity: Tensor) -> Tensor:
         return _sparsemax(similarity)
     # entmax stops at NaN, with an error about an index.
     broken = similarity.isnan().any(dim=-1, keepdim=True)
-    return sparsemax(similarity.masked_fill(broken, 0.0), dim=-1).masked_fill(broken, torch.nan)
+    # With the strongest alone it is exact too, since it looks at more where these do not do; on a device it would wait.
+    few = similarity.device.type == "cpu" and similarity.shape[-1] > 2 * _STRONGEST
+    weights = sparsemax(similarity.masked_fill(broken, 0.0), dim=-1, k=_STRONGEST if few else None)
+    return weights.masked_fill(broken, torch.nan)
 
 
 def _sparsemax(similarity: Tensor) -> Tensor:

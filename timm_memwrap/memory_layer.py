@@ -17,6 +17,7 @@ from timm_memwrap.attention import (
     content_weights,
     distances,
     float32_island,
+    keys_to_score_once,
     make_keys,
     scores,
     scores_at,
@@ -197,13 +198,15 @@ class MemoryLayer(nn.Module, ABC):
                     f"{name} has shape {list(encoding.shape)}; expected [N, {self.encoder_output_dim}]. Encode the "
                     f"images first, and construct the layer with encoder_output_dim=<width of an encoding>."
                 )
-        memory = self.prepare(memory_encoding, labels)
-        query = self.query(input_encoding)
+        query, values = self.query(input_encoding), self.value(memory_encoding, labels)
+        keys = self._project(memory_encoding)
         if hidden is not None:
             _check_hidden(hidden, len(input_encoding), len(memory_encoding))
         with float32_island(query):
-            weights, _ = self._weigh_all(query, memory, hidden)
-            vector = self._sum_all(weights, memory.values)
+            # A reconstruction takes the keys themselves.
+            make = make_keys if self.reconstructs else keys_to_score_once
+            weights, _ = self._weigh_all(query, PreparedMemory(make(keys, self.distance), values), hidden)
+            vector = self._sum_weighed(weights, values)
         output = self.classify(input_encoding, vector)
         return (output, weights) if return_weights else output
 
@@ -307,6 +310,16 @@ class MemoryLayer(nn.Module, ABC):
 
     def _scaled(self, found: Tensor) -> Tensor:
         return found if self._scale == 1.0 else found * self.scale
+
+    def _sum_weighed(self, weights: Tensor, values: Tensor) -> Tensor:
+        """Sums the values of the samples with weight, which are few, where that can be known without waiting."""
+        few = weights.device.type == "cpu" and weights.shape[1] > _MOST_READ and not torch.compiler.is_compiling()
+        if not few or weights.requires_grad or values.requires_grad:
+            return self._sum_all(weights, values)
+        most = int((weights != 0).sum(dim=1).amax()) if len(weights) else 0
+        return (
+            self._sum_few(*weights.topk(most, dim=1), values) if most <= _MOST_READ else self._sum_all(weights, values)
+        )
 
     def _sum_all(self, weights: Tensor, values: Tensor) -> Tensor:
         return weights @ values.to(weights.dtype)
