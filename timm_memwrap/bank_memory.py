@@ -16,7 +16,7 @@ from timm_memwrap.fingerprint import Watch
 from timm_memwrap.memory_bank import MemoryBank
 from timm_memwrap.memory_layer import LARGE, MemoryLayer
 from timm_memwrap.readouts import PreparedMemory
-from timm_memwrap.search import FaissIndex, exact_index
+from timm_memwrap.search import ClassIndex, FaissIndex, exact_index
 
 __all__ = ["BankMemory", "are_same", "bank_memory", "empty_memory", "spread", "warn_of_empty_memory"]
 
@@ -42,7 +42,7 @@ class BankMemory:
     watch: Watch | None  # None under torch.compile, which cannot watch
     predictions: Tensor | None = None  # [M], -1 where nobody has asked
     groups: Tensor | None = None  # [M], the same number for samples that are identical; None where nobody has asked
-    lengths: Tensor | None = None  # [M], of the pre-logits; None where nobody has asked
+    classes: ClassIndex | None = None  # its samples by class; None where nobody has asked
     quantiles: Tensor | None = None  # of what reads of its own samples leave out; None where nobody has asked
 
     def predict(self, positions: Tensor, own_logits: Callable[[Tensor], Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ import timm_memwrap
 from timm_memwrap import explain
 from timm_memwrap.explaining import Contender, Explanation
 from timm_memwrap.model import MemoryWrapModel
-from timm_memwrap.search import by_class
+from timm_memwrap.search import ClassIndex, by_class
 
 
 def _naive(model: MemoryWrapModel, image: torch.Tensor, count: int) -> list[tuple[int, float, list[int], list[float]]]:
@@ -138,7 +138,8 @@ def test_none_are_looked_for_if_none_are_asked_for(
 ) -> None:
     model = make_model("wrapped")
     expected = explain(model, make_images(2))
-    monkeypatch.delattr("timm_memwrap.explaining.contenders.nearest_by_class")
+    monkeypatch.delattr("timm_memwrap.explaining.contenders.ClassIndex")
+    model.memory_bank.derived = None
     without = explain(model, make_images(2), contenders=0)
     assert without == [dataclasses.replace(explanation, contenders=()) for explanation in expected]
     assert without[0].most_alike is None
@@ -166,15 +167,14 @@ def test_a_bank_that_changes_between_calls_is_searched_as_it_is(
     _check(model, make_images(2), 4)
 
 
-def test_lengths_are_computed_once_while_the_bank_stays(
+def test_samples_are_sorted_by_class_once_while_the_bank_stays(
     make_model: Callable[..., MemoryWrapModel],
     make_images: Callable[..., torch.Tensor],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, calls = make_model("wrapped"), []
-    original = by_class.lengths_of
     monkeypatch.setattr(
-        "timm_memwrap.explaining.contenders.lengths_of", lambda *args: calls.append(1) or original(*args)
+        "timm_memwrap.explaining.contenders.ClassIndex", lambda *args: calls.append(1) or ClassIndex(*args)
     )
     explain(model, make_images(2))
     explain(model, make_images(2))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from timm_memwrap.search import by_class, lengths_of, nearest_by_class
+from timm_memwrap.search import ClassIndex, by_class
 
 
 def _nearest(queries: Tensor, encodings: Tensor, labels: Tensor, classes: Tensor, count: int) -> list[list[list[int]]]:
@@ -19,9 +19,12 @@ def _nearest(queries: Tensor, encodings: Tensor, labels: Tensor, classes: Tensor
     return found
 
 
+def _index(queries: Tensor, encodings: Tensor, labels: Tensor) -> ClassIndex:
+    return ClassIndex(encodings, labels, queries.shape[1], queries.dtype)
+
+
 def _search(queries: Tensor, encodings: Tensor, labels: Tensor, classes: Tensor, count: int) -> list[list[list[int]]]:
-    lengths = lengths_of(encodings, queries.shape[1], queries.dtype)
-    similarities, positions = nearest_by_class(queries, encodings, lengths, labels, classes, count)
+    similarities, positions = _index(queries, encodings, labels).nearest(queries, classes, count)
     assert similarities.dtype == queries.dtype
     assert torch.equal(positions < 0, similarities == -torch.inf)
     return [[[i for i in one if i >= 0] for one in asked] for asked in positions.tolist()]
@@ -73,11 +76,8 @@ def test_of_equal_samples_the_first_comes_first(block_size: int) -> None:
 
 def test_similarities_are_cosines_also_of_zeros(block_size: int) -> None:
     encodings = torch.tensor([[0.0, 0.0], [3.0, 4.0], [-30.0, -40.0]])
-    lengths, labels = lengths_of(encodings, 2, torch.float32), torch.zeros(3, dtype=torch.long)
-    assert lengths.tolist() == [1.0, 5.0, 50.0]
-    similarities, positions = nearest_by_class(
-        torch.tensor([[0.3, 0.4], [0.0, 0.0]]), encodings, lengths, labels, torch.tensor([[0], [0]]), 3
-    )
+    queries, labels = torch.tensor([[0.3, 0.4], [0.0, 0.0]]), torch.zeros(3, dtype=torch.long)
+    similarities, positions = _index(queries, encodings, labels).nearest(queries, torch.tensor([[0], [0]]), 3)
     torch.testing.assert_close(similarities, torch.tensor([[[1.0, 0.0, -1.0]], [[0.0, 0.0, 0.0]]]))
     assert positions.tolist() == [[[1, 0, 2]], [[0, 1, 2]]]
 
@@ -92,7 +92,7 @@ def test_a_class_without_samples_has_none(block_size: int) -> None:
 
 def test_nothing_of_the_size_of_the_memory_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     queries, encodings, labels, classes = _parts(5000)
-    lengths = lengths_of(encodings, 5, torch.float32)
+    index = _index(queries, encodings, labels)
     monkeypatch.setattr(by_class, "_BLOCK", 100)
     largest = 0
 
@@ -105,7 +105,7 @@ def test_nothing_of_the_size_of_the_memory_is_made(monkeypatch: pytest.MonkeyPat
             return result
 
     with Watching():
-        nearest_by_class(queries, encodings, lengths, labels, classes, 3)
+        index.nearest(queries, classes, 3)
     # Seven queries by a block, or a block of encodings.
     assert largest <= 7 * 100
 
@@ -119,8 +119,7 @@ def test_a_sample_of_several_classes_is_found_for_each(
     queries, encodings, _, classes = _parts(size, dtype)
     # Of 5 classes; no sample says anything of the sixth, which came later.
     labels = (torch.rand(size, 5, generator=torch.Generator().manual_seed(size)) < 0.4).to(torch.uint8)
-    lengths = lengths_of(encodings, 5, queries.dtype)
-    similarities, positions = nearest_by_class(queries, encodings, lengths, labels, classes, count)
+    similarities, positions = _index(queries, encodings, labels).nearest(queries, classes, count)
     assert positions.shape == (7, 3, count)
     for label in range(6):
         of_class = [i for i in range(size) if label < 5 and labels[i, label]]

@@ -12,7 +12,7 @@ from timm_memwrap.data import class_names
 from timm_memwrap.explaining.results import Result
 from timm_memwrap.memory_bank import SampleId
 from timm_memwrap.model import MemoryWrapModel
-from timm_memwrap.search import lengths_of, nearest_by_class
+from timm_memwrap.search import ClassIndex
 
 __all__ = ["Contender", "NearSample", "find_contenders", "nearest_samples"]
 
@@ -74,16 +74,16 @@ def nearest_samples(model: MemoryWrapModel, encoding: Tensor, classes: Tensor) -
         classes: Different classes `[B, R]`.
 
     Returns:
-        Similarities `[B, R, 3]` and positions, as `nearest_by_class` does.
+        Similarities `[B, R, 3]` and positions, as `ClassIndex.nearest` does.
     """
     bank, width = model.memory_bank, model.head_hidden_size
     encodings, labels = bank.filled()
     queries = wide(encoding)[:, :width]
     # Kept while the bank stays, since it takes a pass over it.
     known = model.prepared_bank(queries)
-    if known.lengths is None:
-        known.lengths = lengths_of(encodings, width, queries.dtype)
-    return nearest_by_class(queries, encodings, known.lengths, labels, classes, _NEAR)
+    if known.classes is None:
+        known.classes = ClassIndex(encodings, labels, width, queries.dtype)
+    return known.classes.nearest(queries, classes, _NEAR)
 
 
 def find_contenders(

@@ -347,7 +347,7 @@ def _samples(
     positions = readout.positions[rows, places]
     # A sample of several pairs is left out of an input once.
     (asked, left_out), back = torch.stack([rows, positions]).unique(dim=1, return_inverse=True)
-    without = read_without(model, readout.encoding[asked], left_out.unsqueeze(1))[back]
+    without = read_without(model, readout.encoding, left_out.unsqueeze(1), asked)[back]
     matches: list[tuple[Correspondence, ...]] = [()] * len(asked)
     if matcher is not None:
         matches = matcher.match(images, asked.tolist(), left_out.tolist())

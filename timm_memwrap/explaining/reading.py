@@ -19,6 +19,8 @@ from timm_memwrap.constants import MEMORY_BANK
 from timm_memwrap.data import encoded_batches, size_of
 from timm_memwrap.memory_checks import check_memory
 from timm_memwrap.model import MemoryReadout, MemoryWrapModel
+from timm_memwrap.reconstruction import CANDIDATES
+from timm_memwrap.search import SearchAgain
 
 __all__ = [
     "encodings_of",
@@ -32,6 +34,8 @@ __all__ = [
 
 # Scores computed at a time when samples are left out one by one: 64 MB of float32.
 _MOST_SCORES = 2**24
+# Reads at a time where the memory is not searched again.
+_MOST_READS = 256
 
 
 def snapshot(model: MemoryWrapModel) -> MemoryWrapModel:
@@ -73,12 +77,23 @@ def own_predictions(model: MemoryWrapModel, readout: MemoryReadout) -> Tensor:
     return own
 
 
-def read_without(model: MemoryWrapModel, encoding: Tensor, hidden: Tensor) -> Tensor:
-    """Computes logits `[B, C]` in float32 with the samples at positions `hidden` `[B, H]` left out, block by block."""
-    block = max(1, _MOST_SCORES // len(model.memory_bank))
-    pairs = zip(encoding.split(block), hidden.split(block), strict=True)
-    logits = [_logits(model, model.read(rows, hidden=positions)) for rows, positions in pairs]
-    return torch.cat(logits) if logits else encoding.new_zeros(0, model.num_classes, dtype=torch.float32)
+def read_without(model: MemoryWrapModel, encoding: Tensor, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
+    """Computes logits `[B, C]` in float32 with the samples at positions `hidden` `[B, H]` left out.
+
+    `encoding` is `[B, E]`, or, with `rows` `[B]`, of the inputs that these count: the memory is then searched once for
+    each of them, however many reads there are.
+    """
+    rows = torch.arange(len(hidden), device=hidden.device) if rows is None else rows
+    memory = model.prepared_bank(encoding).memory
+    index, size = memory.key_index, max(1, _MOST_SCORES // len(model.memory_bank))
+    if index is not None:
+        near, size = index.nearest(model.head.query(encoding), CANDIDATES + hidden.shape[1], None), _MOST_READS
+    logits = []
+    for part, positions in zip(rows.split(size), hidden.split(size), strict=True):
+        if index is not None:
+            memory = memory._replace(key_index=SearchAgain(index, *(each[part] for each in near)))
+        logits.append(_logits(model, model.read(encoding[part], memory, positions)))
+    return torch.cat(logits) if len(rows) else encoding.new_zeros(0, model.num_classes, dtype=torch.float32)
 
 
 def read_with_deletions(
