@@ -24,6 +24,7 @@ ROOMS = (
     ("memory_layer", "read_heads", "memory_bank"),
     ("layers", "backbone"),
     ("heads", "bank_memory"),
+    ("engines",),
     ("timm_interface", "tracing"),
     ("model",),
     ("memory_checks", "familiarity", "added_classes", "registry", "whole_model"),
@@ -31,6 +32,7 @@ ROOMS = (
     ("wrapping",),
     ("data",),
     ("building", "remembering"),
+    ("streaming",),
     ("hub",),
     ("explaining",),
     ("exporting", "training", "demo"),
@@ -61,7 +63,7 @@ WITHOUT_TIMM = {
     "memory_bank",
 }
 # The core: what creates a model, reads its memory and fills it.
-CORE = {room for rooms in ROOMS[: ROOMS.index(("building", "remembering")) + 1] for room in rooms}
+CORE = {room for rooms in ROOMS[: ROOMS.index(("streaming",)) + 1] for room in rooms}
 
 
 def _module(path: Path) -> str:
@@ -168,6 +170,8 @@ def test_heavy_and_optional_packages_are_imported_where_they_are_used(path: Path
         "torchvision",
         "scipy",
         "gradio",
+        "pymilvus",
+        "milvus_lite",
     }
     if _room(_module(path)) == "cli":
         heavy |= {"torch", "timm"}

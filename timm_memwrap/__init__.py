@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from timm_memwrap.remembering import forget as forget
     from timm_memwrap.remembering import relabel as relabel
     from timm_memwrap.remembering import remember as remember
+    from timm_memwrap.streaming import stream_memory as stream_memory
 
 __version__ = "0.1.0"
 
@@ -48,6 +49,7 @@ __all__ = [
     "relabel",
     "remember",
     "save_pretrained",
+    "stream_memory",
     "wrap",
 ]
 
@@ -64,6 +66,7 @@ _LAZY = {
     "relabel": "remembering",
     "remember": "remembering",
     "save_pretrained": "hub",
+    "stream_memory": "streaming",
 }
 
 

@@ -4,7 +4,7 @@ Shapes: N samples of the data, M samples remembered, E width of an encoding.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,7 +23,7 @@ from timm_memwrap.model import MemoryWrapModel
 from timm_memwrap.read_heads import CentredLogits
 from timm_memwrap.selection import SELECTIONS, find_candidates, herd
 
-__all__ = ["build_memory_bank", "points_to_herd"]
+__all__ = ["build_memory_bank", "check_distributed", "encoded_samples", "points_to_herd"]
 
 _logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def build_memory_bank(
             "model's evaluation transform."
         )
     if distributed:
-        _check_distributed(samples)
+        check_distributed(samples)
     candidates: list[int] | None = None
     if samples.labels is not None:
         _check_kind(model, samples.labels)
@@ -231,27 +231,43 @@ def _encode(
     if distributed:
         assert positions is not None
         share = positions[dist.get_rank() :: dist.get_world_size()]
-    parameter = next(model.parameters())
     encodings, labels, images = list[Tensor](), list[Tensor](), list[Tensor]()
-    with tqdm(total=None if share is None else len(share), desc="Memory bank", unit="img", disable=not progress) as bar:
-        for image, label in samples.batches(share):
-            features = model.backbone.forward_features(image.to(parameter))
-            if not encodings:
-                _check_encoder(model, features)
-                _check_kind(model, label)
-            encodings.append(model.encode_features(features).float().cpu())
-            labels.append(label.cpu())
-            if store_images:
-                images.append(small_images(image, model))
-            bar.update(len(label))
+    for encoding, label, small in encoded_samples(model, samples, share, store_images, progress):
+        encodings.append(encoding)
+        labels.append(label)
+        if small is not None:
+            images.append(small)
     if not labels:
         raise ValueError("The data is empty, so there is nothing to remember. Check its path and split.")
     count = sum(map(len, labels)) if positions is None else len(positions)
     parts = [torch.cat(encodings), torch.cat(labels), *([torch.cat(images)] if store_images else [])]
     if distributed:
-        parts = [_gather(part, count, parameter.device) for part in parts]
+        device = next(model.parameters()).device
+        parts = [_gather(part, count, device) for part in parts]
     ids = samples.ids(range(count) if positions is None else positions)
     return _Encoded(parts[0], parts[1], ids, parts[2] if store_images else None)
+
+
+def encoded_samples(
+    model: MemoryWrapModel, samples: Samples, positions: Sequence[int] | None, store_images: bool, progress: bool
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Encodes the samples at these positions, or all for `None`, in evaluation mode and without gradients.
+
+    Yields:
+        Encodings `[B, E]` in float32, labels, and small images if they are to be stored, on the CPU.
+    """
+    parameter, first = next(model.parameters()), True
+    total = None if positions is None else len(positions)
+    with tqdm(total=total, desc="Memory bank", unit="img", disable=not progress) as bar:
+        for image, label in samples.batches(positions):
+            features = model.backbone.forward_features(image.to(parameter))
+            if first:
+                _check_encoder(model, features)
+                _check_kind(model, label)
+                first = False
+            small = small_images(image, model) if store_images else None
+            yield model.encode_features(features).float().cpu(), label.cpu(), small
+            bar.update(len(label))
 
 
 def _check_encoder(model: MemoryWrapModel, features: Tensor) -> None:
@@ -268,7 +284,8 @@ def _check_encoder(model: MemoryWrapModel, features: Tensor) -> None:
         )
 
 
-def _check_distributed(samples: Samples) -> None:
+def check_distributed(samples: Samples) -> None:
+    """Raises a `ValueError` if the samples cannot be shared out over processes."""
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError("distributed=True, but torch.distributed has no process group. Start with torchrun.")
     if samples.length is None or samples.length < dist.get_world_size():

@@ -40,15 +40,24 @@ def warn_of_new_classifier(model: MemoryWrapModel) -> None:
         )
 
 
-def check_memory(model: Any, stale: str = "warn", rehash: bool = False) -> None:
+def check_memory(model: Any, stale: str = "warn", rehash: bool = False, whole: bool = True) -> None:
     """Raises a `ValueError` if `model` is not a Memory Wrap model with a memory bank that it can read.
 
     Args:
         model: The model.
         stale: What to do if the weights have changed since the bank was built: `"warn"` or `"refuse"`.
         rehash: As in `encoder_fingerprint`; for what leaves the process.
+        whole: Whether the bank itself is wanted; else an engine may hold the memory.
     """
     check_model(model)
+    if model.engine is not None and not len(model.memory_bank):
+        if whole:
+            model.engine.check_whole(model.memory_bank)
+        if rehash:
+            model.encoder_fingerprint(rehash)
+        # Of other weights, it finds none.
+        model.engine.open(model)
+        return
     model.check_bank(model.memory_bank.filled()[0], model.memory_bank.largest_label)
     if model.memory_is_stale(rehash):
         text = (

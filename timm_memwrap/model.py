@@ -18,6 +18,7 @@ from timm_memwrap.bank_format import largest_label
 from timm_memwrap.bank_memory import BankMemory, bank_memory, empty_memory, warn_of_empty_memory
 from timm_memwrap.checks import misfits, split_bank
 from timm_memwrap.encoding_queue import EncodingQueue
+from timm_memwrap.engines import MilvusMemory
 from timm_memwrap.fingerprint import WatchedFingerprint
 from timm_memwrap.heads import Calibration, new_head
 from timm_memwrap.memory_args import resolve_memory_args
@@ -91,6 +92,7 @@ class MemoryWrapModel(TimmInterface):
         self.queue: EncodingQueue | None = None
         self._warned = False
         self._index_args: dict[str, Any] | None = None
+        self.engine: MilvusMemory | None = None  # what holds the memory outside of the bank
         self._fingerprint = WatchedFingerprint()
         # Of the backbone's classifier as it was made with random weights; None where it may have been trained.
         self.new_classifier: str | None = None
@@ -219,43 +221,40 @@ class MemoryWrapModel(TimmInterface):
                 stays known until the weights or the bank change.
         """
         if positions is None:
-            positions = torch.arange(len(self.memory_bank), device=self.memory_bank.filled()[1].device)
+            vectors = self.prepared_bank().memory.keys.vectors
+            positions = torch.arange(len(vectors), device=vectors.device)
         return self.prepared_bank().predict(positions, self.own_logits)
 
-    def encoder_fingerprint(self, rehash: bool = False) -> str:
-        """Returns the fingerprint of the weights that encode images.
-
-        It is computed again when they may have changed, or always with `rehash`: a write through `tensor.data`, as of
-        a hand-written EMA, is not seen.
-        """
-        if rehash:
-            self._fingerprint.forget()
-        return self._fingerprint.of(self.backbone)
-
-    def memory_is_stale(self, rehash: bool = False) -> bool:
-        """Returns whether the encoder is another than encoded the memory bank; `rehash` as in `encoder_fingerprint`."""
-        encoder = self.memory_bank.provenance.encoder
-        return bool(encoder) and encoder != self.encoder_fingerprint(rehash)
-
     def use_index(
-        self, kind: str | None, effort: int | None = None, path: str | os.PathLike | None = None
+        self, kind: str | None, effort: int | None = None, path: str | os.PathLike | None = None, **engine: Any
     ) -> "MemoryWrapModel":
-        """Searches the memory bank through a faiss index from now on, and returns itself.
+        """Searches the memory through an index from now on, and returns itself.
 
-        It is built at the next read, and again whenever the weights or the bank change. It is not part of the saved
-        model: call this again after loading, with `path` to find it built.
+        An index of faiss is built at the next read, and again whenever the weights or the bank change. Milvus holds the
+        samples themselves: a bank is written to it, and while the bank is empty the model reads what is there. Neither
+        is part of the saved model: call this again after loading.
 
         Args:
-            kind: `"flat"`, exact; `"ivf"` or `"hnsw"`, approximate; `None` for the exact search without faiss.
+            kind: `"flat"`, exact; `"ivf"` or `"hnsw"`, approximate, all three of faiss; `"milvus"`; `None` for the exact
+                search in the bank.
             effort: How much an approximate index looks at, as in `FaissIndex`; `None` for its default.
-            path: A file to keep the index in, e.g. beside the model. One of other keys is replaced.
+            path: A file to keep the index of faiss in, e.g. beside the model. One of other keys is replaced.
+            engine: For `"milvus"`, the arguments of `MilvusMemory`, e.g. `uri="memory.db"`.
 
         Raises:
-            ValueError: If the kind or the effort is unknown.
+            ValueError: If an argument is unknown, or Milvus has no memory of these weights and the bank is empty.
+            ConnectionError: If Milvus cannot be reached.
         """
-        if kind is not None:
-            check_index(kind, effort)
-        self._index_args = None if kind is None else {"kind": kind, "effort": effort, "path": path}
+        given = {"path": path} if kind == "milvus" and path is not None else {} if kind == "milvus" else engine
+        if given:
+            raise ValueError(f"use_index({kind!r}) takes no {', '.join(given)}. Leave it out.")
+        if kind not in (None, "milvus"):
+            check_index(str(kind), effort)
+        memory = MilvusMemory(effort=effort, **engine) if kind == "milvus" else None
+        if memory is not None:
+            memory.open(self)
+        self.engine = memory
+        self._index_args = None if kind in (None, "milvus") else {"kind": kind, "effort": effort, "path": path}
         self.memory_bank.derived = None
         return self
 
@@ -354,6 +353,8 @@ class MemoryWrapModel(TimmInterface):
             memory = self.head.prepare(memory)
         if isinstance(memory, PreparedMemory):
             return memory, hidden
+        if self.engine is not None and not self.training:
+            return self.engine.memory(self, encoding, hidden), None
         if hidden is not None and (self.training or not len(self.memory_bank)):
             raise ValueError(
                 "hidden names samples of the memory bank or of a memory set that is given, and here is neither. Call "
@@ -373,6 +374,8 @@ class MemoryWrapModel(TimmInterface):
 
     def prepared_bank(self, like: Tensor | None = None) -> BankMemory:
         """Returns what reads of the bank use, made once for these weights and samples."""
+        if self.engine is not None:
+            self.engine.check_whole(self.memory_bank)
         others = classifiers_of(self.backbone) if self.keeps_classifier else ()
         dtype = wide(next(self.backbone.parameters()) if like is None else like).dtype
         return bank_memory(self.memory_bank, self.head, others, dtype, self._index_args, self.check_bank)

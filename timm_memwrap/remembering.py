@@ -65,17 +65,19 @@ def remember(
 
         ```
     """
-    check_memory(model, stale="refuse", rehash=True)
+    check_memory(model, stale="refuse", rehash=True, whole=False)
     several = one_by_one(images)
     if not several:
         raise ValueError("No images to remember: the list is empty. Pass at least one.")
-    bank = model.memory_bank
+    bank, engine = _seen_bank(model), model.engine
     if bank.multi_label:
         targets, names = _multi_hot_targets(model, labels, len(several)), class_names(model)
     else:
         targets, names = _targets(model, labels, len(several))
     if len(names) > model.num_classes:
         check_can_add(model, names[model.num_classes])
+        if engine is not None:
+            engine.check_whole(model.memory_bank)
     chosen = list(ids) if ids is not None else _default_ids(bank, several, targets, names)
     parts, pictures = list[Tensor](), list[Tensor]()
     with evaluating(model), tqdm(total=len(several), desc="Remember", unit="img", disable=not progress) as bar:
@@ -93,6 +95,10 @@ def remember(
     # meanwhile finds no label without a class.
     bank.check_append(*given)
     added_classes = bank.provenance.added_classes + len(names) - model.num_classes
+    if engine is not None and not added_classes:
+        engine.add(model, *new, chosen, stored)
+    if bank is not model.memory_bank:
+        return model.memory_bank
     _tell_of_new(names, model.num_classes)
     if added_classes:
         learn_classes(model, len(names), added_classes, torch.cat([encodings, new[0]]), torch.cat([there, new[1]]))
@@ -120,21 +126,26 @@ def forget(
     Raises:
         ValueError: If an id or a class is not in the memory, or nothing would be left. Nothing is then changed.
     """
-    check_memory(model, stale="refuse", rehash=True)
-    bank, names = model.memory_bank, class_names(model)
+    check_memory(model, stale="refuse", rehash=True, whole=False)
+    bank, engine, names = model.memory_bank, model.engine, class_names(model)
     wanted = [ids] if isinstance(ids, str | int) else list(ids)
     whole = [_class_index(each, names) for each in ([classes] if isinstance(classes, str | int) else classes)]
     if whole:
         check_single_label(model, "forget(classes=...)")
-    missing = [names[label] for label in whole if label not in bank.class_counts]
+    counts = engine.open(model).class_counts if engine is not None else bank.class_counts
+    missing = [names[label] for label in whole if label not in counts]
     if missing:
         raise ValueError(f"The memory has no sample of {missing[0]!r}, so there is none to forget.")
+    if not wanted and not whole:
+        raise ValueError("Nothing to forget: pass the ids of samples, or classes.")
+    if engine is not None and not _seen_bank(model).provenance.added_classes:
+        engine.remove(model, wanted, whole)
+    if not len(bank):
+        return bank
     if whole:
         # Once each: an id may be of a class that goes too.
         of_classes = torch.isin(bank.filled()[1], torch.tensor(whole, device=bank.filled()[1].device))
         wanted += [sample_id for sample_id, gone in zip(bank.ids, of_classes.tolist(), strict=True) if gone]
-    if not wanted:
-        raise ValueError("Nothing to forget: pass the ids of samples, or classes.")
     bank.remove(dict.fromkeys(wanted))
     _learn_again(model)
     return bank
@@ -150,12 +161,30 @@ def relabel(model: MemoryWrapModel, labels: Mapping[SampleId, int | str]) -> Mem
     Raises:
         ValueError: If an id is not in the memory, or a label is not a class of the model. Nothing is then changed.
     """
-    check_memory(model, stale="refuse", rehash=True)
+    check_memory(model, stale="refuse", rehash=True, whole=False)
     check_single_label(model, "relabel")
     names = class_names(model)
-    model.memory_bank.relabel({sample_id: _class_index(label, names) for sample_id, label in labels.items()})
-    _learn_again(model)
+    indices = {sample_id: _class_index(label, names) for sample_id, label in labels.items()}
+    if model.engine is not None and not _seen_bank(model).provenance.added_classes:
+        model.engine.relabel(model, indices)
+    if len(model.memory_bank):
+        model.memory_bank.relabel(indices)
+        _learn_again(model)
     return model.memory_bank
+
+
+def _seen_bank(model: MemoryWrapModel) -> MemoryBank:
+    """Returns the bank of a model, or one sample that stands for all that are in an engine: for their kind and classes.
+
+    Raises:
+        ValueError: If the classifier knows of classes by their samples, which all would be needed.
+    """
+    if model.engine is None or len(model.memory_bank):
+        return model.memory_bank
+    bank = model.engine.spread(model, 1)
+    if bank.provenance.added_classes:
+        model.engine.check_whole(model.memory_bank)
+    return bank
 
 
 def _targets(model: MemoryWrapModel, labels: Any, count: int) -> tuple[Tensor, list[str]]:
@@ -180,7 +209,7 @@ def _targets(model: MemoryWrapModel, labels: Any, count: int) -> tuple[Tensor, l
 
 def _multi_hot_targets(model: MemoryWrapModel, labels: Any, count: int) -> Tensor:
     """Returns multi-hot labels `[N, C]` of so many images."""
-    names, width = class_names(model), model.memory_bank.filled()[1].shape[1]
+    names, width = class_names(model), _seen_bank(model).filled()[1].shape[1]
     if not isinstance(labels, Tensor):
         several = [[label] if isinstance(label, str | Integral) else label for label in labels]
         positions = [[_class_index(label, names) for label in each] for each in several]

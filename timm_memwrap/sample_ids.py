@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, overload
 
-__all__ = ["SampleId", "SampleIds", "plain_ids", "short_name"]
+__all__ = ["SampleId", "SampleIds", "plain_ids", "public_ids", "short_name"]
 
 SampleId = int | str
 
@@ -115,3 +115,21 @@ def short_name(path: str, folder: str = "") -> str:
     parts = re.split(r"[/\\]+", path.rstrip("/\\"))
     keeps_folder = bool(folder) and parts[-2:-1] == [folder]
     return "/".join(parts[-2:] if keeps_folder else parts[-1:]) or "unnamed"
+
+
+def public_ids(ids: Iterable[SampleId], classes: Iterable[str]) -> list[SampleId]:
+    """Returns ids without the paths of this machine, still unique; a folder that is the sample's class name stays."""
+    reduced = [i if isinstance(i, int) else short_name(i, name) for i, name in zip(ids, classes, strict=True)]
+    taken = {new for new, old in zip(reduced, ids, strict=True) if new == old}
+    public: list[SampleId] = []
+    # The first number of each name that may be free. All below it are taken, and stay so.
+    first: dict[SampleId, int] = {}
+    for new, old in zip(reduced, ids, strict=True):
+        candidate, number = new, first.get(new, 1)
+        while new != old and (candidate := f"{new} ({number})" if number > 1 else new) in taken:
+            number += 1
+        if new != old:
+            first[new] = number + 1
+        public.append(candidate)
+        taken.add(candidate)
+    return public

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from timm_memwrap.backbone import classifiers_of
 from timm_memwrap.constants import BACKBONE
-from timm_memwrap.fingerprint import fingerprint
+from timm_memwrap.fingerprint import WatchedFingerprint, fingerprint
 from timm_memwrap.heads import CLASSIFIER_NAMES
 from timm_memwrap.memory_args import LAYOUT_ARG, OWN_READ_HEADS, check_global_pool
 
@@ -47,6 +47,7 @@ class TimmInterface(nn.Module):
     memory_bank: Any
     memory_args: dict[str, Any]
     _traits: dict[str, Any]
+    _fingerprint: WatchedFingerprint
     pretrained_cfg: dict[str, Any]
     default_cfg: dict[str, Any]
     pretrained_model_args: dict[str, Any]
@@ -133,6 +134,21 @@ class TimmInterface(nn.Module):
                 f"The backbone's classifier has {self.backbone.num_classes} classes, the model {self.num_classes}. "
                 f"Call model.reset_classifier(n), which changes both, instead of model.backbone.reset_classifier(n)."
             )
+
+    def encoder_fingerprint(self, rehash: bool = False) -> str:
+        """Returns the fingerprint of the weights that encode images.
+
+        It is computed again when they may have changed, or always with `rehash`: a write through `tensor.data`, as of
+        a hand-written EMA, is not seen.
+        """
+        if rehash:
+            self._fingerprint.forget()
+        return self._fingerprint.of(self.backbone)
+
+    def memory_is_stale(self, rehash: bool = False) -> bool:
+        """Returns whether the encoder is another than encoded the memory bank; `rehash` as in `encoder_fingerprint`."""
+        encoder = self.memory_bank.provenance.encoder
+        return bool(encoder) and encoder != self.encoder_fingerprint(rehash)
 
     def classifier_fingerprint(self) -> str:
         """Returns the fingerprint of the backbone's own classifier."""

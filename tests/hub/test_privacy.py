@@ -21,7 +21,7 @@ from PIL import Image
 import timm_memwrap
 from timm_memwrap.cli import main
 from timm_memwrap.hub import pull
-from timm_memwrap.hub.privacy import _public_ids
+from timm_memwrap.sample_ids import public_ids
 from timm_memwrap.sample_ids import short_name
 
 # Some are what another with a number would become.
@@ -109,6 +109,6 @@ def _one_by_one(ids: list[int | str]) -> list[int | str]:
 @given(st.lists(st.sampled_from([3, *(f"{a}{b}" for a in ("", "/x/", "/y/", "z/") for b in NAMES)]), unique=True))
 @settings(derandomize=True)
 def test_published_ids_are_unique_and_the_first_that_are_free(ids: list[int | str]) -> None:
-    public = _public_ids(ids, [""] * len(ids))
+    public = public_ids(ids, [""] * len(ids))
     assert len(set(public)) == len(ids)
     assert public == _one_by_one(ids)

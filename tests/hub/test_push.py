@@ -203,13 +203,13 @@ def test_the_work_of_keeping_names_apart_grows_with_their_number(names: Callable
 
         def trace(frame: Any, event: str, _: Any) -> Any:
             nonlocal found
-            found += event == "line" and frame.f_code.co_filename == privacy.__file__
+            found += event == "line" and frame.f_code.co_filename == sample_ids.__file__
             return trace
 
         before = sys.gettrace()
         sys.settrace(trace)
         try:
-            made = privacy._public_ids([f"/data/{i}/{names(i)}" for i in range(count)], [""] * count)
+            made = sample_ids.public_ids([f"/data/{i}/{names(i)}" for i in range(count)], [""] * count)
         finally:
             sys.settrace(before)
         assert len(set(made)) == count

@@ -24,9 +24,12 @@ def class_names(model: MemoryWrapModel) -> list[str]:
 
 
 def known_class_names(model: Any) -> list[str]:
-    """Returns the class names of the memory bank, else of a timm model's pretrained cfg; empty if neither has any."""
-    if isinstance(model, MemoryWrapModel) and model.memory_bank.class_names:
-        return model.memory_bank.class_names
+    """Returns the class names of the memory, else of a timm model's pretrained cfg; empty if neither has any."""
+    if isinstance(model, MemoryWrapModel):
+        elsewhere = model.engine is not None and not len(model.memory_bank)
+        names = model.engine.class_names(model) if elsewhere and model.engine else model.memory_bank.class_names
+        if names:
+            return names
     known = model.pretrained_cfg.get("label_names") or []
     names = [str(name) for name in (known.values() if isinstance(known, dict) else known)]
     # A model with a new classifier still has the cfg of its pretrained weights.

@@ -14,6 +14,7 @@ from timm_memwrap.explaining.findings import Finding, ticked
 from timm_memwrap.explaining.heatmaps import Attribution, attribute
 from timm_memwrap.explaining.metrics import ExplanationMetrics, evaluate_explanations, randomisation_check
 from timm_memwrap.explaining.multi_label import MultiLabelMetrics
+from timm_memwrap.explaining.nearby import nearby
 from timm_memwrap.explaining.report import MemoryReport, SampleUse, memory_report
 from timm_memwrap.explaining.unknown import Detection, UnknownMetrics, evaluate_unknown
 
@@ -26,7 +27,7 @@ __all__ = [
     "evaluate_counterfactuals", "CounterfactualMetrics", "im1", "im2", "randomisation_check",
     "memory_report", "MemoryReport", "Finding", "SampleUse", "plot_memory_report",
     "write_memory_report", "ticked",
-    "attribute", "Attribution", "plot_heatmaps",
+    "attribute", "Attribution", "plot_heatmaps", "nearby",
     "Correspondence", "plot_correspondences",
     "write_html",
 ]  # fmt: skip

@@ -17,6 +17,7 @@ from timm_memwrap.data import batches_of, class_names
 from timm_memwrap.explaining.confidence import CONFIDENCE_CLASSES, read_confidence
 from timm_memwrap.explaining.contenders import Contender, find_contenders, nearest_samples
 from timm_memwrap.explaining.correspondences import Correspondence, Matcher
+from timm_memwrap.explaining.nearby import nearby
 from timm_memwrap.explaining.reading import no_class_leads, read_nothing, read_without, snapshot
 from timm_memwrap.explaining.results import Result
 from timm_memwrap.explaining.verdicts import classes_of_samples, classes_said, says_class
@@ -236,7 +237,7 @@ def explain(
 
         ```
     """
-    model = snapshot(model)
+    model = snapshot(model, whole=False)
     check_count("top_k", top_k)
     check_count("contenders", contenders, at_least=0)
     check_count("correspondences", correspondences, at_least=0)
@@ -263,7 +264,9 @@ def explain_batch(
 
     Encodings `[B, E]` of the inputs, if there are any, spare to encode them.
     """
-    readout, names = model.read(model.encode(images) if encoding is None else encoding), class_names(model)
+    encoding = model.encode(images) if encoding is None else encoding
+    model = nearby(model, encoding, max(contenders, CONFIDENCE_CLASSES))
+    readout, names = model.read(encoding), class_names(model)
     logits = readout.logits.float()
     found, order = probabilities(logits, model.multi_label).sort(dim=-1, descending=True, stable=True)
     nothing = read_nothing(model, readout.encoding)

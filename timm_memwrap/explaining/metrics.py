@@ -20,6 +20,7 @@ from timm_memwrap.explaining.answers import measure_answers
 from timm_memwrap.explaining.confidence import read_confidence
 from timm_memwrap.explaining.explanation import explain
 from timm_memwrap.explaining.multi_label import MultiLabelMeter, MultiLabelMetrics
+from timm_memwrap.explaining.nearby import class_counts_of, nearby, quantiles_of_memory
 from timm_memwrap.explaining.ranking import area_under_risk_coverage, auroc, expected_calibration_error
 from timm_memwrap.explaining.reading import (
     encodings_of,
@@ -30,7 +31,7 @@ from timm_memwrap.explaining.reading import (
     snapshot,
 )
 from timm_memwrap.explaining.results import Metrics, Result
-from timm_memwrap.familiarity import UNFAMILIAR, familiarity, reference_quantiles
+from timm_memwrap.familiarity import UNFAMILIAR, familiarity
 from timm_memwrap.model import MemoryReadout, MemoryWrapModel
 
 __all__ = [
@@ -117,7 +118,8 @@ class ExplanationMetrics(Metrics):
         deletion_flip_rate: Share of inputs whose prediction changes without its `deleted` strongest samples, or all if
             they are fewer (after Petsiuk et al. 2018, https://arxiv.org/abs/1806.07421). Faithful explanations are
             above `random_flip_rate`.
-        random_flip_rate: The same without as many samples drawn at random from the whole memory.
+        random_flip_rate: The same without as many samples drawn at random from the whole memory; where an engine holds
+            it, from those found for the batch.
         deletion_drop: Mean fall in the predicted class's probability without the strongest samples (comprehensiveness,
             DeYoung et al. 2020, https://arxiv.org/abs/1911.03429).
         random_drop: The same without as many samples drawn at random.
@@ -194,7 +196,7 @@ def evaluate_explanations(
         ValueError: If the bank or the data is empty, a label is outside `num_classes`, or the labels of the data are of
             another kind than those of the memory.
     """
-    model = snapshot(model)
+    model = snapshot(model, whole=False)
     meter = MultiLabelMeter(model, deleted, seed) if model.multi_label else ExplanationMeter(model, deleted, seed)
     with encodings_of(model, data, "Explanations", progress) as batches:
         for encoding, labels in batches:
@@ -223,9 +225,10 @@ class ExplanationMeter:
     def update(self, encoding: Tensor, labels: Tensor) -> MemoryReadout:
         """Reads the memory for encodings `[B, E]` of images with labels `[B]`, and returns what was read."""
         with evaluating(self.model):
-            readout = self.model.read(encoding)
-            columns = _measure(self.model, readout, labels, self.deleted, self._rng)
-            columns |= measure_answers(self.model, readout, self._pictures)
+            model = nearby(self.model, encoding, hidden=self.deleted)
+            readout = model.read(encoding)
+            columns = _measure(model, readout, labels, self.deleted, self._rng)
+            columns |= measure_answers(model, readout, self._pictures)
             self._batches.append({name: value.cpu() for name, value in columns.items()})
         return readout
 
@@ -235,10 +238,10 @@ class ExplanationMeter:
         right, example, probability = values["accuracy"], values["explanation_accuracy"], values.pop("probability")
         confidence, plain, plain_right = values.pop("confidence"), values.pop("plain"), values.pop("plain_right")
         # Once, and not for each batch: without `calibrate` it takes reads of the memory itself.
-        familiar = familiarity(values.pop("remainder"), reference_quantiles(self.model).cpu())
+        familiar = familiarity(values.pop("remainder"), quantiles_of_memory(self.model).cpu())
         labels, in_memory, identical = values.pop("labels"), values.pop("in_memory"), values["identical_class_rate"]
         wrong = {name: _mean(values.pop(name)[~right]) for name in ("true_class_shown", "true_class_contends")}
-        counts = self.model.memory_bank.class_counts
+        counts = class_counts_of(self.model)
         return ExplanationMetrics(
             count=len(right),
             accuracy_example=_mean(right[example]),

@@ -17,6 +17,7 @@ from timm_memwrap._utils import evaluating
 from timm_memwrap.bank_memory import empty_memory
 from timm_memwrap.constants import MEMORY_BANK
 from timm_memwrap.data import encoded_batches, size_of
+from timm_memwrap.engines.memory import with_bank
 from timm_memwrap.memory_checks import check_memory
 from timm_memwrap.model import MemoryReadout, MemoryWrapModel
 from timm_memwrap.reconstruction import CANDIDATES
@@ -38,13 +39,16 @@ _MOST_SCORES = 2**24
 _MOST_READS = 256
 
 
-def snapshot(model: MemoryWrapModel) -> MemoryWrapModel:
+def snapshot(model: MemoryWrapModel, whole: bool = True) -> MemoryWrapModel:
     """Returns the model with the memory bank that it has now, whatever another thread does to `model.memory_bank`.
 
     What is read and what is shown of a sample are then of one bank. The two share weights and mode. Raises a
-    `ValueError` if there is no model with a memory bank.
+    `ValueError` if there is no model with a memory bank; unless `whole`, an engine may hold the memory: see `nearby`.
     """
-    check_memory(model)
+    check_memory(model, whole=whole)
+    if model.engine is not None and len(model.memory_bank) and whole:
+        # All of its samples are wanted, and they are here.
+        return with_bank(model, model.memory_bank.snapshot())
     same = copy.copy(model)
     same._modules = {**model._modules, MEMORY_BANK: model.memory_bank.snapshot()}
     return same

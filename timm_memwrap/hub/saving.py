@@ -95,6 +95,8 @@ def check_saveable(model: MemoryWrapModel, allow_empty_memory: bool = False) -> 
     if len(model.memory_bank):
         check_memory(model, stale="refuse")
     elif not allow_empty_memory:
+        if model.engine is not None:
+            model.engine.check_whole(model.memory_bank)
         raise ValueError(
             "The memory bank is empty: the model would come back without evidence. Call "
             "timm_memwrap.build_memory_bank(model, data) first, or pass allow_empty_memory=True."
