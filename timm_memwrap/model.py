@@ -231,30 +231,28 @@ class MemoryWrapModel(TimmInterface):
         """Searches the memory through an index from now on, and returns itself.
 
         An index of faiss is built at the next read, and again whenever the weights or the bank change. Milvus holds the
-        samples themselves: a bank is written to it, and while the bank is empty the model reads what is there. Neither
-        is part of the saved model: call this again after loading.
+        samples: a bank is written to it, and while the bank is empty, what is there is read. Neither is part of the
+        saved model: call this again after loading.
 
         Args:
-            kind: `"flat"`, exact; `"ivf"` or `"hnsw"`, approximate, all three of faiss; `"milvus"`; `None` for the exact
-                search in the bank.
+            kind: `"flat"`, exact; `"ivf"` or `"hnsw"`, approximate, all of faiss; `"milvus"`; `None` for the exact search.
             effort: How much an approximate index looks at, as in `FaissIndex`; `None` for its default.
             path: A file to keep the index of faiss in, e.g. beside the model. One of other keys is replaced.
             engine: For `"milvus"`, the arguments of `MilvusMemory`, e.g. `uri="memory.db"`.
 
         Raises:
-            ValueError: If an argument is unknown, or Milvus has no memory of these weights and the bank is empty.
+            ValueError: If an argument does not fit, or Milvus has no memory of these weights and the bank is empty.
             ConnectionError: If Milvus cannot be reached.
         """
-        given = {"path": path} if kind == "milvus" and path is not None else {} if kind == "milvus" else engine
-        if given:
-            raise ValueError(f"use_index({kind!r}) takes no {', '.join(given)}. Leave it out.")
-        if kind not in (None, "milvus"):
-            check_index(str(kind), effort)
+        if unfit := [*engine] if kind != "milvus" else ["path"] if path is not None else []:
+            raise ValueError(f"use_index({kind!r}) takes no {', '.join(unfit)}. Leave it out.")
         memory = MilvusMemory(effort=effort, **engine) if kind == "milvus" else None
         if memory is not None:
             memory.open(self)
-        self.engine = memory
-        self._index_args = None if kind in (None, "milvus") else {"kind": kind, "effort": effort, "path": path}
+        elif kind is not None:
+            check_index(kind, effort)
+        self.engine, faiss = memory, {"kind": kind, "effort": effort, "path": path}
+        self._index_args = faiss if memory is None and kind is not None else None
         self.memory_bank.derived = None
         return self
 

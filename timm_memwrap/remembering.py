@@ -14,6 +14,7 @@ from tqdm import tqdm
 from timm_memwrap._utils import evaluating, printable
 from timm_memwrap.added_classes import check_can_add, learn_classes
 from timm_memwrap.data import BATCH_SIZE, class_names, known_class_names, one_by_one, small_images, to_batch
+from timm_memwrap.engines import changes
 from timm_memwrap.memory_bank import MemoryBank, SampleId
 from timm_memwrap.memory_checks import check_memory, check_single_label
 from timm_memwrap.model import MemoryWrapModel
@@ -96,7 +97,7 @@ def remember(
     bank.check_append(*given)
     added_classes = bank.provenance.added_classes + len(names) - model.num_classes
     if engine is not None and not added_classes:
-        engine.add(model, *new, chosen, stored)
+        changes.add(engine, model, *new, chosen, stored)
     if bank is not model.memory_bank:
         return model.memory_bank
     _tell_of_new(names, model.num_classes)
@@ -139,7 +140,7 @@ def forget(
     if not wanted and not whole:
         raise ValueError("Nothing to forget: pass the ids of samples, or classes.")
     if engine is not None and not _seen_bank(model).provenance.added_classes:
-        engine.remove(model, wanted, whole)
+        changes.remove(engine, model, wanted, whole)
     if not len(bank):
         return bank
     if whole:
@@ -166,7 +167,7 @@ def relabel(model: MemoryWrapModel, labels: Mapping[SampleId, int | str]) -> Mem
     names = class_names(model)
     indices = {sample_id: _class_index(label, names) for sample_id, label in labels.items()}
     if model.engine is not None and not _seen_bank(model).provenance.added_classes:
-        model.engine.relabel(model, indices)
+        changes.relabel(model.engine, model, indices)
     if len(model.memory_bank):
         model.memory_bank.relabel(indices)
         _learn_again(model)

@@ -102,7 +102,14 @@ def stream_memory(
             at = list(itertools.islice(places, len(labels)))
             # What is written while the next batch is encoded.
             pending = thread.submit(
-                memory.insert, model, contents, encodings, labels, at if named is None else named, images, at
+                memory.collections.insert,
+                model,
+                contents,
+                encodings,
+                labels,
+                at if named is None else named,
+                images,
+                at,
             )
         if contents is None or pending is None:
             raise ValueError("The data is empty, so there is nothing to remember. Check its path and split.")
@@ -116,7 +123,7 @@ def stream_memory(
             encoder=model.encoder_fingerprint(rehash=True),
         )
         if rank == 0:
-            memory.complete(model, contents, Meaning(SampleIds(), samples.class_names, provenance))
+            memory.collections.complete(model, contents, Meaning(SampleIds(), samples.class_names, provenance))
         if distributed:
             dist.barrier()
     memory.open(model)
@@ -146,10 +153,10 @@ def _begin(
 ) -> Contents:
     """Makes the collection, once for all processes."""
     if not distributed:
-        return memory.begin(model, dtype, width, image_shape)
+        return memory.collections.begin(model, dtype, width, image_shape)
     made: list[Contents | None] = [None]
     if dist.get_rank() == 0:
-        made = [memory.begin(model, dtype, width, image_shape)]
+        made = [memory.collections.begin(model, dtype, width, image_shape)]
     dist.broadcast_object_list(made)
     assert made[0] is not None
     return made[0]

@@ -12,7 +12,11 @@ import pytest
 pytest.importorskip("pymilvus", reason="needs timm-memwrap[milvus]")
 pytest.importorskip("milvus_lite", reason="needs timm-memwrap[milvus]")
 
-_SERVE = "import sys; from milvus_lite.adapter.grpc.server import run_server; run_server(sys.argv[1], '127.0.0.1', int(sys.argv[2]))"
+_SERVE = """
+import sys
+from milvus_lite.adapter.grpc.server import run_server
+run_server(sys.argv[1], "127.0.0.1", int(sys.argv[2]))
+"""
 
 
 class Server:

@@ -71,7 +71,7 @@ def test_a_new_class_is_learned_with_the_bank_alone(model: MemoryWrapModel, uri:
     with_bank.memory_bank.set_class_names(names)
     with_bank.use_index("milvus", uri=uri)
     model.engine._known = None
-    with pytest.raises(ValueError, match="model.engine.fetch"):
+    with pytest.raises(ValueError, match="fetch"):
         model.remember(new_images(2), "zebra", progress=False)
     with_bank.remember(new_images(2, seed=4), "zebra", progress=False)
     assert explaining.explain(with_bank, new_images(2, seed=4))[0].samples[0].class_name == "zebra"
@@ -137,7 +137,7 @@ def test_streaming_is_building(uri: str) -> None:
     assert model.engine is memory
     assert agree(fill(new_model("joint"), SIZE), uri)
     assert explaining.explain(model, new_images(1))[0].samples[0].image is not None
-    with pytest.raises(ValueError, match="memory_bank.clear"):
+    with pytest.raises(ValueError, match="clear"):
         stream_memory(fill(new_model("joint")), data, uri)
 
 
@@ -156,7 +156,7 @@ def test_a_stream_that_stops_is_not_read(uri: str) -> None:
     # The next one takes its place, and is whole.
     stream_memory(model, TensorDataset(new_images(8), torch.arange(8) % 4), uri, progress=False)
     assert model.engine.open(model).size == 8
-    assert len(model.engine._milvus.collections()) == 2
+    assert len(model.engine.collections.milvus.collections()) == 2
 
 
 def test_another_process_predicts_from_the_file(uri: str) -> None:

@@ -79,7 +79,7 @@ def test_a_server_that_does_not_answer_is_a_timeout(model: MemoryWrapModel, serv
 
 
 def test_a_collection_that_was_dropped_is_named(model: MemoryWrapModel) -> None:
-    model.engine._milvus.drop(model.engine.open(model).collection)
+    model.engine.collections.milvus.drop(model.engine.open(model).collection)
     with pytest.raises(ValueError, match="has no memory 'memwrap' of these weights"):
         read(model)
 
@@ -87,7 +87,7 @@ def test_a_collection_that_was_dropped_is_named(model: MemoryWrapModel) -> None:
 def test_a_bank_is_written_again_where_the_collection_was_dropped(server: Any) -> None:
     model = fill(new_model("joint"), SIZE).use_index("milvus", uri=server.uri)
     expected = read(model)
-    model.engine._milvus.drop(model.engine.open(model).collection)
+    model.engine.collections.milvus.drop(model.engine.open(model).collection)
     assert torch.allclose(read(model), expected, atol=1e-5)
 
 
@@ -101,7 +101,9 @@ def test_a_memory_that_is_replaced_is_found_again(model: MemoryWrapModel, server
 def test_a_change_that_was_interrupted_is_made_good_from_the_bank(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = fill(new_model("joint"), SIZE).use_index("milvus", uri=server.uri)
     with monkeypatch.context() as patched:
-        patched.setattr(model.engine._milvus, "delete", lambda *args: (_ for _ in ()).throw(ConnectionError("gone")))
+        patched.setattr(
+            model.engine.collections.milvus, "delete", lambda *args: (_ for _ in ()).throw(ConnectionError("gone"))
+        )
         with pytest.raises(ConnectionError):
             model.forget([1, 2])
     assert 1 in model.memory_bank
@@ -139,7 +141,7 @@ def test_paths_do_not_leave_the_machine(server: Any, caplog: pytest.LogCaptureFi
     model.remember(new_images(1), 0, ids=["/home/me/4.png"], progress=False)
     assert model.engine.fetch(model).ids == model.memory_bank.ids == [*public, "4.png"]
     collection = model.engine.open(model).collection
-    assert "home" not in str(model.engine._milvus.query(collection, ["name", "id"], where="place >= 0"))
+    assert "home" not in str(model.engine.collections.milvus.query(collection, ["name", "id"], where="place >= 0"))
 
 
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

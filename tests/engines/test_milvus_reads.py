@@ -14,8 +14,6 @@ from timm_memwrap import MemoryWrapModel, explaining
 SIZE = 150
 
 
-
-
 @pytest.fixture(params=["joint", "probabilities", "linear identity l2", "mlp", "vote"])
 def variant(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -66,8 +64,10 @@ def test_figures_are_those_of_the_bank(variant: str, uri: str) -> None:
     drawn = ("random_flip_rate", "random_drop", "stays_with_answer")
     for each in (model, other):
         found = explaining.evaluate_explanations(each, data, progress=False).to_dict()
-        assert near({name: value for name, value in found.items() if name not in drawn},
-                    {name: value for name, value in expected.items() if name not in drawn})
+        assert near(
+            {name: value for name, value in found.items() if name not in drawn},
+            {name: value for name, value in expected.items() if name not in drawn},
+        )
 
 
 def test_gradients_reach_the_input(uri: str) -> None:
@@ -81,7 +81,9 @@ def test_gradients_reach_the_input(uri: str) -> None:
     assert torch.allclose(*gradients, atol=1e-5)
 
 
-def test_a_wide_support_is_read_whole(uri: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wide_support_is_read_whole(
+    uri: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As many samples as are asked for at first are not enough: each has weight."""
     model, images = fill(new_model("dot"), SIZE), new_images(2)
     model.head.scale = 1e-3
@@ -121,7 +123,7 @@ WHOLE: dict[str, Callable[[MemoryWrapModel], Any]] = {
 def test_what_takes_all_samples_says_how_to_get_them(call: Callable[[MemoryWrapModel], Any], uri: str) -> None:
     bank = fill(new_model("joint"), SIZE).use_index("milvus", uri=uri).memory_bank
     model = new_model("joint").use_index("milvus", uri=uri)
-    with pytest.raises(ValueError, match="model.engine.fetch"):
+    with pytest.raises(ValueError, match="fetch"):
         call(model)
     model.memory_bank = model.engine.fetch(model)
     assert torch.equal(model.memory_bank.encodings, bank.encodings)

@@ -21,8 +21,7 @@ from PIL import Image
 import timm_memwrap
 from timm_memwrap.cli import main
 from timm_memwrap.hub import pull
-from timm_memwrap.sample_ids import public_ids
-from timm_memwrap.sample_ids import short_name
+from timm_memwrap.sample_ids import public_ids, short_name
 
 # Some are what another with a number would become.
 NAMES = ("a.png", "a.png (2)", "a.png (2) (2)", "a.png (4)", "b.png")

@@ -26,7 +26,7 @@ import timm_memwrap
 from timm_memwrap import MemoryWrapModel
 from timm_memwrap.cli import main
 from timm_memwrap.data import SampleImages
-from timm_memwrap.hub import privacy, pull, push_folder, pushing, summarize
+from timm_memwrap.hub import pull, push_folder, pushing, summarize
 
 FILES = {".gitattributes", "README.md", "config.json", "model.safetensors"}
 

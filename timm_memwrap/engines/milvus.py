@@ -55,8 +55,11 @@ class Milvus:
             )
         if not self.remote and not Path(uri).expanduser().absolute().parent.is_dir():
             raise ValueError(f"uri={str(uri)!r} is in a directory that does not exist. Make it first.")
-        self._uri = str(uri) if self.remote else str(Path(uri).expanduser().absolute())
+        parts = urlsplit(str(uri))
+        if self.remote and parts.username and not token:
+            token = f"{parts.username}:{parts.password or ''}"
         self.name, self._token, self.timeout = _shown(uri), token, timeout
+        self._uri = f"{self.name}{parts.path}" if self.remote else str(Path(uri).expanduser().absolute())
         self._pymilvus = optional_import("pymilvus", "milvus", "use_index('milvus')")
         if not self.remote:
             optional_import("milvus_lite", "milvus", f"uri={self.name!r}")
@@ -172,7 +175,14 @@ class Milvus:
             self.call("delete", collection, ids=list(ids[start : start + MOST_HITS // 16]))
 
     def search(
-        self, collection: str, keys: Any, count: int, metric: str, fields: Sequence[str], where: str = "", effort: int = 0
+        self,
+        collection: str,
+        keys: Any,
+        count: int,
+        metric: str,
+        fields: Sequence[str],
+        where: str = "",
+        effort: int = 0,
     ) -> list[list[tuple[float, dict[str, Any]]]]:
         """Finds the rows whose keys score highest, `count` for each of `keys` `[B, D]`, in one request.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from timm_memwrap.meaning import Meaning
 from timm_memwrap.memory_bank import MemoryBank, SampleId
 
-__all__ = ["Contents", "Row", "digest_of", "encoded_bytes", "make_rows", "row_key", "to_bank", "to_tensors"]
+__all__ = ["Contents", "Row", "digest_of", "encoded_bytes", "make_rows", "row_key", "text_of", "to_bank", "to_tensors"]
 
 Row = dict[str, Any]
 
@@ -61,7 +61,9 @@ class Contents:
         text = bytearray(self.meaning.encode(errors="surrogatepass"))
         return Meaning.from_tensor(torch.frombuffer(text, dtype=torch.uint8))
 
-    def changed(self, added: Iterable[Row] = (), removed: Iterable[Row] = ()) -> "Contents":
+    def changed(
+        self, added: Iterable[Row] = (), removed: Iterable[Row] = (), meaning: Meaning | None = None
+    ) -> "Contents":
         """Returns what a collection holds after rows have come or gone."""
         counts, digest = Counter(self.class_counts), self.digest
         for sign, rows in ((1, added), (-1, removed)):
@@ -69,7 +71,8 @@ class Contents:
                 counts[row["label"]] += sign
                 digest += sign * digest_of(row)
         kept = {label: count for label, count in sorted(counts.items()) if count > 0}
-        return replace(self, class_counts=kept, digest=digest % 256**_DIGEST_BYTES)
+        text = self.meaning if meaning is None else text_of(meaning)
+        return replace(self, meaning=text, class_counts=kept, digest=digest % 256**_DIGEST_BYTES)
 
     def joined(self, other: "Contents") -> "Contents":
         """Returns what a collection holds when two processes have written to it."""
@@ -88,6 +91,11 @@ class Contents:
         counts = {int(label): count for label, count in values["class_counts"].items()}
         shape = tuple(values["image_shape"])
         return cls(**values | {"class_counts": counts, "image_shape": shape, "digest": int(values["digest"], 16)})
+
+
+def text_of(meaning: Meaning) -> str:
+    """Returns a meaning as JSON."""
+    return bytes(meaning.to_tensor().numpy()).decode(errors="surrogatepass")
 
 
 def row_key(sample_id: SampleId) -> str:

@@ -79,7 +79,7 @@ def _quantiles(model: MemoryWrapModel) -> Tensor:
     contents, rows = engine.nearest(model, chosen.filled()[0].to(device).float(), _COPIES)
     near = with_bank(model, engine.bank(model, contents, rows))
     encodings, ids = near.memory_bank.filled()[0], near.memory_bank._meaning.read().ids
-    positions = torch.tensor([i for i in ids.positions(chosen.ids)], device=encodings.device)
+    positions = torch.tensor(ids.positions(chosen.ids), device=encodings.device)
     known = near.prepared_bank()
     with evaluating(model):
         parts = [
