@@ -33,6 +33,7 @@ PUBLIC = {
     "push_memory_images",
     "push_to_hub",
     "save_pretrained",
+    "stream_memory",
 }
 
 

@@ -235,7 +235,7 @@ class MemoryWrapModel(TimmInterface):
         saved model: call this again after loading.
 
         Args:
-            kind: `"flat"`, exact; `"ivf"` or `"hnsw"`, approximate, all of faiss; `"milvus"`; `None` for the exact search.
+            kind: `"flat"`, exact; `"ivf"` or `"hnsw"`, approximate: faiss. `"milvus"`. `None` for the exact search.
             effort: How much an approximate index looks at, as in `FaissIndex`; `None` for its default.
             path: A file to keep the index of faiss in, e.g. beside the model. One of other keys is replaced.
             engine: For `"milvus"`, the arguments of `MilvusMemory`, e.g. `uri="memory.db"`.

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import timm_memwrap
-from timm_memwrap import MemoryWrapModel
+from timm_memwrap import MemoryWrapModel, sample_ids
 from timm_memwrap.cli import main
 from timm_memwrap.data import SampleImages
 from timm_memwrap.hub import pull, push_folder, pushing, summarize

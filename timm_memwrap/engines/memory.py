@@ -92,7 +92,7 @@ class MilvusMemory:
         self._lock = threading.RLock()
 
     def __repr__(self) -> str:
-        return f"MilvusMemory({self.collections.milvus.name!r}, collection={self.collections.name!r})"
+        return f"MilvusMemory({self.collections.place!r}, collection={self.collections.name!r})"
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_lock": None, "_known": None, "_bank": None, "_quantiles": None}
@@ -119,9 +119,9 @@ class MilvusMemory:
                 contents = self.collections.find(name)
                 if contents is None:
                     raise ValueError(
-                        f"{self.collections.milvus.name} has no memory {self.collections.name!r} of these weights. {self.collections.inventory()} "
-                        f"Call timm_memwrap.build_memory_bank(model, data) and use_index again, or stream one with "
-                        f"timm_memwrap.stream_memory(model, data, uri=...)."
+                        f"{self.collections.place} has no memory {self.collections.name!r} of these weights. "
+                        f"{self.collections.inventory()} Call timm_memwrap.build_memory_bank(model, data) and use_index "
+                        f"again, or stream one with timm_memwrap.stream_memory(model, data, uri=...)."
                     )
                 self._take(name, contents)
             assert self._known is not None
@@ -160,9 +160,9 @@ class MilvusMemory:
             own = self.collections.write(model, bank)
         else:
             raise ValueError(
-                f"{self.collections.milvus.name} holds another memory {self.collections.name!r} of these weights: {there.size:,} samples "
-                f"of {there.read_meaning().provenance.dataset or 'an unknown data set'}, and the bank {len(bank):,}. Call "
-                f"model.memory_bank.clear() to read what is there, or pass collection='another_name'."
+                f"{self.collections.place} holds another memory {self.collections.name!r} of these weights: "
+                f"{there.described}, and the bank has {len(bank):,}. Call model.memory_bank.clear() to read what is "
+                f"there, or pass collection='another_name'."
             )
         self._take(name, own)
         self._bank = watched
@@ -176,8 +176,8 @@ class MilvusMemory:
         """Raises a `ValueError` if all samples are wanted at once, and the bank has none of them."""
         if not len(bank):
             raise ValueError(
-                f"This takes all samples of the memory, which are in {self.collections.milvus.name} and not in the bank. If they "
-                f"fit into this process: model.memory_bank = model.engine.fetch(model)."
+                f"This takes all samples of the memory, which are in {self.collections.place} and not in the bank. If "
+                f"they fit into this process: model.memory_bank = model.engine.fetch(model)."
             )
 
     def change(self, model: Any, plan: Callable[[Contents], tuple[Contents, Callable[[], None]]]) -> None:
@@ -187,11 +187,11 @@ class MilvusMemory:
             name = self.collections.name_of(model)
             contents = self.collections.find(name)
             if contents is None:
-                raise MissingCollectionError(f"{self.collections.milvus.name} has lost the memory {known.collection}.")
+                raise MissingCollectionError(f"{self.collections.place} has lost the memory {known.collection}.")
             if len(model.memory_bank) and (contents.digest != known.digest or contents.changing):
                 raise ValueError(
-                    f"Another process has changed the memory in {self.collections.milvus.name} since the bank was written to it. "
-                    f"Call model.memory_bank.clear() to go on with what is there."
+                    f"Another process has changed the memory in {self.collections.place} since the bank was written to "
+                    f"it. Call model.memory_bank.clear() to go on with what is there."
                 )
             changed, apply = plan(contents)
             # Whoever is interrupted leaves this, so that no bank is taken for the same.

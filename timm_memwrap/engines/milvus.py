@@ -153,8 +153,9 @@ class Milvus:
         return self.call("list_collections")
 
     def load(self, collection: str) -> None:
-        """Makes a collection ready to be searched."""
+        """Makes a collection ready to be searched, with all that was written until now."""
         self.call("load_collection", collection)
+        self.count(collection)
 
     def drop(self, collection: str) -> None:
         """Removes a collection, if it is there."""
@@ -191,7 +192,8 @@ class Milvus:
         """
         params = {"metric_type": metric, "params": {"ef": max(effort, count)} if effort else {}}
         options = {"limit": count, "output_fields": list(fields), "search_params": params, "anns_field": "key"}
-        found = self.call("search", collection, data=keys, filter=where, **options)
+        # What this process has written is seen. Waiting for what others write takes a server 200 ms.
+        found = self.call("search", collection, data=keys, filter=where, consistency_level="Session", **options)
         sign = -1.0 if metric == "L2" else 1.0
         return [[(sign * hit["distance"], {"id": hit["id"], **hit["entity"]}) for hit in hits] for hits in found]
 

@@ -56,6 +56,11 @@ class Contents:
         """Number of samples."""
         return sum(self.class_counts.values())
 
+    @property
+    def described(self) -> str:
+        """How many samples of what, for messages."""
+        return f"{self.size:,} samples of {self.read_meaning().provenance.dataset or 'an unknown data set'}"
+
     def read_meaning(self) -> Meaning:
         """Returns the meaning of the memory, without ids."""
         text = bytearray(self.meaning.encode(errors="surrogatepass"))

@@ -45,6 +45,7 @@ class Collections:
 
     def __init__(self, milvus: Milvus, name: str, index: str) -> None:
         self.milvus, self.name, self.index = milvus, name, index
+        self.place = milvus.name
         self._head_fingerprint = WatchedFingerprint()
 
     def name_of(self, model: Any) -> str:
@@ -63,8 +64,7 @@ class Collections:
         found = []
         for name in self.milvus.notes(self._notes):
             if (contents := self.find(name)) is not None:
-                source = contents.read_meaning().provenance.dataset or "an unknown data set"
-                found.append(f"{contents.size:,} samples of {source}")
+                found.append(contents.described)
         if not found:
             return "It holds none of other weights either."
         return f"Of other weights it holds {len(found)}: {'; '.join(found[:5])}."
