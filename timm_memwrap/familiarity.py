@@ -14,7 +14,7 @@ from timm_memwrap.meaning import QUANTILES
 from timm_memwrap.memory_bank import Reference
 from timm_memwrap.model import MemoryWrapModel
 
-__all__ = ["UNFAMILIAR", "familiarity", "fit_reference", "quantiles_of", "reference_quantiles"]
+__all__ = ["UNFAMILIAR", "familiarity", "fit_reference", "quantiles_of", "read_of", "reference_quantiles"]
 
 # An input below this familiarity is counted as unfamiliar.
 UNFAMILIAR = 0.05
@@ -43,7 +43,7 @@ def reference_quantiles(model: MemoryWrapModel) -> Tensor:
     """
     bank = model.memory_bank
     device = bank.filled()[1].device
-    if bank.reference.count and bank.reference.read == _read_of(model):
+    if bank.reference.count and bank.reference.read == read_of(model):
         return torch.tensor(bank.reference.quantiles, device=device)
     known = model.prepared_bank()
     if known.quantiles is None:
@@ -53,7 +53,7 @@ def reference_quantiles(model: MemoryWrapModel) -> Tensor:
 
 def fit_reference(model: MemoryWrapModel, remainders: Tensor) -> Reference:
     """Makes a reference of the remainders `[N]` of held-out images, for this model's way to read."""
-    return Reference(_read_of(model), len(remainders), quantiles_of(remainders))
+    return Reference(read_of(model), len(remainders), quantiles_of(remainders))
 
 
 def quantiles_of(remainders: Tensor) -> list[float]:
@@ -62,7 +62,8 @@ def quantiles_of(remainders: Tensor) -> list[float]:
     return torch.quantile(remainders.double().cpu(), levels).tolist()
 
 
-def _read_of(model: MemoryWrapModel) -> str:
+def read_of(model: MemoryWrapModel) -> str:
+    """Returns how a model reads: a reference of another way says nothing."""
     return json.dumps(model.memory_args, sort_keys=True)
 
 

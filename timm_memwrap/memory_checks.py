@@ -50,14 +50,15 @@ def check_memory(model: Any, stale: str = "warn", rehash: bool = False, whole: b
         whole: Whether the bank itself is wanted; else an engine may hold the memory.
     """
     check_model(model)
-    if model.engine is not None and not len(model.memory_bank):
+    if model.engine is not None:
         if whole:
             model.engine.check_whole(model.memory_bank)
         if rehash:
             model.encoder_fingerprint(rehash)
         # Of other weights, it finds none.
         model.engine.open(model)
-        return
+        if not len(model.memory_bank):
+            return
     model.check_bank(model.memory_bank.filled()[0], model.memory_bank.largest_label)
     if model.memory_is_stale(rehash):
         text = (

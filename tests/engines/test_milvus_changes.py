@@ -1,5 +1,6 @@
 """What is taught reaches Milvus, and what is there is never of other weights, half, or another's."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from timm_memwrap import MemoryWrapModel, explaining, stream_memory
 
 SIZE = 40
 TESTS = Path(__file__).parents[1]
+PATHS = os.pathsep.join([str(TESTS), *filter(None, sys.path)])
 
 
 @pytest.fixture
@@ -139,6 +141,23 @@ def test_streaming_is_building(uri: str) -> None:
     assert explaining.explain(model, new_images(1))[0].samples[0].image is not None
     with pytest.raises(ValueError, match="clear"):
         stream_memory(fill(new_model("joint")), data, uri)
+
+
+def test_processes_stream_their_shares(server: Any) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, str(Path(__file__).with_name("streaming_process.py")), server.uri]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=TESTS, env={**os.environ, "PYTHONPATH": PATHS})
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    found, expected = new_model("joint").use_index("milvus", uri=server.uri), fill(new_model("joint"), SIZE)
+    bank = found.engine.fetch(found)
+    assert (bank.ids, bank.labels.tolist()) == (expected.memory_bank.ids, expected.memory_bank.labels.tolist())
+    assert torch.allclose(found(new_images(3)), expected(new_images(3)), atol=1e-5)
+
+
+def test_a_file_cannot_be_streamed_to_by_several(uri: str) -> None:
+    data = TensorDataset(new_images(8), torch.arange(8) % 4)
+    with pytest.raises(ValueError, match="torchrun"):
+        stream_memory(new_model("joint"), data, uri, distributed=True)
 
 
 def test_a_stream_that_stops_is_not_read(uri: str) -> None:

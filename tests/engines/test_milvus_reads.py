@@ -9,7 +9,7 @@ import torch
 from memory_models import fill, new_images, new_model
 from torch.utils.data import TensorDataset
 
-from timm_memwrap import MemoryWrapModel, explaining
+from timm_memwrap import MemoryWrapModel, build_memory_bank, explaining
 
 SIZE = 150
 
@@ -68,6 +68,31 @@ def test_figures_are_those_of_the_bank(variant: str, uri: str) -> None:
             {name: value for name, value in found.items() if name not in drawn},
             {name: value for name, value in expected.items() if name not in drawn},
         )
+
+
+def test_a_memory_in_milvus_alone_is_calibrated_as_a_bank(uri: str) -> None:
+    model, data = fill(new_model("joint"), SIZE), TensorDataset(new_images(30, seed=5), torch.arange(30) % 4)
+    expected = explaining.calibrate(model, data, progress=False)
+    fill(new_model("joint"), SIZE).use_index("milvus", uri=uri)
+    other = new_model("joint").use_index("milvus", uri=uri)
+    assert explaining.calibrate(other, data, progress=False) == pytest.approx(expected, rel=1e-3)
+    explained = (explaining.explain(each, new_images(3)) for each in (model, other))
+    for one, two in zip(*explained, strict=True):
+        assert one.familiarity == pytest.approx(two.familiarity, abs=1e-4)
+        assert one.confidence == pytest.approx(two.confidence, abs=1e-3)
+
+
+def test_places_are_matched_with_the_pictures_in_milvus(uri: str) -> None:
+    model, data = new_model("joint"), TensorDataset(new_images(8, seed=2), torch.arange(8) % 4)
+    build_memory_bank(model, data, size=None, store_images=True, progress=False)
+    expected = explaining.explain(model, new_images(2), correspondences=2)
+    model.use_index("milvus", uri=uri)
+    found = explaining.explain(new_model("joint").use_index("milvus", uri=uri), new_images(2), correspondences=2)
+    for one, other in zip(found, expected, strict=True):
+        assert [sample.correspondences for sample in one.samples] == [
+            sample.correspondences for sample in other.samples
+        ]
+        assert torch.equal(one.samples[0].image, other.samples[0].image)
 
 
 def test_gradients_reach_the_input(uri: str) -> None:

@@ -18,7 +18,7 @@ from timm_memwrap.engines.written import keys_of
 from timm_memwrap.memory_bank import SampleId
 from timm_memwrap.sample_ids import SampleIds, short_name
 
-__all__ = ["add", "relabel", "remove"]
+__all__ = ["add", "describe", "relabel", "remove"]
 
 
 def add(
@@ -94,6 +94,15 @@ def relabel(memory: MilvusMemory, model: Any, labels: Mapping[SampleId, int]) ->
         whole = [{**row, "key": key} for row, key in zip(new, keys, strict=True)]
         changed = contents.changed(added=new, removed=rows.values())
         return changed, lambda: memory.collections.milvus.upsert(contents.collection, whole)
+
+    memory.change(model, plan)
+
+
+def describe(memory: MilvusMemory, model: Any, **changed: Any) -> None:
+    """Changes what of the memory is not in its samples: fields of a `Meaning`."""
+
+    def plan(contents: Contents) -> tuple[Contents, Callable[[], None]]:
+        return contents.changed(meaning=replace(contents.read_meaning(), **changed)), lambda: None
 
     memory.change(model, plan)
 

@@ -120,8 +120,8 @@ class MilvusMemory:
                 if contents is None:
                     raise ValueError(
                         f"{self.collections.place} has no memory {self.collections.name!r} of these weights. "
-                        f"{self.collections.inventory()} Call timm_memwrap.build_memory_bank(model, data) and use_index "
-                        f"again, or stream one with timm_memwrap.stream_memory(model, data, uri=...)."
+                        f"{self.collections.inventory()} Build a bank with timm_memwrap.build_memory_bank(model, data) "
+                        f"and call use_index again, or stream one: timm_memwrap.stream_memory(model, data, uri=...)."
                     )
                 self._take(name, contents)
             assert self._known is not None

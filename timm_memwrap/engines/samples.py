@@ -7,7 +7,7 @@ import base64
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
@@ -137,10 +137,19 @@ def make_rows(
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
+class _Text(str):
+    """A text of which pymilvus checks the whole at once: it goes through the letters of others one by one."""
+
+    __slots__ = ()
+
+    def __iter__(self) -> Iterator[str]:
+        yield self
+
+
 def encoded_bytes(tensor: Tensor) -> list[str]:
     """Returns the bytes of each row of a tensor `[N, ...]` as text: engines have no type for bytes in common."""
     array = tensor.detach().cpu().contiguous().flatten(1).view(torch.uint8).numpy()
-    return [base64.b64encode(row).decode() for row in array]
+    return [_Text(base64.b64encode(row).decode()) for row in array]
 
 
 def _decoded(texts: Iterable[str], dtype: torch.dtype, shape: Sequence[int]) -> Tensor:

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from timm_memwrap.engines import changes
 from timm_memwrap.explaining.confidence import confidence_features, fit_confidence, log_odds
+from timm_memwrap.explaining.nearby import nearby
 from timm_memwrap.explaining.reading import encodings_of, snapshot
 from timm_memwrap.familiarity import fit_reference
 from timm_memwrap.labels import present, probabilities
@@ -64,12 +66,13 @@ def calibrate(model: MemoryWrapModel, data: Any, progress: bool = True) -> float
 
         ```
     """
-    bank, model = model.memory_bank, snapshot(model)
+    bank, model = model.memory_bank, snapshot(model, whole=False)
     with encodings_of(model, data, "Calibration", progress) as batches:
         parts = []
         for encoding, targets in batches:
-            readout = model.read(encoding)
-            features = torch.zeros(len(targets), 0) if model.multi_label else confidence_features(model, readout)
+            near = nearby(model, encoding)
+            readout = near.read(encoding)
+            features = torch.zeros(len(targets), 0) if near.multi_label else confidence_features(near, readout)
             parts.append((readout.logits.float() * model.temperature, features, readout.remainder, targets))
     logits, features, remainders, labels = map(torch.cat, zip(*parts, strict=True))
     if bank.encodings is not model.memory_bank.encodings:
@@ -77,7 +80,12 @@ def calibrate(model: MemoryWrapModel, data: Any, progress: bool = True) -> float
             "The memory bank changed while its model was calibrated, so that what was fitted is of other samples. Call "
             "calibrate again."
         )
-    bank.set_reference(fit_reference(model, remainders))
+    reference = fit_reference(model, remainders)
+    if len(bank):
+        bank.set_reference(reference)
+    else:
+        assert model.engine is not None
+        changes.describe(model.engine, model, reference=reference)
     right = (present(logits) == labels.bool()).all(dim=1) if model.multi_label else logits.argmax(dim=-1) == labels
     if bool(right.all()):
         _logger.warning(

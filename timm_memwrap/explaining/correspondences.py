@@ -3,6 +3,7 @@
 Shapes: B inputs, P pairs of an input and a sample, C channels, D channels of features, h, w places.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -68,7 +69,7 @@ class Matcher:
     def __init__(self, model: MemoryWrapModel, count: int, dataset: Any = None) -> None:
         check_count("correspondences", count)
         self._stored = stored_images(model, dataset)
-        if self._stored is None and model.memory_bank.images is None:
+        if self._stored is None and model.memory_bank.images is None and model.engine is None:
             raise ValueError(_NO_PICTURES)
         if not hasattr(model.backbone, "forward_intermediates"):
             raise ValueError(
@@ -76,6 +77,12 @@ class Matcher:
                 f"correspondences=0, or use a backbone of timm's that has it."
             )
         self._model, self._count = model, count
+
+    def of(self, model: MemoryWrapModel) -> "Matcher":
+        """Returns one for the same pictures, by their positions in the bank of another model of these weights."""
+        same = copy.copy(self)
+        same._model = model
+        return same
 
     def match(
         self, images: Tensor, inputs: Sequence[int], positions: Sequence[int]
@@ -108,6 +115,8 @@ def sample_input(
     `None` if it has no picture in the data set on the Hub, or that cannot be reached.
     """
     bank = model.memory_bank
+    if model.engine is not None:
+        model.engine.check_whole(bank)
     if stored is not None:
         sample_id = bank.ids[position]
         if not stored.complete and stored.picture(sample_id) is None:

@@ -294,6 +294,7 @@ def explain_batch(
         "confidence": [None] * len(inputs) if confidence is None else confidence.tolist(),
         "present": [True] * len(inputs) if not model.multi_label else present(logits)[inputs, classes].tolist(),
     }
+    matcher = None if matcher is None else matcher.of(model)
     samples = _samples(model, readout, inputs, classes, probability, top_k, images, matcher)
     explained = [list[Explanation]() for _ in images]
     for i, read, row in zip(inputs.tolist(), samples, _rows(columns), strict=True):

@@ -9,10 +9,10 @@ from torch import Tensor
 from timm_memwrap._utils import evaluating
 from timm_memwrap.attention import wide
 from timm_memwrap.engines.memory import with_bank
-from timm_memwrap.familiarity import quantiles_of, reference_quantiles
+from timm_memwrap.familiarity import quantiles_of, read_of, reference_quantiles
 from timm_memwrap.model import MemoryWrapModel
 
-__all__ = ["class_counts_of", "nearby", "quantiles_of_memory"]
+__all__ = ["class_counts_of", "memory_size", "nearby", "quantiles_of_memory"]
 
 # Samples of a contender that are shown, and one for those that are as near.
 _OF_CLASS = 4
@@ -24,9 +24,9 @@ _COPIES = 8
 def nearby(model: MemoryWrapModel, encoding: Tensor, contenders: int = 3, hidden: int = 1) -> MemoryWrapModel:
     """Returns the model with the samples of its memory that some inputs need as its bank.
 
-    A model whose memory is its bank is returned as it is. The samples are those that the inputs read, also with up to
-    `hidden` of them left out, those of the most probable classes that look most like them, and what the model needs to
-    say what these samples are themselves. `positions` in what the returned model reads are positions in its bank.
+    A model whose bank holds all samples reads that. Else these are the samples that the inputs read, also with up to
+    `hidden` of them left out, those of the most probable classes that look most like the inputs, and what the model
+    needs to say what these samples are themselves. What the returned model reads has positions in its own bank.
 
     Args:
         model: A model in evaluation mode.
@@ -37,6 +37,8 @@ def nearby(model: MemoryWrapModel, encoding: Tensor, contenders: int = 3, hidden
     engine = model.engine
     if engine is None or not len(encoding):
         return model
+    if len(model.memory_bank):
+        return with_bank(model, model.memory_bank)
     contents, rows = engine.nearest(model, encoding, hidden, images=True)
     near = with_bank(model, engine.bank(model, contents, rows))
     with evaluating(model):
@@ -50,6 +52,11 @@ def nearby(model: MemoryWrapModel, encoding: Tensor, contenders: int = 3, hidden
         near = with_bank(model, engine.bank(model, contents, rows))
         near.prepared_bank().quantiles = quantiles_of_memory(model)
     return near
+
+
+def memory_size(model: MemoryWrapModel) -> int:
+    """Returns the number of samples of the memory, wherever it is."""
+    return len(model.memory_bank) if model.engine is None else model.engine.open(model).size
 
 
 def class_counts_of(model: MemoryWrapModel) -> dict[int, int]:
@@ -73,7 +80,7 @@ def _quantiles(model: MemoryWrapModel) -> Tensor:
     engine = model.engine
     assert engine is not None
     chosen = engine.spread(model, 500)
-    if chosen.reference.count:
+    if chosen.reference.count and chosen.reference.read == read_of(model):
         return reference_quantiles(with_bank(model, chosen))
     device = next(model.parameters()).device
     contents, rows = engine.nearest(model, chosen.filled()[0].to(device).float(), _COPIES)

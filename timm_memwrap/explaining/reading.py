@@ -46,8 +46,8 @@ def snapshot(model: MemoryWrapModel, whole: bool = True) -> MemoryWrapModel:
     `ValueError` if there is no model with a memory bank; unless `whole`, an engine may hold the memory: see `nearby`.
     """
     check_memory(model, whole=whole)
-    if model.engine is not None and len(model.memory_bank) and whole:
-        # All of its samples are wanted, and they are here.
+    if model.engine is not None and len(model.memory_bank):
+        # What is elsewhere is here as well, at the positions that it is shown by.
         return with_bank(model, model.memory_bank.snapshot())
     same = copy.copy(model)
     same._modules = {**model._modules, MEMORY_BANK: model.memory_bank.snapshot()}

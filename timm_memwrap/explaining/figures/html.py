@@ -15,6 +15,7 @@ from timm_memwrap.explaining.explanation import Explanation, MemorySample
 from timm_memwrap.explaining.figures.markup import data_url, template
 from timm_memwrap.explaining.figures.pictures import MATCHES, aligned, overlays
 from timm_memwrap.explaining.heatmaps import Attribution
+from timm_memwrap.explaining.nearby import memory_size
 from timm_memwrap.explaining.stored_images import stored_images
 from timm_memwrap.model import MemoryWrapModel
 
@@ -68,7 +69,7 @@ def write_html(
     html = template("explanations.html.jinja").render(
         title=title,
         architecture=model.pretrained_cfg.get("architecture", type(model.backbone).__name__),
-        memory_size=len(model.memory_bank),
+        memory_size=memory_size(model),
         stale=model.memory_is_stale(),
         heatmaps=attributions is not None,
         match_colors=MATCHES,
