@@ -6,7 +6,9 @@ Shapes: B inputs, N entries, D width of an encoding.
 import torch
 from torch import Tensor
 
-__all__ = ["EncodingQueue"]
+__all__ = ["QUEUE_SIZE", "EncodingQueue"]
+
+QUEUE_SIZE = 1024
 
 
 class EncodingQueue:

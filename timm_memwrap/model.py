@@ -17,7 +17,7 @@ from timm_memwrap.backbone import OwnClassifier, classifiers_of, classifies_affi
 from timm_memwrap.bank_format import largest_label
 from timm_memwrap.bank_memory import BankMemory, bank_memory, empty_memory, warn_of_empty_memory
 from timm_memwrap.checks import misfits, split_bank
-from timm_memwrap.encoding_queue import EncodingQueue
+from timm_memwrap.encoding_queue import QUEUE_SIZE, EncodingQueue
 from timm_memwrap.engines import MilvusMemory
 from timm_memwrap.fingerprint import WatchedFingerprint
 from timm_memwrap.heads import Calibration, new_head
@@ -32,8 +32,6 @@ from timm_memwrap.tracing import forward_features, is_traced, trace_read
 __all__ = ["MemoryWrapModel"]
 
 _logger = logging.getLogger(__name__)
-
-QUEUE_SIZE = 1024
 
 
 class MemoryWrapModel(TimmInterface):
@@ -157,6 +155,8 @@ class MemoryWrapModel(TimmInterface):
         if isinstance(memory, Tensor) and memory.ndim == 4:
             memory = self.encode(memory)
         if is_traced(encoding):
+            if self.engine is not None:
+                self.engine.check_whole(self.memory_bank)
             return self.calibration(trace_read(self.head, self.memory_bank, encoding, self.training))
         readout = self._read(encoding, memory, hidden, ranked=return_readout)
         return readout if return_readout else readout.logits

@@ -1,7 +1,10 @@
 """A memory in Milvus is read and explained as the same memory in a bank is."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +12,7 @@ import torch
 from memory_models import fill, new_images, new_model
 from torch.utils.data import TensorDataset
 
-from timm_memwrap import MemoryWrapModel, build_memory_bank, explaining
+from timm_memwrap import MemoryWrapModel, build_memory_bank, explaining, from_pretrained
 
 SIZE = 150
 
@@ -93,6 +96,25 @@ def test_places_are_matched_with_the_pictures_in_milvus(uri: str) -> None:
             sample.correspondences for sample in other.samples
         ]
         assert torch.equal(one.samples[0].image, other.samples[0].image)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_other_ways_to_call_a_model_read_milvus_too(uri: str, tmp_path: Path) -> None:
+    model, images = fill(new_model("joint"), SIZE).use_index("milvus", uri=uri), new_images(2)
+    with torch.no_grad():
+        expected = model(images)
+        model.memory_bank.clear()
+        assert torch.equal(copy.deepcopy(model)(images), expected)
+        assert torch.equal(pickle.loads(pickle.dumps(model))(images), expected)
+        assert torch.equal(torch.compile(model, backend="eager")(images), expected)
+        assert torch.equal(model.forward_head(model.forward_features(images)), expected)
+        model.save_pretrained(tmp_path / "saved", allow_empty_memory=True)
+        again = from_pretrained(tmp_path / "saved").use_index("milvus", uri=uri)
+        assert torch.equal(again(images), expected)
+        with pytest.raises(ValueError, match="takes all samples"):
+            torch.fx.symbolic_trace(model)
+        with pytest.raises(ValueError, match="no memory 'memwrap' of these weights"):
+            copy.deepcopy(model).half()(images.half())
 
 
 def test_gradients_reach_the_input(uri: str) -> None:

@@ -16,7 +16,7 @@ from timm_memwrap.engines.memory import ROW, MilvusMemory
 from timm_memwrap.engines.samples import Contents, Row, row_key, to_tensors
 from timm_memwrap.engines.written import keys_of
 from timm_memwrap.memory_bank import SampleId
-from timm_memwrap.sample_ids import SampleIds, short_name
+from timm_memwrap.sample_ids import SampleIds, public_ids
 
 __all__ = ["add", "describe", "relabel", "remove"]
 
@@ -29,15 +29,17 @@ def add(
     Raises:
         ValueError: If an id is in the memory.
     """
-    chosen = [short_name(i) if memory.remote and isinstance(i, str) and "/" in i else i for i in ids]
-    SampleIds(chosen)
+    chosen = SampleIds(ids)[:]
+    if memory.remote:
+        names = dict(enumerate(memory.class_names(model)))
+        chosen = public_ids(chosen, [names.get(label, "") for label in labels.tolist()])
 
     def plan(contents: Contents) -> tuple[Contents, Callable[[], None]]:
         known = _find(memory, contents, chosen, ["name"])
         if known:
-            names = [json.loads(row["name"]) for row in known.values()]
+            there = [json.loads(row["name"]) for row in known.values()]
             raise ValueError(
-                f"The memory has {', '.join(map(repr, names[:5]))}{' ...' if len(names) > 5 else ''} already. Forget "
+                f"The memory has {', '.join(map(repr, there[:5]))}{' ...' if len(there) > 5 else ''} already. Forget "
                 f"what is there first, or give the new samples other ids."
             )
         # Behind all that is there, whoever added it.

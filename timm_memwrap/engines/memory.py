@@ -200,6 +200,8 @@ class MilvusMemory:
             self.collections.note(name, replace(changed, changing=False))
             self._known = (name, replace(changed, changing=False))
 
+    # A compiled model is so in two parts, before and after it.
+    @torch.compiler.disable
     def memory(self, model: Any, encoding: Tensor, hidden: Tensor | None) -> PreparedMemory:
         """Returns the samples that encodings `[B, E]` read, ready to be read.
 
@@ -211,8 +213,6 @@ class MilvusMemory:
                 "hidden names samples by their position, and the memory is in Milvus. Read the nearest samples: "
                 "near = timm_memwrap.explaining.nearby(model, encoding); near.read(encoding, hidden=hidden)."
             )
-        if torch.compiler.is_compiling():
-            raise ValueError("torch.compile cannot trace a read from Milvus. Call model.use_index(None) first.")
         if not len(encoding):
             return empty_memory(model.head, encoding)
         contents, rows = self.nearest(model, encoding)

@@ -22,6 +22,8 @@ _MOST_TEXT = 65_535
 _PAGE = 1024
 # Bytes of rows in a call.
 _CALL_BYTES = 2**23
+# Seconds that indexing and loading a collection may take.
+_PATIENCE = 24 * 3600.0
 # Seconds between attempts to reach a server again.
 _PAUSE = 0.25
 
@@ -76,8 +78,10 @@ class Milvus:
         # An average of weights reads the same collection over the same connection.
         return self
 
-    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+    def call(self, method: str, *args: Any, patience: float = 0.0, **kwargs: Any) -> Any:
         """Calls a method of `pymilvus.MilvusClient`, again while the server is away and there is time.
+
+        With `patience`, in seconds, a server that is there may work so long at it.
 
         Raises:
             MissingCollectionError: If there is no such collection.
@@ -93,7 +97,7 @@ class Milvus:
             try:
                 if self._client is None:
                     self._client = self._pymilvus.MilvusClient(self._uri, token=self._token or "", timeout=left)
-                return getattr(self._client, method)(*args, timeout=left, **kwargs)
+                return getattr(self._client, method)(*args, timeout=max(left, patience), **kwargs)
             except (self._pymilvus.MilvusException, grpc.RpcError) as error:
                 failure = self._failure(error)
                 if isinstance(failure, ConnectionError) and time.monotonic() + _PAUSE < end:
@@ -101,7 +105,7 @@ class Milvus:
                     continue
                 if isinstance(failure, _NotLoadedError) and time.monotonic() < end:
                     # A server that was started again need not have loaded what it holds.
-                    self._client.load_collection(args[0], timeout=left)
+                    self._client.load_collection(args[0], timeout=_PATIENCE)
                     continue
                 raise failure from error
 
@@ -154,7 +158,7 @@ class Milvus:
 
     def load(self, collection: str) -> None:
         """Makes a collection ready to be searched, with all that was written until now."""
-        self.call("load_collection", collection)
+        self.call("load_collection", collection, patience=_PATIENCE)
         self.count(collection)
 
     def drop(self, collection: str) -> None:
@@ -163,7 +167,7 @@ class Milvus:
 
     def flush(self, collection: str) -> None:
         """Writes what came in to the disk."""
-        self.call("flush", collection)
+        self.call("flush", collection, patience=_PATIENCE)
 
     def upsert(self, collection: str, rows: Sequence[dict[str, Any]]) -> None:
         """Adds rows, or replaces those with the same ids: doing so twice, as a retry may, changes nothing."""
@@ -191,7 +195,12 @@ class Milvus:
             For each the scores, highest first, and the rows. Squared distances count as negative scores.
         """
         params = {"metric_type": metric, "params": {"ef": max(effort, count)} if effort else {}}
-        options = {"limit": count, "output_fields": list(fields), "search_params": params, "anns_field": "key"}
+        options: dict[str, Any] = {
+            "limit": count,
+            "output_fields": list(fields),
+            "search_params": params,
+            "anns_field": "key",
+        }
         # What this process has written is seen. Waiting for what others write takes a server 200 ms.
         found = self.call("search", collection, data=keys, filter=where, consistency_level="Session", **options)
         sign = -1.0 if metric == "L2" else 1.0
