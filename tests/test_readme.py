@@ -94,10 +94,8 @@ def placeholders() -> Callable[[], dict[str, Any]]:
     timm_memwrap.build_memory_bank(model, train, size=40, class_names=names, progress=False)
 
     def make() -> dict[str, Any]:
-        own = copy.deepcopy(model)
-        bank = own.memory_bank
         return {
-            "model": own,
+            "model": copy.deepcopy(model),
             "my_trained_timm_model": copy.deepcopy(trained),
             "train_dataset": train,
             "held_out_dataset": _dataset(20, seed=2),
@@ -105,7 +103,6 @@ def placeholders() -> Callable[[], dict[str, Any]]:
             "photos": torch.randn(3, *SIZE, generator=torch.Generator().manual_seed(6)),
             "images": torch.randn(4, *SIZE, generator=torch.Generator().manual_seed(4)),
             "memory_images": torch.randn(6, *SIZE, generator=torch.Generator().manual_seed(5)),
-            "ask_your_engine": lambda encoding: (bank.encodings, bank.labels),
         }
 
     return make

@@ -43,8 +43,9 @@ def stream_memory(
 ) -> MilvusMemory:
     """Encodes all samples of `data` in one pass into a collection of Milvus, which the model reads from then on.
 
-    Nobody finds the collection before it is complete; an interrupted call leaves what was there, and the next call
-    removes what it wrote. One call at a time may write a memory of the same weights under one name.
+    Nobody finds the collection before it is complete, when it takes the place of another of the same weights and name.
+    An interrupted call leaves what was there, and the next one removes what it wrote. One at a time may write a memory of
+    the same weights and name.
 
     Args:
         model: The model that is to read the memory, with the weights that it is to be used with, and an empty bank.

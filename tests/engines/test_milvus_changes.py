@@ -214,6 +214,22 @@ def test_wrong_arguments_say_what_is_expected(args: dict[str, Any], message: str
     assert model.engine is None
 
 
+def test_a_memory_of_other_classes_is_refused(uri: str) -> None:
+    fill(new_model("mlp"), SIZE).use_index("milvus", uri=uri)
+    other = new_model("mlp", num_classes=2)
+    other.head.head.load_state_dict(new_model("mlp").head.head.state_dict())
+    with pytest.raises(ValueError, match="outside num_classes=2"):
+        other.use_index("milvus", uri=uri)
+
+
+def test_a_damaged_sample_is_refused(model: MemoryWrapModel) -> None:
+    store, collection = model.engine.collections.milvus, model.engine.open(model).collection
+    rows = store.query(collection, ["name", "place", "label", "encoding", "image", "key"], where="place == 3")
+    store.upsert(collection, [{**rows[0], "encoding": rows[0]["encoding"][:8]}])
+    with pytest.raises(ValueError, match="Write the memory again"):
+        model(new_images(1))
+
+
 def test_labels_of_several_classes_are_refused(uri: str) -> None:
     model = new_model("joint")
     model.memory_bank.replace(torch.randn(3, model.encoding_size), torch.eye(4, dtype=torch.uint8)[:3], range(3))

@@ -37,6 +37,8 @@ INDEXES = ("flat", "hnsw")
 # Candidates that a graph looks at unless told otherwise, as with faiss.
 _EFFORT = 128
 
+# Bytes of samples that are asked for at once.
+_ANSWER_BYTES = 2**26
 # What a read takes of a sample.
 ROW = ("name", "place", "label", "encoding")
 # Heads whose keys begin with the pre-logits, all of one length: keys tell which samples look alike, too.
@@ -123,11 +125,12 @@ class MilvusMemory:
                         f"{self.collections.inventory()} Build a bank with timm_memwrap.build_memory_bank(model, data) "
                         f"and call use_index again, or stream one: timm_memwrap.stream_memory(model, data, uri=...)."
                     )
-                self._take(name, contents)
+                self._take(model, name, contents)
             assert self._known is not None
             return self._known[1]
 
-    def _take(self, name: str, contents: Contents) -> None:
+    def _take(self, model: Any, name: str, contents: Contents) -> None:
+        model.check_bank(torch.empty(0, contents.width), max(contents.class_counts, default=-1))
         self.collections.milvus.load(contents.collection)
         if contents.index != "flat":
             _logger.warning("Reads through the index %r are approximate: samples may be missed.", contents.index)
@@ -164,7 +167,7 @@ class MilvusMemory:
                 f"{there.described}, and the bank has {len(bank):,}. Call model.memory_bank.clear() to read what is "
                 f"there, or pass collection='another_name'."
             )
-        self._take(name, own)
+        self._take(model, name, own)
         self._bank = watched
         return own
 
@@ -321,7 +324,8 @@ class MilvusMemory:
     def _search(
         self, contents: Contents, head: MemoryLayer, keys: Tensor, count: int, fields: Sequence[str], where: str = ""
     ) -> list[list[tuple[float, Row]]]:
-        arrays = keys.float().cpu().split(max(1, MOST_HITS // count))
+        most = min(MOST_HITS, _ANSWER_BYTES // contents.row_bytes)
+        arrays = keys.float().cpu().split(max(1, most // count))
         effort = self._effort if contents.index == "hnsw" else 0
         parts = [
             self.collections.milvus.search(

@@ -6,6 +6,7 @@ Shapes: N samples, E width of an encoding, D of a key.
 import base64
 import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from timm_memwrap._utils import check_choice, printable
+from timm_memwrap.bank_format import DTYPES
 from timm_memwrap.meaning import Meaning
 from timm_memwrap.memory_bank import MemoryBank, SampleId
 
@@ -59,7 +62,12 @@ class Contents:
     @property
     def described(self) -> str:
         """How many samples of what, for messages."""
-        return f"{self.size:,} samples of {self.read_meaning().provenance.dataset or 'an unknown data set'}"
+        return printable(f"{self.size:,} samples of {self.read_meaning().provenance.dataset or 'an unknown data set'}")
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row as text, but for its key."""
+        return 256 + 2 * (self.width * getattr(torch, self.dtype).itemsize + math.prod(self.image_shape or (0,)))
 
     def read_meaning(self) -> Meaning:
         """Returns the meaning of the memory, without ids."""
@@ -93,6 +101,7 @@ class Contents:
     def from_json(cls, text: str) -> "Contents":
         """Parses what `to_json` returned."""
         values = json.loads(text)
+        check_choice("dtype", values.get("dtype"), [str(dtype).removeprefix("torch.") for dtype in DTYPES])
         counts = {int(label): count for label, count in values["class_counts"].items()}
         shape = tuple(values["image_shape"])
         return cls(**values | {"class_counts": counts, "image_shape": shape, "digest": int(values["digest"], 16)})
@@ -153,8 +162,13 @@ def encoded_bytes(tensor: Tensor) -> list[str]:
 
 
 def _decoded(texts: Iterable[str], dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-    data = bytearray(b"".join(map(base64.b64decode, texts)))
-    return torch.frombuffer(data, dtype=dtype).view(-1, *shape)
+    parts = [base64.b64decode(text, validate=True) for text in texts]
+    size = math.prod(shape) * dtype.itemsize
+    if any(len(part) != size for part in parts):
+        raise ValueError(
+            f"A sample in the engine is not of {size} bytes, as its collection says. Write the memory again."
+        )
+    return torch.frombuffer(bytearray(b"".join(parts)), dtype=dtype).view(-1, *shape)
 
 
 def to_tensors(contents: Contents, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
