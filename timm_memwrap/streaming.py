@@ -44,8 +44,8 @@ def stream_memory(
     """Encodes all samples of `data` in one pass into a collection of Milvus, which the model reads from then on.
 
     Nobody finds the collection before it is complete, when it takes the place of another of the same weights and name.
-    An interrupted call leaves what was there, and the next one removes what it wrote. One at a time may write a memory of
-    the same weights and name.
+    An interrupted call leaves what was there, and the next one removes what it wrote. One at a time may write a memory
+    of the same weights and name.
 
     Args:
         model: The model that is to read the memory, with the weights that it is to be used with, and an empty bank.
