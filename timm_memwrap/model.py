@@ -246,10 +246,8 @@ class MemoryWrapModel(TimmInterface):
         """
         if unfit := [*engine] if kind != "milvus" else ["path"] if path is not None else []:
             raise ValueError(f"use_index({kind!r}) takes no {', '.join(unfit)}. Leave it out.")
-        memory = MilvusMemory(effort=effort, **engine) if kind == "milvus" else None
-        if memory is not None:
-            memory.open(self)
-        elif kind is not None:
+        memory = MilvusMemory(effort=effort, **engine).opened(self) if kind == "milvus" else None
+        if memory is None and kind is not None:
             check_index(kind, effort)
         self.engine, faiss = memory, {"kind": kind, "effort": effort, "path": path}
         self._index_args = faiss if memory is None and kind is not None else None
