@@ -37,10 +37,11 @@ def remember(
     A label that is a new name adds a class: the model gets one more output, and the bank its name. A model that keeps
     its classifier gets a row of weights for it, computed from the encodings in the memory without training, and again
     whenever samples of it come or go through this function and `forget`. What the classifier knows of other classes
-    does not change, and neither do other samples.
+    does not change, and neither do other samples. A memory in Milvus gets them too; where it has no bank beside it, a
+    class cannot be added.
 
     Args:
-        model: A model with a memory bank.
+        model: A model with a memory.
         images: What is to be remembered, as `explain` takes it: model inputs `[N, C, H, W]`, PIL images or paths.
         labels: A class index or a class name for each image, or one for all of them. Where samples may have several
             classes, a list of them for each image, or multi-hot `[N, C]`; a class cannot then be added.

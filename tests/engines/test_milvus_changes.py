@@ -12,6 +12,7 @@ from memory_models import fill, new_images, new_model
 from torch.utils.data import IterableDataset, TensorDataset
 
 from timm_memwrap import MemoryWrapModel, explaining, stream_memory
+from timm_memwrap.data import class_names
 
 SIZE = 40
 TESTS = Path(__file__).parents[1]
@@ -212,6 +213,18 @@ def test_wrong_arguments_say_what_is_expected(args: dict[str, Any], message: str
     with pytest.raises(ValueError, match="takes no uri"):
         model.use_index("flat", uri="a.db")
     assert model.engine is None
+
+
+def test_long_class_names_are_kept(uri: str) -> None:
+    """A text in Milvus has 65,535 letters at most."""
+    model, names = fill(new_model("joint"), SIZE), [letter * 50_000 for letter in "abcd"]
+    model.memory_bank.set_class_names(names)
+    model.use_index("milvus", uri=uri)
+    other = new_model("joint").use_index("milvus", uri=uri)
+    assert class_names(other) == names
+    model.memory_bank.set_class_names(["a", "b", "c", "d"])
+    model.engine.open(model)
+    assert class_names(new_model("joint").use_index("milvus", uri=uri)) == ["a", "b", "c", "d"]
 
 
 def test_a_memory_of_other_classes_is_refused(uri: str) -> None:

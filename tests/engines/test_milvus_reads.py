@@ -154,6 +154,21 @@ def test_hnsw_is_called_approximate(uri: str, caplog: pytest.LogCaptureFixture) 
         assert torch.equal(model(images).argmax(dim=1), expected)
 
 
+def test_samples_are_hidden_by_their_position_among_the_nearest(uri: str) -> None:
+    bank, images = fill(new_model("joint"), SIZE), new_images(2)
+    encoding = bank.encode(images)
+    expected = bank.read(encoding)
+    without = bank.read(encoding, hidden=expected.positions[:, :1]).logits
+    model = bank.use_index("milvus", uri=uri)
+    model.memory_bank.clear()
+    with pytest.raises(ValueError, match="nearby"):
+        model.read(encoding, hidden=expected.positions[:, :1])
+    near = explaining.nearby(model, encoding)
+    found = near.read(encoding)
+    assert torch.allclose(near.read(encoding, hidden=found.positions[:, :1]).logits, without, atol=1e-5)
+    assert len(near.memory_bank) < SIZE
+
+
 def test_an_empty_batch_reads_nothing(uri: str) -> None:
     model = fill(new_model("joint")).use_index("milvus", uri=uri)
     assert model.read(torch.zeros(0, model.encoding_size)).logits.shape == (0, 4)

@@ -23,7 +23,7 @@ _PAGE = 1024
 # Bytes of rows in a call.
 _CALL_BYTES = 2**23
 # Seconds that indexing and loading a collection may take.
-_PATIENCE = 24 * 3600.0
+_PATIENCE = 3600.0
 # Seconds between attempts to reach a server again.
 _PAUSE = 0.25
 
