@@ -13,7 +13,7 @@ from timm.data import create_transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
 
-from timm_memwrap import MemoryWrapModel, build_memory_bank, wrap
+from timm_memwrap import MemoryWrapModel, build_memory_bank, building, wrap
 from timm_memwrap.building import points_to_herd
 from timm_memwrap.data import Images
 from timm_memwrap.selection import herd
@@ -364,3 +364,36 @@ def test_samples_of_several_classes_are_remembered_with_all_of_them(selection: s
     assert len(bank) == 8
     assert torch.equal(bank.labels, labels[bank.ids].to(torch.uint8))
     assert bank.provenance.selection == selection
+
+
+@pytest.mark.parametrize(
+    ("factor", "size", "expected"),
+    [
+        (1.0, 9, torch.float16),
+        (1.0, 8, torch.float32),
+        (1e6, 9, torch.float32),
+        (1e-7, 9, torch.float32),
+        (float("nan"), 9, torch.float32),
+    ],
+    ids=["many", "few", "too large for float16", "too small for float16", "broken"],
+)
+def test_many_encodings_are_stored_in_half_precision_if_it_holds_them(
+    factor: float, size: int, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building, "LARGE", 8)
+    monkeypatch.setattr(building, "_ROWS", 4)
+    encodings = torch.randn(size, 5, generator=torch.Generator().manual_seed(0))
+    encodings[-1] *= factor
+    assert building._dtype_for(encodings) == expected
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
+def test_what_encodings_are_stored_in_is_what_was_asked_for(
+    dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building, "LARGE", 8)
+    model = timm.create_model("memwrap_test_resnet", num_classes=2).eval()
+    data = TensorDataset(torch.randn(12, 3, 32, 32), torch.arange(12) % 2)
+    bank = build_memory_bank(model, data, size=None, dtype=dtype, progress=False)
+    assert bank.encodings.dtype == (dtype or torch.float16)
+    model(torch.randn(2, 3, 32, 32))
