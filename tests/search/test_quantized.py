@@ -115,7 +115,8 @@ def test_rounding_never_rules_out_what_an_exact_score_would_not(
     assert bool(((near - exact).abs() <= slack).all())
 
 
-def test_few_samples_are_scored_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("count", [1, 64, 65, 200])
+def test_few_samples_are_scored_in_float32(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the search would be right and slow."""
     keys = make_keys(_encodings("rectified", 20_000, 64), "cosine")
     scored = []
@@ -124,8 +125,9 @@ def test_few_samples_are_scored_in_float32(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(
         module, "pad_sequence", lambda parts, *rest: scored.append(sum(map(len, parts))) or plain(parts, *rest)
     )
-    QuantizedIndex(keys).nearest(_queries(keys, 4, "cosine"), 64)
-    assert 4 * 64 <= max(scored) < 4 * 600
+    found, _ = QuantizedIndex(keys).nearest(_queries(keys, 4, "cosine"), count)
+    assert found.shape == (4, count)
+    assert 4 * count <= max(scored) < 4 * 1000
 
 
 def test_where_nothing_is_ruled_out_all_is_scored_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,10 @@ from timm_memwrap.search.exact import ExactIndex
 
 __all__ = ["QuantizedIndex", "exact_index"]
 
-# Samples whose largest score stands for them, and how many of the best chunks show how high scores go.
-_CHUNK, _SEEDS = 64, 64
+# Samples whose largest score stands for them.
+_CHUNK = 64
+# How many of the best chunks at least show how high scores go.
+_SEEDS = 64
 # Scores that are in memory at a time; a power of two, so that chunks fit.
 _BLOCK_SCORES = 2**22
 # Below so many scores the steps around the product cost more than they spare.
@@ -72,7 +74,7 @@ class QuantizedIndex:
         def bound(best: Tensor) -> Tensor:
             return threshold(best * scale) / scale if best.shape[1] else best.new_full((len(best), 1), -torch.inf)
 
-        found = self._find(queries, bound, hidden)
+        found = self._find(queries, bound, _SEEDS, hidden)
         if found is None:
             return self._plain.search(queries, scale, hidden)
         best, positions = found
@@ -88,18 +90,19 @@ class QuantizedIndex:
                 return best.new_full((len(best), 1), -torch.inf)
             return best[:, count - 1 : count]
 
-        found = self._find(queries, bound, hidden)
+        found = self._find(queries, bound, max(_SEEDS, count), hidden)
         if found is None:
             return self._plain.nearest(queries, count, hidden)
         best, positions = found
         return best[:, :count], positions[:, :count]
 
-    def _find(self, queries: Tensor, bound: _Bound, hidden: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    def _find(self, queries: Tensor, bound: _Bound, seeds: int, hidden: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """Returns sorted scores and positions `[B, K]` of all samples that are not below a bound, and of some that are.
 
         Args:
             queries: Queries `[B, D]`.
             bound: Tells from scores of some samples, sorted, what a score must at least be to count, `[B, 1]`.
+            seeds: How many samples to score first, for a bound of a block.
             hidden: Positions `[B, H]` of samples that a row must not see.
 
         Returns:
@@ -110,14 +113,16 @@ class QuantizedIndex:
             return None
         if self._copies is None:
             self._copies = _Copies(self.keys.vectors)
-        most, left = rows * max(4 * _SEEDS, size // _MOST_LEFT), 0
+        most, left = rows * max(4 * seeds, size // _MOST_LEFT), 0
         best, positions = queries.new_empty(rows, 0), torch.empty(rows, 0, dtype=torch.long)
         rounded, steps, slack = self._copies.rounded(queries)
         for start, block in self._copies.blocks(rounded, hidden):
             peaks = block.amax(dim=-1)
             known = best
-            if int((peaks * steps >= bound(best) - slack).sum()) > rows * _SEEDS:
-                known = self._with_seeds(queries, block, peaks, start, hidden, best)
+            if int((peaks * steps >= bound(best) - slack).sum()) > rows * seeds:
+                chunks = peaks.topk(min(seeds, peaks.shape[1]), sorted=False).indices
+                known = self._scores_of_best(queries, block, chunks, start, hidden)
+                known = torch.cat([best, known], dim=1).sort(dim=-1, descending=True).values
             # Finite, so that what is hidden stays out.
             limit = ((bound(known) - slack) / steps).clamp(min=MASKED)
             row, chunk = (peaks >= limit).nonzero(as_tuple=True)
@@ -138,17 +143,16 @@ class QuantizedIndex:
             best, positions = best[:, :kept], positions[:, :kept]
         return best, positions
 
-    def _with_seeds(
-        self, queries: Tensor, block: Tensor, peaks: Tensor, start: int, hidden: Tensor | None, best: Tensor
+    def _scores_of_best(
+        self, queries: Tensor, block: Tensor, chunks: Tensor, start: int, hidden: Tensor | None
     ) -> Tensor:
-        """Returns scores `[B, K]` and those of the best samples of the best chunks of a block, sorted."""
-        chunks = peaks.topk(min(_SEEDS, peaks.shape[1]), dim=-1, sorted=False).indices
+        """Returns scores `[B, S]` of the best samples of chunks `[B, S]` of a block."""
         rows = torch.arange(len(queries)).unsqueeze(1)
         positions = start + chunks * _CHUNK + block[rows, chunks].argmax(dim=-1)
         scores = scores_at(queries, self.keys, positions)
-        if hidden is not None:
-            scores = scores.masked_fill((positions.unsqueeze(-1) == hidden.unsqueeze(1)).any(dim=-1), MASKED)
-        return torch.cat([best, scores], dim=1).sort(dim=-1, descending=True).values
+        if hidden is None:
+            return scores
+        return scores.masked_fill((positions.unsqueeze(-1) == hidden.unsqueeze(1)).any(dim=-1), MASKED)
 
 
 class _Copies:
