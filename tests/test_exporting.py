@@ -274,6 +274,31 @@ def test_sizes_of_the_memory(samples: int, ties: bool, format: str, tmp_path: Pa
     assert_computes_the_same(report.path, model)
 
 
+@pytest.mark.parametrize(
+    ("scale", "kind", "format"),
+    [
+        (1.0, "memwrap_baseline", "onnx"),
+        (100.0, "memwrap_baseline", "export"),
+        (None, "memwrap_evidence", "export"),
+        pytest.param(1.0, "memwrap_baseline", "export", marks=pytest.mark.slow),
+        pytest.param(100.0, "memwrap_baseline", "onnx", marks=pytest.mark.slow),
+        pytest.param(None, "memwrap_evidence", "onnx", marks=pytest.mark.slow),
+    ],
+)
+def test_a_large_memory_is_read_by_its_strongest_samples(
+    scale: float | None, kind: str, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And by all where more of them have weight, as with the scale of 1."""
+    monkeypatch.setattr("timm_memwrap.memory_layer.LARGE", 100)
+    monkeypatch.setattr("timm_memwrap.memory_layer._MOST_READ", 16)
+    model = remember(create(kind=kind, **({"scale": scale} if scale else {})), 500)
+    with torch.no_grad():
+        support = model(random_images(2), return_readout=True).weights.shape[1]
+    assert scale is None or (support > 16) == (scale == 1.0)
+    report = export(model, tmp_path, format, with_evidence=True, top_k=4)
+    assert_computes_the_same(report.path, model)
+
+
 @each_format_onnx_slow
 def test_other_channels(format: str, tmp_path: Path) -> None:
     model = create(in_chans=1)
