@@ -159,7 +159,7 @@ def content_weights(similarity: Tensor) -> Tensor:
     # entmax stops at NaN, with an error about an index.
     broken = similarity.isnan().any(dim=-1, keepdim=True)
     # With the strongest alone it is exact too, since it looks at more where these do not do; on a device it would wait.
-    few = similarity.device.type == "cpu" and similarity.shape[-1] > 2 * _STRONGEST
+    few = similarity.device.type == "cpu" and similarity.shape[-1] > 16 * _STRONGEST
     weights = sparsemax(similarity.masked_fill(broken, 0.0), dim=-1, k=_STRONGEST if few else None)
     return weights.masked_fill(broken, torch.nan)
 
