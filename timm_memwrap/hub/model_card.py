@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -162,13 +163,19 @@ def _memory(bank: MemoryBank) -> str:
 
 
 def _render(template: str, **values: Any) -> str:
+    return _environment().get_template(template).render(values)
+
+
+# Compiling a template takes as long as writing the weights does.
+@cache
+def _environment() -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     # Markdown, not HTML: the filters `text` and `code` show what comes from outside as it is.
     folder = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(loader=folder, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"text": _as_text, "code": _as_code}
-    return environment.get_template(template).render(values)
+    return environment
 
 
 def _as_text(text: str) -> str:
