@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_memwrap._utils import is_exporting
+from timm_memwrap.attention import Keys
 from timm_memwrap.fingerprint import Watch
 from timm_memwrap.memory_bank import MemoryBank
 from timm_memwrap.memory_layer import LARGE, MemoryLayer
@@ -135,13 +136,12 @@ def bank_memory(
     check(encodings, bank.largest_label)
     # Not in inference mode, whose tensors a later backward could not use.
     with torch.inference_mode(False), torch.no_grad():
-        index = None
-        memory = PreparedMemory(head.keys_of_bank(encodings, dtype), head.value(encodings, labels))
-        if not compiling:
-            index = _new_index(memory, index_args)
+        keys, values = head.keys_of_bank(encodings, dtype), head.value(encodings, labels)
+        index = None if compiling else _new_index(keys, index_args)
         # A dense read sums all values at each forward.
-        values = memory.values.to(dtype) if index is None and memory.values is encodings else memory.values
-        memory = memory._replace(values=values, key_index=index)
+        values = values.to(dtype) if index is None and values is encodings else values
+        # In one call: the compiler of PyTorch 2.9 cannot keep what `_replace` returns.
+        memory = PreparedMemory(keys, values, index)
     made = BankMemory(head, memory, None if compiling else Watch(tensors))
     # An exported graph must not change the model that it was made of.
     if not is_exporting():
@@ -149,12 +149,12 @@ def bank_memory(
     return made
 
 
-def _new_index(memory: PreparedMemory, index_args: dict[str, Any] | None) -> Any:
+def _new_index(keys: Keys, index_args: dict[str, Any] | None) -> Any:
     if index_args is not None:
-        return FaissIndex(memory.keys, **index_args)
+        return FaissIndex(keys, **index_args)
     # On a device, a search that depends on what it finds would have to wait for it.
-    searched = len(memory.keys.vectors) > LARGE and memory.keys.vectors.device.type == "cpu"
-    return exact_index(memory.keys) if searched else None
+    searched = len(keys.vectors) > LARGE and keys.vectors.device.type == "cpu"
+    return exact_index(keys) if searched else None
 
 
 def empty_memory(head: MemoryLayer, encoding: Tensor) -> PreparedMemory:
