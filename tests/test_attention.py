@@ -171,14 +171,15 @@ def test_nan_among_the_scores_spoils_only_its_row(weigh: Callable[[Tensor], Tens
 
 @pytest.mark.parametrize("entry", [1.0, 1e-30, 1e30, 0.0], ids=["usual", "tiny", "huge", "zero"])
 @pytest.mark.parametrize("distance", attention.DISTANCES)
-def test_keys_that_are_scored_once_have_the_same_scores_and_gradients(distance: str, entry: float) -> None:
+def test_scores_without_keys_are_the_same_and_so_are_their_gradients(distance: str, entry: float) -> None:
     generator = torch.Generator().manual_seed(0)
     encodings, queries = (torch.randn(rows, 5, generator=generator, dtype=torch.float64) for rows in (9, 3))
     encodings[4] *= entry
     found = []
-    for make in (attention.make_keys, attention.keys_to_score_once):
+    for once in (False, True):
         memory = encodings.clone().requires_grad_()
-        result = attention.scores(queries, make(memory, distance))
+        keys = None if once else attention.make_keys(memory, distance)
+        result = attention.scores_once(queries, memory, distance) if keys is None else attention.scores(queries, keys)
         result.square().sum().backward()
         found.append((result, memory.grad))
     for expected, other in zip(*found, strict=True):

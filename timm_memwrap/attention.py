@@ -20,9 +20,9 @@ __all__ = [
     "content_weights",
     "distances",
     "float32_island",
-    "keys_to_score_once",
     "make_keys",
     "scores",
+    "scores_once",
     "similarities",
     "sum_values",
     "threshold",
@@ -50,7 +50,6 @@ class Keys(NamedTuple):
     offsets: Tensor | None = None  # [M], added to the scores
     centre: Tensor | None = None  # [D], subtracted from the queries
     constant: Tensor | None = None  # [], what the scores are above minus the squared length of a centred query
-    lengths: Tensor | None = None  # [M], which the products are divided by; for keys that are scored once
 
 
 def float32_island(tensor: Tensor) -> AbstractContextManager:
@@ -98,16 +97,6 @@ def make_keys(encodings: Tensor, distance: str) -> Keys:
     return Keys(2 * encodings, -(squares - mean_squares).sum(dim=-1), centre, mean_squares.sum())
 
 
-def keys_to_score_once(encodings: Tensor, distance: str) -> Keys:
-    """Makes keys as `make_keys` does, which `scores` alone can read, and without another copy of them if it can."""
-    if distance == "cosine" and encodings.device.type == "cpu" and not torch.compiler.is_compiling():
-        lengths = torch.linalg.vector_norm(encodings, dim=-1)
-        # Beyond, squares underflow or overflow. On a device, to ask would be to wait.
-        if bool(((lengths > _SHORTEST) & (lengths < 1 / _SHORTEST)).all()):
-            return Keys(encodings, lengths=lengths)
-    return make_keys(encodings, distance)
-
-
 def scores(queries: Tensor, keys: Keys) -> Tensor:
     """Computes how alike each query `[B, D]` is to each key, `[B, M]`; larger is closer.
 
@@ -117,9 +106,17 @@ def scores(queries: Tensor, keys: Keys) -> Tensor:
     if keys.centre is not None:
         queries = queries - keys.centre
     products = queries @ keys.vectors.T
-    if keys.lengths is not None:
-        products = products / keys.lengths
     return products if keys.offsets is None else products + keys.offsets
+
+
+def scores_once(queries: Tensor, encodings: Tensor, distance: str) -> Tensor:
+    """Computes `scores` of projected memory encodings `[M, D]`, without the copy that keys would be where it can."""
+    if distance == "cosine" and encodings.device.type == "cpu" and not torch.compiler.is_compiling():
+        lengths = torch.linalg.vector_norm(encodings, dim=-1)
+        # Beyond, squares underflow or overflow. On a device, to ask would be to wait.
+        if bool(((lengths > _SHORTEST) & (lengths < 1 / _SHORTEST)).all()):
+            return queries @ encodings.T / lengths
+    return scores(queries, make_keys(encodings, distance))
 
 
 def scores_at(queries: Tensor, keys: Keys, positions: Tensor) -> Tensor:

@@ -17,10 +17,10 @@ from timm_memwrap.attention import (
     content_weights,
     distances,
     float32_island,
-    keys_to_score_once,
     make_keys,
     scores,
     scores_at,
+    scores_once,
     similarities,
     sum_values,
     threshold,
@@ -199,13 +199,14 @@ class MemoryLayer(nn.Module, ABC):
                     f"images first, and construct the layer with encoder_output_dim=<width of an encoding>."
                 )
         query, values = self.query(input_encoding), self.value(memory_encoding, labels)
-        keys = self._project(memory_encoding)
+        projected = self._project(memory_encoding)
         if hidden is not None:
             _check_hidden(hidden, len(input_encoding), len(memory_encoding))
         with float32_island(query):
             # A reconstruction takes the keys themselves.
-            make = make_keys if self.reconstructs else keys_to_score_once
-            weights, _ = self._weigh_all(query, PreparedMemory(make(keys, self.distance), values), hidden)
+            keys = make_keys(projected, self.distance) if self.reconstructs else None
+            found = scores_once(query, projected, self.distance) if keys is None else scores(query, keys)
+            weights = self._weigh(found, query, keys, hidden)
             vector = self._sum_weighed(weights, values)
         output = self.classify(input_encoding, vector)
         return (output, weights) if return_weights else output
@@ -216,23 +217,24 @@ class MemoryLayer(nn.Module, ABC):
         with float32_island(encoding):
             return wide(self.head(wide(encoding) if parameter is None else encoding.to(parameter.dtype)))
 
-    def _weigh_all(self, query: Tensor, memory: PreparedMemory, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Returns the weights `[B, M]` of all samples, and their scores before the scale."""
-        found = scores(query, memory.keys)
+    def _weigh(self, found: Tensor, query: Tensor, keys: Keys | None, hidden: Tensor | None) -> Tensor:
+        """Returns the weights `[B, M]` of all samples for their scores before the scale; to reconstruct takes keys."""
         if self.reconstructs:
+            assert keys is not None
             seen = found if hidden is None else found.masked_fill(mask_of(hidden, found), MASKED)
             nearest, positions = seen.detach().topk(min(CANDIDATES, seen.shape[1]), dim=-1)
-            weights = _reconstruct(query, memory.keys, nearest, positions)
-            return torch.zeros_like(found).scatter(1, positions, weights), found
+            weights = _reconstruct(query, keys, nearest, positions)
+            return torch.zeros_like(found).scatter(1, positions, weights)
         scaled = self._scaled(found)
         if hidden is None:
-            return content_weights(scaled), found
+            return content_weights(scaled)
         hidden = mask_of(hidden, scaled)
         # Where all is hidden all scores are alike, and yet nothing must be read.
-        return content_weights(scaled.masked_fill(hidden, MASKED)).masked_fill(hidden, 0.0), found
+        return content_weights(scaled.masked_fill(hidden, MASKED)).masked_fill(hidden, 0.0)
 
     def _read_all(self, query: Tensor, memory: PreparedMemory, hidden: Tensor | None, ranked: bool) -> Read:
-        weights, found = self._weigh_all(query, memory, hidden)
+        found = scores(query, memory.keys)
+        weights = self._weigh(found, query, memory.keys, hidden)
         # With nothing to read this is zero, and still has a gradient: the last batch of an epoch may be of one.
         vector = self._sum_all(weights, memory.values)
         if not ranked:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from timm_memwrap.attention import MASKED, scores
+from timm_memwrap.attention import MASKED, Keys
 from timm_memwrap.layers import LabelVote
 from timm_memwrap.memory_args import OWN_READ_HEADS
 from timm_memwrap.memory_layer import mask_of
@@ -31,9 +31,8 @@ class _Vote(LabelVote):
         """Reads a memory. See `MemoryLayer.read`."""
         return super().read(query, memory._replace(key_index=None), hidden, ranked)
 
-    def _weigh_all(self, query: Tensor, memory: PreparedMemory, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
-        found = scores(query, memory.keys)
-        return self._weights(found if hidden is None else found.masked_fill(mask_of(hidden, found), MASKED)), found
+    def _weigh(self, found: Tensor, query: Tensor, keys: Keys | None, hidden: Tensor | None) -> Tensor:
+        return self._weights(found if hidden is None else found.masked_fill(mask_of(hidden, found), MASKED))
 
     def _weights(self, similarities: Tensor) -> Tensor:
         raise NotImplementedError
