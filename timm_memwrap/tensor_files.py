@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import _TYPES
+from safetensors.torch import _TYPES, load
 from torch import Tensor
 
 from timm_memwrap._utils import printable, replacing
@@ -88,24 +88,32 @@ def read_tensors(
 
     With `sha256`, nothing of the file is parsed unless it has this hash.
     """
-    if sha256 is not None:
-        with Path(path).open("rb") as opened:
-            found = hashlib.file_digest(opened, "sha256").hexdigest()
-        if found != sha256:
-            raise FileError(f"{name} has changed: its SHA-256 is {found}, expected {sha256}. {cure}")
     # The library's own error for a file that cannot be opened has neither its name nor a number.
-    with Path(path).open("rb"):
-        pass
+    with Path(path).open("rb") as opened:
+        # What is parsed is then what was hashed, whoever writes to the file meanwhile.
+        content = None if sha256 is None else opened.read()
+    if content is not None and (found := hashlib.sha256(content).hexdigest()) != sha256:
+        raise FileError(f"{name} has changed: its SHA-256 is {found}, expected {sha256}. {cure}")
     try:
-        # Not mapped: a file that is overwritten or cut would change the tensors, or kill the process.
-        with safe_open(path, framework="pt", backend="pread") as opened:
-            tensors, metadata = opened.get_tensors(), opened.metadata() or {}
+        tensors, metadata = _parsed(path) if content is None else _parsed_bytes(content)
     except (SafetensorError, RuntimeError, UnicodeError) as error:
         raise FileError(f"{name} is not a whole safetensors file ({error}). {cure}") from error
     expected = metadata.pop(_CHECKSUM, None)
     if expected is not None and checksum(tensors, metadata) != expected:
         raise FileError(f"{name} is damaged: it does not have the checksum that it was written with. {cure}")
     return TensorFile(tensors, metadata, verified=expected is not None)
+
+
+def _parsed(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    # Not mapped: a file that is overwritten or cut would change the tensors, or kill the process.
+    with safe_open(path, framework="pt", backend="pread") as opened:
+        return opened.get_tensors(), opened.metadata() or {}
+
+
+def _parsed_bytes(content: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    tensors = load(content)
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return tensors, header.get("__metadata__", {})
 
 
 def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
