@@ -21,6 +21,7 @@ __all__ = [
     "REQUIRED",
     "addition",
     "check_state",
+    "is_finite",
     "largest_label",
     "layout_of",
     "parse_state",
@@ -111,8 +112,7 @@ def check_state(state: dict[str, Tensor | None], meaning: Meaning) -> None:
         raise ValueError(f"{len(meaning.ids)} ids for {size} samples. Give one id per sample.")
     if encodings.is_meta:
         return
-    # NaN and infinity are among the extremes; torch.isfinite would make a tensor of the size of the bank.
-    if encodings.numel() and not all(bool(extreme.isfinite()) for extreme in torch.aminmax(encodings)):
+    if not is_finite(encodings):
         bad = (~torch.isfinite(encodings)).any(dim=1).nonzero().flatten().tolist()
         raise ValueError(
             f"{len(bad)} of {size} encodings have NaN or infinite entries, the first for id {meaning.ids[bad[0]]!r}. "
@@ -156,6 +156,12 @@ def addition(
     added = Meaning(meaning.ids.new(ids), names, provenance)
     check_state(new, added)
     return new, added
+
+
+def is_finite(encodings: Tensor) -> bool:
+    """Returns whether encodings have neither NaN nor infinite entries."""
+    # Those are among the extremes; torch.isfinite would make a tensor of the size of the bank.
+    return not encodings.numel() or all(bool(extreme.isfinite()) for extreme in torch.aminmax(encodings))
 
 
 def largest_label(labels: Tensor | None) -> int:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, overload
 
-__all__ = ["SampleId", "SampleIds", "plain_ids", "public_ids", "short_name"]
+__all__ = ["SampleId", "SampleIds", "known_ids", "no_sample", "plain_ids", "public_ids", "short_name"]
 
 SampleId = int | str
 
@@ -62,10 +62,7 @@ class SampleIds(Sequence[SampleId]):
         wanted = [ids] if isinstance(ids, str | int) else list(ids)
         unknown = [sample_id for sample_id in wanted if sample_id not in self]
         if unknown:
-            raise ValueError(
-                f"No sample with id {', '.join(map(repr, unknown[:5]))}{' ...' if len(unknown) > 5 else ''} in the "
-                f"memory of {len(self):,} samples. Its ids are in bank.ids, e.g. {self[:3]}."
-            )
+            raise ValueError(f"{no_sample(unknown, len(self))} Its ids are in bank.ids, e.g. {self[:3]}.")
         return [self._positions[sample_id] for sample_id in wanted]
 
     def new(self, ids: Iterable[Any]) -> "SampleIds":
@@ -73,10 +70,7 @@ class SampleIds(Sequence[SampleId]):
         new = ids if isinstance(ids, SampleIds) else SampleIds(ids)
         known = [sample_id for sample_id in new if sample_id in self]
         if known:
-            raise ValueError(
-                f"The memory has {', '.join(map(repr, known[:5]))}{' ...' if len(known) > 5 else ''} already. Forget "
-                f"what is there first, or give the new samples other ids."
-            )
+            raise known_ids(known)
         return new
 
     def added(self, ids: Iterable[Any]) -> "SampleIds":
@@ -90,6 +84,22 @@ class SampleIds(Sequence[SampleId]):
         longer = object.__new__(SampleIds)
         longer._ids, longer._positions, longer._count = base._ids, base._positions, len(base._ids)
         return longer
+
+
+def no_sample(ids: Sequence[SampleId], size: int) -> str:
+    """Says that a memory of so many samples has none with these ids."""
+    return f"No sample with id {_listed(ids)} in the memory of {size:,} samples."
+
+
+def known_ids(ids: Sequence[SampleId]) -> ValueError:
+    """Returns the error for ids that a memory has already."""
+    return ValueError(
+        f"The memory has {_listed(ids)} already. Forget what is there first, or give the new samples other ids."
+    )
+
+
+def _listed(ids: Sequence[SampleId]) -> str:
+    return f"{', '.join(map(repr, ids[:5]))}{' ...' if len(ids) > 5 else ''}"
 
 
 def plain_ids(ids: Iterable[Any]) -> list[SampleId]:

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -103,14 +104,7 @@ def stream_memory(
             at = list(itertools.islice(places, len(labels)))
             # What is written while the next batch is encoded.
             pending = thread.submit(
-                memory.collections.insert,
-                model,
-                contents,
-                encodings,
-                labels,
-                at if named is None else named,
-                images,
-                at,
+                _write, memory, model, contents, encodings, labels, at if named is None else named, images, at
             )
         if contents is None or pending is None:
             raise ValueError("The data is empty, so there is nothing to remember. Check its path and split.")
@@ -161,6 +155,11 @@ def _begin(
     dist.broadcast_object_list(made)
     assert made[0] is not None
     return made[0]
+
+
+def _write(memory: MilvusMemory, model: MemoryWrapModel, contents: Contents, *samples: Any) -> Contents:
+    """Adds samples, as `Collections.rows` takes them, and returns what the collection holds."""
+    return memory.collections.insert(contents, memory.collections.rows(model, contents, *samples))
 
 
 def _joined(contents: Contents) -> Contents:

@@ -16,7 +16,7 @@ from timm_memwrap.engines.memory import ROW, MilvusMemory
 from timm_memwrap.engines.samples import Contents, Row, row_key, to_tensors
 from timm_memwrap.engines.written import keys_of
 from timm_memwrap.memory_bank import SampleId
-from timm_memwrap.sample_ids import SampleIds, public_ids
+from timm_memwrap.sample_ids import SampleIds, known_ids, no_sample, public_ids
 
 __all__ = ["add", "describe", "relabel", "remove"]
 
@@ -37,11 +37,7 @@ def add(
     def plan(contents: Contents) -> tuple[Contents, Callable[[], None]]:
         known = _find(memory, contents, chosen, ["name"])
         if known:
-            there = [json.loads(row["name"]) for row in known.values()]
-            raise ValueError(
-                f"The memory has {', '.join(map(repr, there[:5]))}{' ...' if len(there) > 5 else ''} already. Forget "
-                f"what is there first, or give the new samples other ids."
-            )
+            raise known_ids([json.loads(row["name"]) for row in known.values()])
         # Behind all that is there, whoever added it.
         places = itertools.count(time.time_ns())
         meaning = contents.read_meaning()
@@ -119,7 +115,4 @@ def _find(memory: MilvusMemory, contents: Contents, ids: Sequence[SampleId], fie
 def _check_found(ids: Sequence[SampleId], rows: Mapping[str, Row], contents: Contents) -> None:
     unknown = [sample_id for sample_id in ids if row_key(sample_id) not in rows]
     if unknown:
-        raise ValueError(
-            f"No sample with id {', '.join(map(repr, unknown[:5]))}{' ...' if len(unknown) > 5 else ''} in the memory "
-            f"of {contents.size:,} samples."
-        )
+        raise ValueError(no_sample(unknown, contents.size))

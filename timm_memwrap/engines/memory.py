@@ -21,7 +21,7 @@ from timm_memwrap.attention import threshold, unit, wide
 from timm_memwrap.bank_memory import empty_memory
 from timm_memwrap.constants import MEMORY_BANK
 from timm_memwrap.engines.milvus import MOST_HITS, Milvus, MissingCollectionError
-from timm_memwrap.engines.samples import Contents, Row, to_bank, to_tensors
+from timm_memwrap.engines.samples import Contents, Row, in_order, to_bank, to_tensors
 from timm_memwrap.engines.written import Collections, check_labels, keys_of, metric_of
 from timm_memwrap.fingerprint import Watch
 from timm_memwrap.memory_bank import MemoryBank
@@ -224,8 +224,7 @@ class MilvusMemory:
         if not len(encoding):
             return empty_memory(model.head, encoding)
         contents, rows = self.nearest(model, encoding)
-        ordered = sorted(rows.values(), key=lambda row: (row["place"], row["id"]))
-        encodings, labels = to_tensors(contents, ordered)
+        encodings, labels = to_tensors(contents, in_order(rows))
         with torch.inference_mode(False), torch.no_grad():
             return model.head.prepare(encodings.to(encoding.device, wide(encoding).dtype), labels.to(encoding.device))
 

@@ -21,7 +21,18 @@ from timm_memwrap.bank_format import DTYPES
 from timm_memwrap.meaning import Meaning
 from timm_memwrap.memory_bank import MemoryBank, SampleId
 
-__all__ = ["Contents", "Row", "digest_of", "encoded_bytes", "make_rows", "row_key", "text_of", "to_bank", "to_tensors"]
+__all__ = [
+    "Contents",
+    "Row",
+    "digest_of",
+    "encoded_bytes",
+    "in_order",
+    "make_rows",
+    "row_key",
+    "text_of",
+    "to_bank",
+    "to_tensors",
+]
 
 Row = dict[str, Any]
 
@@ -177,9 +188,14 @@ def to_tensors(contents: Contents, rows: Sequence[Row]) -> tuple[Tensor, Tensor]
     return encodings, torch.tensor([row["label"] for row in rows])
 
 
+def in_order(rows: Mapping[str, Row]) -> list[Row]:
+    """Returns rows in the order in which they were remembered."""
+    return sorted(rows.values(), key=lambda row: (row["place"], row["id"]))
+
+
 def to_bank(contents: Contents, rows: Mapping[str, Row]) -> MemoryBank:
     """Returns a bank of these rows, in the order in which they were remembered."""
-    ordered = sorted(rows.values(), key=lambda row: (row["place"], row["id"]))
+    ordered = in_order(rows)
     encodings, labels = to_tensors(contents, ordered)
     images = None
     if contents.image_shape and all("image" in row for row in ordered):

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from timm_memwrap.attention import wide
+from timm_memwrap.bank_format import is_finite
 from timm_memwrap.engines.milvus import Milvus
 from timm_memwrap.engines.samples import Contents, Row, make_rows, text_of
 from timm_memwrap.fingerprint import WatchedFingerprint
@@ -99,7 +100,8 @@ class Collections:
                 part = slice(start, start + _BATCH)
                 images = None if bank.images is None else bank.images[part]
                 places = range(start, start + len(labels[part]))
-                contents = self.insert(model, contents, encodings[part], labels[part], ids[part], images, places)
+                rows = self.rows(model, contents, encodings[part], labels[part], ids[part], images, places)
+                contents = self.insert(contents, rows)
                 bar.update(len(labels[part]))
         return self.complete(model, contents, self.meaning_of(bank))
 
@@ -116,28 +118,8 @@ class Collections:
         self.milvus.create(collection, keys.shape[1], metric_of(model.head), self.index)
         return Contents(collection, "", str(dtype).removeprefix("torch."), width, image_shape, self.index)
 
-    def insert(
-        self,
-        model: Any,
-        contents: Contents,
-        encodings: Tensor,
-        labels: Tensor,
-        ids: Sequence[SampleId],
-        images: Tensor | None,
-        places: Iterable[int],
-    ) -> Contents:
-        """Adds samples to a collection that is not complete yet, and returns what it holds.
-
-        Args:
-            model: The model that encoded them.
-            contents: What the collection holds.
-            encodings: Encodings `[N, E]`, finite.
-            labels: Class indices `[N]`.
-            ids: Their ids, which no other sample has.
-            images: Their small images, as in the bank.
-            places: Where they stand in the memory; of equal samples, the first counts.
-        """
-        rows = self.rows(model, contents, encodings, labels, ids, images, places)
+    def insert(self, contents: Contents, rows: list[Row]) -> Contents:
+        """Adds rows to a collection that is not complete yet, and returns what it holds."""
         self.milvus.upsert(contents.collection, rows)
         return contents.changed(added=rows)
 
@@ -151,9 +133,19 @@ class Collections:
         images: Tensor | None,
         places: Iterable[int],
     ) -> list[Row]:
-        """Returns samples as the rows that `insert` adds."""
+        """Returns samples as the rows of a collection.
+
+        Args:
+            model: The model that encoded them.
+            contents: What the collection holds.
+            encodings: Encodings `[N, E]`, finite.
+            labels: Class indices `[N]`.
+            ids: Their ids, which no other sample has.
+            images: Their small images, as in the bank.
+            places: Where they stand in the memory; of equal samples, the first counts.
+        """
         check_labels(labels)
-        if not all(bool(extreme.isfinite()) for extreme in torch.aminmax(encodings)):
+        if not is_finite(encodings):
             raise ValueError("Encodings have NaN or infinite entries. Check the images and the model's weights.")
         stored = encodings.to(getattr(torch, contents.dtype))
         return make_rows(stored, labels, ids, images, places, keys_of(model, stored))
