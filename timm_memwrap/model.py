@@ -18,7 +18,7 @@ from timm_memwrap.bank_format import largest_label
 from timm_memwrap.bank_memory import BankMemory, bank_memory, empty_memory, warn_of_empty_memory
 from timm_memwrap.checks import misfits, split_bank
 from timm_memwrap.encoding_queue import QUEUE_SIZE, EncodingQueue
-from timm_memwrap.engines import MilvusMemory
+from timm_memwrap.engines import open_memory
 from timm_memwrap.fingerprint import WatchedFingerprint
 from timm_memwrap.heads import Calibration, new_head
 from timm_memwrap.memory_args import resolve_memory_args
@@ -90,7 +90,7 @@ class MemoryWrapModel(TimmInterface):
         self.queue: EncodingQueue | None = None
         self._warned = False
         self._index_args: dict[str, Any] | None = None
-        self.engine: MilvusMemory | None = None  # what holds the memory outside of the bank
+        self.engine = None  # what holds the memory outside of the bank
         self._fingerprint = WatchedFingerprint()
         # Of the backbone's classifier as it was made with random weights; None where it may have been trained.
         self.new_classifier: str | None = None
@@ -246,7 +246,7 @@ class MemoryWrapModel(TimmInterface):
         """
         if unfit := [*engine] if kind != "milvus" else ["path"] if path is not None else []:
             raise ValueError(f"use_index({kind!r}) takes no {', '.join(unfit)}. Leave it out.")
-        memory = MilvusMemory(effort=effort, **engine).opened(self) if kind == "milvus" else None
+        memory = open_memory(self, effort=effort, **engine) if kind == "milvus" else None
         if memory is None and kind is not None:
             check_index(kind, effort)
         self.engine, faiss = memory, {"kind": kind, "effort": effort, "path": path}

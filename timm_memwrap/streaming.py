@@ -17,7 +17,7 @@ from timm_memwrap._utils import check_choice, evaluating
 from timm_memwrap.bank_format import DTYPES
 from timm_memwrap.building import check_distributed, encoded_samples
 from timm_memwrap.data import Samples
-from timm_memwrap.engines import MilvusMemory
+from timm_memwrap.engines.memory import MilvusMemory
 from timm_memwrap.engines.samples import Contents
 from timm_memwrap.meaning import Meaning, Provenance
 from timm_memwrap.memory_checks import check_model, warn_of_new_classifier

@@ -6,7 +6,7 @@ What the backbone can do, the model can do; names of parameters and modules get 
 import re
 from collections.abc import Callable
 from copy import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from timm.models import FeatureInfo
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from timm_memwrap.constants import BACKBONE
 from timm_memwrap.fingerprint import WatchedFingerprint, fingerprint
 from timm_memwrap.heads import CLASSIFIER_NAMES
 from timm_memwrap.memory_args import LAYOUT_ARG, OWN_READ_HEADS, check_global_pool
+
+if TYPE_CHECKING:
+    from timm_memwrap.engines.memory import MilvusMemory
 
 __all__ = ["TimmInterface", "add_prefix"]
 
@@ -48,6 +51,7 @@ class TimmInterface(nn.Module):
     memory_args: dict[str, Any]
     _traits: dict[str, Any]
     _fingerprint: WatchedFingerprint
+    engine: "MilvusMemory | None"
     pretrained_cfg: dict[str, Any]
     default_cfg: dict[str, Any]
     pretrained_model_args: dict[str, Any]

@@ -107,11 +107,6 @@ class MilvusMemory:
         """Whether samples leave this machine, or may."""
         return self.collections.milvus.remote
 
-    def opened(self, model: Any) -> "MilvusMemory":
-        """Returns itself, once there is a memory that the model can read; raises what `open` does."""
-        self.open(model)
-        return self
-
     def open(self, model: Any) -> Contents:
         """Returns what the collection of a model holds; writes the model's bank to it if it holds another.
 
